@@ -1,0 +1,85 @@
+"""Decoders made of LLaMA blocks (LLaMA, Mistral, Qwen2, Qwen3), as Transformers builds them.
+
+Shapes: hidden [batch, tokens, width].
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+
+@dataclass
+class DecoderContext:
+    """What all blocks of one forward share.
+
+    Attributes:
+        attention_mask: as the attention implementation wants it; one mask serves every anchor.
+        position_ids: [batch, tokens]; the same in every segment.
+        past_key_values: slot i belongs to the i-th block of the route, whichever anchor it is of.
+        stitch_bias: for each slot the biases of q, k, v, o; None without PST.
+        block_kwargs: passed on to every block.
+    """
+
+    attention_mask: Tensor | None = None
+    position_ids: Tensor | None = None
+    past_key_values: Cache | None = None
+    use_cache: bool = False
+    stitch_bias: Sequence[tuple[Tensor, ...]] | None = None
+    block_kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+class SlotView:
+    """A cache as the blocks of a later segment see it: their own index, shifted to their place in the route."""
+
+    def __init__(self, cache: Cache, shift: int):
+        self.cache, self.shift = cache, shift
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any):
+        return self.cache.update(key_states, value_states, layer_idx + self.shift, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["cache"], name)
+
+
+class LlamaFamily:
+    """The verbs of `Family` for a `...ForCausalLM` of LLaMA blocks."""
+
+    blocks_module = "model.layers"
+    embedding_modules = ("model.embed_tokens",)
+    head_modules = ("model.norm", "lm_head")
+
+    def blocks(self, anchor: nn.Module) -> nn.ModuleList:
+        return anchor.model.layers
+
+    def attention(self, block: nn.Module) -> nn.Module:
+        return block.self_attn
+
+    def embed(self, anchor: nn.Module, inputs: Tensor) -> Tensor:
+        return anchor.model.embed_tokens(inputs)
+
+    def run(
+        self, anchor: nn.Module, hidden: Tensor, start: int, stop: int, slot: int, context: DecoderContext
+    ) -> Tensor:
+        decoder, cache = anchor.model, context.past_key_values
+        if cache is not None and slot != start:
+            cache = SlotView(cache, slot - start)
+        position_embeddings = decoder.rotary_emb(hidden, position_ids=context.position_ids)
+        for index in range(start, stop):
+            extra = {} if context.stitch_bias is None else {"stitch_bias": context.stitch_bias[slot + index - start]}
+            hidden = decoder.layers[index](
+                hidden,
+                attention_mask=context.attention_mask,
+                position_ids=context.position_ids,
+                past_key_values=cache,
+                use_cache=context.use_cache,
+                position_embeddings=position_embeddings,
+                **extra,
+                **context.block_kwargs,
+            )
+        return hidden
+
+    def head(self, anchor: nn.Module, hidden: Tensor) -> Tensor:
+        return anchor.lm_head(anchor.model.norm(hidden))

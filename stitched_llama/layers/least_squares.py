@@ -1,0 +1,93 @@
+"""Streamed least squares: memory in O(width^2), whatever the number of tokens (DESIGN: calibration)."""
+
+import torch
+
+
+class LeastSquares:
+    """Accumulates `X -> Y` rows as Gram matrices in float64 and solves once, with bias and a relative ridge.
+
+    Adding the rows of several junctions to one accumulator minimises the sum of their residuals.
+
+    Args:
+        in_width, out_width: features of X and Y.
+        device: where the sums live.
+    """
+
+    def __init__(self, in_width: int, out_width: int, device: torch.device | str = "cpu"):
+        def zeros(*shape: int) -> torch.Tensor:
+            return torch.zeros(*shape, dtype=torch.float64, device=device)
+
+        self.rows = 0
+        self.weight_sum = zeros(())
+        self.xx, self.xy = zeros(in_width, in_width), zeros(in_width, out_width)
+        self.x_sum, self.y_sum = zeros(in_width), zeros(out_width)
+
+    @torch.no_grad()
+    def add(self, x: torch.Tensor, y: torch.Tensor, weights: torch.Tensor | None = None) -> None:
+        """Adds rows x [rows, in_width], y [rows, out_width]; `weights` [rows] scale their squared residuals."""
+        if len(x) != len(y):
+            raise ValueError(f"{len(x)} rows of X against {len(y)} of Y: they must be activations of the same tokens")
+        device = self.xx.device
+        x, y = x.to(device, torch.float64), y.to(device, torch.float64)
+        weights = torch.ones(len(x), dtype=torch.float64, device=device) if weights is None else weights.to(device).double()
+        weighted = x * weights[:, None]
+        self.rows += len(x)
+        self.weight_sum += weights.sum()
+        self.xx += weighted.T @ x
+        self.xy += weighted.T @ y
+        self.x_sum += weighted.sum(0)
+        self.y_sum += weights @ y
+
+    def solve(self, ridge: float = 1e-4) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weight [out_width, in_width] and bias [out_width], float64, of the affine map of least squared residual.
+
+        Args:
+            ridge: added to the diagonal of X's covariance, relative to its mean.
+
+        Raises:
+            ValueError: no rows were added, or they are not finite.
+        """
+        if self.rows == 0:
+            raise ValueError("no activations to fit: calibrate needs at least one batch with a token that is not padding")
+        x_mean, y_mean = self.x_sum / self.weight_sum, self.y_sum / self.weight_sum
+        covariance = self.xx / self.weight_sum - torch.outer(x_mean, x_mean)
+        cross = self.xy / self.weight_sum - torch.outer(x_mean, y_mean)
+        if not (covariance.isfinite().all() and cross.isfinite().all()):
+            raise ValueError("the activations hold NaN or infinity: load the anchors in float32 or bfloat16, not float16")
+        scale = covariance.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
+        covariance.diagonal().add_(ridge * scale)
+        weight = torch.linalg.lstsq(covariance, cross).solution if ridge == 0 else _solve(covariance, cross)
+        return weight.T.contiguous(), y_mean - weight.T @ x_mean
+
+
+def _solve(covariance: torch.Tensor, cross: torch.Tensor) -> torch.Tensor:
+    factor, failed = torch.linalg.cholesky_ex(covariance)
+    if failed:
+        return torch.linalg.pinv(covariance, hermitian=True) @ cross
+    return torch.cholesky_solve(cross, factor)
+
+
+class Residual:
+    """Streamed R2 of a prediction: 1 - residual / variance, over all features of the target together."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self.residual = self.squares = 0.0
+        self.total: torch.Tensor | float = 0.0
+
+    @torch.no_grad()
+    def add(self, predicted: torch.Tensor, target: torch.Tensor) -> None:
+        """Adds rows [rows, features] of both."""
+        predicted, target = predicted.double(), target.double().to(predicted.device)
+        self.rows += len(target)
+        self.residual += float((target - predicted).square().sum())
+        self.squares += float(target.square().sum())
+        self.total = self.total + target.sum(0)
+
+    @property
+    def r2(self) -> float:
+        """R2, or NaN before the first row."""
+        if self.rows == 0:
+            return float("nan")
+        variance = self.squares - float(torch.as_tensor(self.total).square().sum()) / self.rows
+        return 1.0 - self.residual / variance if variance > 0 else float("nan")

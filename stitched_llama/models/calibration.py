@@ -1,0 +1,174 @@
+"""Calibration: every stitching layer by least squares, in one pass over a few batches of unlabelled text."""
+
+import math
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from stitched_llama.layers import LeastSquares, Residual
+from stitched_llama.space import Junction
+
+if TYPE_CHECKING:
+    from .modeling_base import StitchedPreTrainedModel
+
+_HELD_OUT_EVERY, _HELD_OUT_MOST = 8, 8
+_R2_WARNING = 0.5
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What calibration found, on batches that were kept out of the fit.
+
+    Attributes:
+        r2: junction -> R2 of the predicted activations, the first token of each row left out.
+        r2_with_first: the same with the first token, whose activation can be hundreds of times the others'.
+        loss: stitch key -> loss before any training, nats a token; the honest figure.
+        rows: tokens in the fit.
+        held_out: False when one batch had to serve both the fit and the report.
+    """
+
+    r2: dict[str, float] = field(default_factory=dict)
+    r2_with_first: dict[str, float] = field(default_factory=dict)
+    loss: dict[str, float] = field(default_factory=dict)
+    rows: int = 0
+    held_out: bool = True
+
+    def __str__(self) -> str:
+        lines = [f"{'junction':<18} {'R2':>7} {'R2 with first token':>20}"]
+        lines += [f"{name:<18} {value:7.3f} {self.r2_with_first[name]:20.3f}" for name, value in self.r2.items()]
+        lines += ["", f"{'stitch':<24} {'loss before training':>20}"]
+        lines += [f"{key:<24} {value:20.4f}" for key, value in self.loss.items()]
+        return "\n".join(lines)
+
+
+def calibrate(
+    model: "StitchedPreTrainedModel",
+    batches: Iterable[dict[str, Tensor]],
+    ridge: float = 1e-4,
+    shared: str = "joint",
+    row_weights: str = "none",
+    progress: bool = True,
+) -> Calibration:
+    """Fits every stitching layer to the activation that enters the tail, and reports what that is worth.
+
+    The target of a junction into block b is the output of the large anchor's block b-1, its embedding for b = 0.
+    Every eighth batch (eight at most) is kept out of the fit for the report. Memory is O(width^2) a stitching layer.
+
+    Args:
+        batches: dicts of `input_ids` and optionally `attention_mask`, [batch, tokens] each.
+        ridge: relative to the mean variance of the head's features.
+        shared: for a layer that serves several junctions, `"joint"` minimises the sum of their residuals, `"mean"`
+            averages their separate solutions (SN-Net).
+        row_weights: `"none"`, or `"inverse_norm"` to keep massive activations from owning the fit.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: no batch, PST is attached already, or an unknown option.
+
+    Source: SN-Net section 3.2, ESTA section 4.1.
+    """
+    if shared not in ("joint", "mean"):
+        raise ValueError(f"shared {shared!r} is unknown; 'joint' or 'mean' is needed")
+    if row_weights not in ("none", "inverse_norm"):
+        raise ValueError(f"row_weights {row_weights!r} is unknown; 'none' or 'inverse_norm' is needed")
+    if model.config.pst is not None:
+        raise ValueError("PST is attached: calibrate before attach_pst, so that LoRA starts from the fitted layers")
+    junctions = [j for j in model.space.junctions if j.layer in model.stitching_layers]
+    sums: dict[tuple[str, str], LeastSquares] = {}
+    held_out, first_batch = [], None
+    training, rows = model.training, 0
+    model.eval()
+    with torch.no_grad():
+        for number, batch in enumerate(tqdm(batches, desc="calibrate", disable=not progress)):
+            batch = {name: tensor.to(model.device) for name, tensor in batch.items() if name in ("input_ids", "attention_mask")}
+            first_batch = batch if first_batch is None else first_batch
+            if number % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1 and len(held_out) < _HELD_OUT_MOST:
+                held_out.append(batch)
+                continue
+            kept = _mask(batch).flatten().bool()
+            rows += int(kept.sum())
+            for junction, x, y in _activations(model, junctions, batch):
+                x, y = x.flatten(0, 1)[kept.to(x.device)], y.flatten(0, 1)[kept.to(y.device)]
+                name = (junction.layer, str(junction) if shared == "mean" else "")
+                if name not in sums:
+                    sums[name] = LeastSquares(x.shape[1], y.shape[1], device=y.device)
+                weights = 1 / y.double().square().mean(1).clamp_min(1e-12) if row_weights == "inverse_norm" else None
+                sums[name].add(x, y, weights)
+        if first_batch is None:
+            raise ValueError("calibrate got no batches: pass dicts of input_ids and attention_mask")
+        _solve(model, sums, rows, ridge)
+        report = _report(model, junctions, held_out or [first_batch], rows, bool(held_out), progress)
+    model.train(training)
+    model.table = model.table.with_metrics("loss_before", report.loss)
+    _warn(report)
+    return report
+
+
+def _mask(batch: dict[str, Tensor]) -> Tensor:
+    return batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+
+
+def _activations(model: Any, junctions: list[Junction], batch: dict[str, Tensor]):
+    """Yields (junction, X, Y) with one forward of each anchor; X, Y: [batch, tokens, width]."""
+    outputs = [model.block_outputs(index, **batch) for index in range(len(model.anchors))]
+    for junction in junctions:
+        yield junction, outputs[junction.head][junction.head_stop], outputs[junction.tail][junction.tail_start]
+
+
+def _solve(model: Any, sums: dict[tuple[str, str], LeastSquares], rows: int, ridge: float) -> None:
+    by_layer: dict[str, list[LeastSquares]] = {}
+    for (layer, _), squares in sums.items():
+        by_layer.setdefault(layer, []).append(squares)
+    for layer, squares in by_layer.items():
+        width = len(squares[0].x_sum)
+        if rows <= width:
+            warnings.warn(
+                f"{rows} tokens for the {width} features of stitching layer {layer}: the ridge decides; give more batches",
+                stacklevel=3,
+            )
+        solutions = [one.solve(ridge) for one in squares]
+        weight = torch.stack([solution[0] for solution in solutions]).mean(0)
+        bias = torch.stack([solution[1] for solution in solutions]).mean(0)
+        model.stitching_layers[layer].init_solution(weight, bias)
+
+
+def _report(model: Any, junctions: list[Junction], batches: list, rows: int, held_out: bool, progress: bool) -> Calibration:
+    with_first = {str(j): Residual() for j in junctions}
+    without = {str(j): Residual() for j in junctions}
+    totals = {key: [0.0, 0] for key in model.keys}
+    for batch in tqdm(batches, desc="report", disable=not progress):
+        mask = _mask(batch).bool()
+        rest = mask & (mask.cumsum(1) > 1)
+        for junction, x, y in _activations(model, junctions, batch):
+            predicted = model.stitching_layers[junction.layer](x).to(y.device)
+            with_first[str(junction)].add(predicted[mask.to(y.device)], y[mask.to(y.device)])
+            without[str(junction)].add(predicted[rest.to(y.device)], y[rest.to(y.device)])
+        labels = batch["input_ids"].masked_fill(~mask, -100)
+        tokens = int((labels[:, 1:] != -100).sum())
+        for key, total in totals.items():
+            total[0] += float(model(**batch, labels=labels, stitch_id=key, use_cache=False).loss) * tokens
+            total[1] += tokens
+    return Calibration(
+        r2={name: residual.r2 for name, residual in without.items()},
+        r2_with_first={name: residual.r2 for name, residual in with_first.items()},
+        loss={key: total / tokens if tokens else math.nan for key, (total, tokens) in totals.items()},
+        rows=rows,
+        held_out=held_out,
+    )
+
+
+def _warn(report: Calibration) -> None:
+    poor = {name: value for name, value in report.r2.items() if not value >= _R2_WARNING}
+    if poor:
+        name, value = min(poor.items(), key=lambda item: item[1])
+        warnings.warn(
+            f"{len(poor)} of {len(report.r2)} junctions do not fit (R2 below {_R2_WARNING}), the worst is {name} with "
+            f"{value:.2f}: look at the loss of its stitches before you train for hours; anchors of one family, or aligned "
+            "to each other, fit best",
+            stacklevel=3,
+        )

@@ -1,0 +1,40 @@
+"""The model card of a bundle, from its table."""
+
+from pathlib import Path
+
+from stitched_llama.space import Stitch, StitchTable, format_bytes, format_count
+
+
+def model_card(anchors: list[dict], stitches: list[Stitch], table: StitchTable) -> str:
+    """Markdown with Hub metadata: which anchors are needed, which sizes are published, how to load one."""
+    names = [anchor.get("name_or_path") or "an unnamed model" for anchor in anchors]
+    hub_ids = [name for name in names if name.count("/") == 1 and not name.startswith((".", "/")) and not Path(name).exists()]
+    head = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags:", "- stitched-llama"]
+    if hub_ids:
+        head += ["base_model:", *(f"- {name}" for name in hub_ids), "base_model_relation: adapter"]
+    published = table.published(stitches)
+    metrics = [table.metric] if table.metric else []
+    rows = [f"| stitch_id | key | parameters | bfloat16 weights | {' | '.join(metrics)}{' |' if metrics else ''}"]
+    rows.append("| --- " * (4 + len(metrics)) + "|")
+    for stitch in stitches:
+        if stitch.key in published:
+            values = [f"{table.metrics[name].get(stitch.key, float('nan')):.4f} |" for name in metrics]
+            size = format_bytes(2 * stitch.params)
+            rows.append(f"| {stitch.stitch_id} | `{stitch.key}` | {format_count(stitch.params)} | {size} | {' '.join(values)}")
+    middle = published[len(published) // 2]
+    budget = format_count(next(stitch.params for stitch in stitches if stitch.key == middle) * 1.02)
+    return "\n".join(
+        [
+            *head, "---", "", "# Stitched LLaMA bundle", "",
+            f"{len(stitches)} sizes between {' and '.join(f'`{name}`' for name in names)}, "
+            "trained at once by parameter-efficient stitch fine-tuning. The anchors' weights are not in it: they are "
+            "loaded from where they were published.", "",
+            "```python", "import stitched_llama  # registers the classes",
+            "from transformers import AutoModelForCausalLM, AutoTokenizer", "",
+            'model = AutoModelForCausalLM.from_pretrained("this/bundle")',
+            'tokenizer = AutoTokenizer.from_pretrained("this/bundle")',
+            f'model.generate(**tokenizer("Hello", return_tensors="pt"), budget="{budget}")', "```", "",
+            "## Published sizes", "", "A budget chooses among these; every stitch stays reachable by `stitch_id`.", "",
+            *rows, "",
+        ]
+    )  # fmt: skip

@@ -1,0 +1,91 @@
+"""What every stitched configuration holds, whatever its family."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+
+from stitched_llama.pst import PSTConfig
+from stitched_llama.space import Precision, StitchSpace, anchor_spec
+
+_NOT_KEPT = ("_name_or_path", "transformers_version", "quantization_config", "dtype")
+
+
+@strict
+class StitchedConfig(PreTrainedConfig):
+    """Configuration of a stitched model.
+
+    Args:
+        anchor_configs: the anchors' own configurations as JSON objects, small to large.
+        anchors: where each anchor's weights are: `name_or_path`, `revision`, `fingerprint` (part -> digest).
+        kernel_size, stride, direction, pairs: options of `StitchSpace`.
+        space_digest: of the space the weights were trained in; another space is refused.
+        pst: settings of PST when it is attached (fields of `PSTConfig`).
+        default_stitch_id: id or key that `forward` and `generate` take when none is given; None is the largest anchor.
+        keys: the stitches a bundle holds; None is all of the space.
+        stitching_dtype: `"int8"` when a bundle holds its stitching layers in 8 bits.
+    """
+
+    anchor_configs: list | None = None
+    anchors: list | None = None
+    kernel_size: int = 1
+    stride: int = 1
+    direction: str = "fast-to-slow"
+    pairs: str = "nearest"
+    space_digest: str | None = None
+    pst: dict | None = None
+    default_stitch_id: int | str | None = None
+    keys: list | None = None
+    stitching_dtype: str | None = None
+
+    @classmethod
+    def from_anchor_configs(cls, configs: Sequence[Any], **options: Any):
+        """A configuration from the anchors' own: folders, Hub ids, JSON objects or configuration objects.
+
+        Raises:
+            ValueError: the anchors do not belong together, or stand in the wrong order.
+        """
+        fields = [_fields(config) for config in configs]
+        config = cls(anchor_configs=fields, **options)
+        config.space_digest = config.stitch_space().digest
+        return config
+
+    def stitch_space(self, precision: Precision = Precision()) -> StitchSpace:
+        """The space this configuration describes, built anew.
+
+        Raises:
+            ValueError: there are no anchor configurations.
+        """
+        if not self.anchor_configs:
+            raise ValueError(f"{type(self).__name__} names no anchors: build it with from_anchor_configs([small, large])")
+        return StitchSpace(
+            [anchor_spec(config) for config in self.anchor_configs],
+            kernel_size=self.kernel_size,
+            stride=self.stride,
+            direction=self.direction,
+            pairs=self.pairs,
+            precision=precision,
+        )
+
+    def anchor_config(self, index: int) -> PreTrainedConfig:
+        """The configuration object of anchor number `index`."""
+        content = dict(self.anchor_configs[index])
+        return AutoConfig.for_model(content.pop("model_type"), **content)
+
+    @property
+    def pst_config(self) -> PSTConfig | None:
+        return None if self.pst is None else PSTConfig.from_dict(self.pst)
+
+
+def _fields(config: Any) -> dict[str, Any]:
+    if isinstance(config, str):
+        config = AutoConfig.from_pretrained(config)
+    if not isinstance(config, Mapping):
+        config = config.to_dict()
+    common = PreTrainedConfig().to_dict()
+    return {
+        name: value
+        for name, value in config.items()
+        if name not in _NOT_KEPT and (name not in common or value != common[name] or name == "model_type")
+    }

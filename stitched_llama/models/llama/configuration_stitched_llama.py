@@ -1,0 +1,49 @@
+"""Configuration of stitched decoders of LLaMA blocks."""
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+
+from ..configuration import StitchedConfig
+
+
+@strict
+class StitchedLlamaConfig(StitchedConfig):
+    """Configuration of `StitchedLlamaForCausalLM`; see `StitchedConfig` for its own fields.
+
+    The remaining fields describe the stitched model to Transformers' caches and generation. They follow from the
+    anchors: `num_hidden_layers` is the deepest route, widths and heads are the largest anchor's.
+    """
+
+    model_type = "stitched_llama"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 32
+    head_dim: int = 128
+    max_position_embeddings: int = 2048
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    tie_word_embeddings: bool = False
+    pad_token_id: int | None = None
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+
+    def __post_init__(self, **kwargs: Any):
+        super().__post_init__(**kwargs)
+        if self.anchor_configs:
+            self._describe_to_transformers()
+
+    def _describe_to_transformers(self) -> None:
+        space = self.stitch_space()
+        largest = self.anchor_config(-1)
+        self.num_hidden_layers = max(stitch.depth for stitch in space)
+        for name in ("vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim"):
+            setattr(self, name, getattr(largest, name))
+        lengths = [self.anchor_config(i).max_position_embeddings for i in range(len(self.anchor_configs))]
+        self.max_position_embeddings = min(lengths)
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            setattr(self, name, getattr(largest, name, None))

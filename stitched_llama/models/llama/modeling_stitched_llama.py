@@ -1,0 +1,201 @@
+"""Stitched decoders of LLaMA blocks: one forward for every size, `generate` with a size or a budget."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationMixin
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY, capture_outputs
+
+from stitched_llama.anchors import DecoderContext
+from stitched_llama.space import Stitch
+
+from ..modeling_base import StitchedPreTrainedModel
+from ..route import walk
+from .configuration_stitched_llama import StitchedLlamaConfig
+
+
+class StitchedLlamaForCausalLM(StitchedPreTrainedModel, GenerationMixin):
+    """Every size between two or more frozen decoders of LLaMA blocks.
+
+    Example:
+        >>> model = StitchedLlamaForCausalLM.from_pretrained("me/my-bundle")
+        >>> model.generate(**tokenizer("Tell me about alpacas.", return_tensors="pt"), budget="9B")
+
+    Source: ESTA section 5.2.
+    """
+
+    config_class = StitchedLlamaConfig
+    _no_split_modules = ["LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _tied_weights_keys = None
+
+    def __init__(self, config: StitchedLlamaConfig, anchors=None):
+        super().__init__(config, anchors)
+        implementations = {anchor.config._attn_implementation for anchor in self.anchors}
+        if len(implementations) > 1:
+            raise ValueError(f"anchors run with different attention implementations {sorted(implementations)}: load both with one attn_implementation")  # fmt: skip
+        config._attn_implementation = implementations.pop()
+        _CAN_RECORD_REGISTRY[self] = self.anchors[0]._can_record_outputs
+
+    def get_input_embeddings(self):
+        return self.anchors[0].get_input_embeddings()
+
+    def get_output_embeddings(self):
+        return self.anchors[-1].get_output_embeddings()
+
+    def set_input_embeddings(self, value):
+        self.resize_token_embeddings()
+
+    @can_return_tuple
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        stitch_id: int | str | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Runs one stitch.
+
+        Args:
+            input_ids: [batch, tokens]; or `inputs_embeds` [batch, tokens, width of the first anchor].
+            attention_mask: [batch, past + tokens], 1 for tokens to attend to.
+            stitch_id: id or key; a key also under `torch.compile`. None takes the default of the configuration.
+            labels: [batch, tokens], -100 where no loss is wanted.
+
+        Raises:
+            ValueError: no such stitch, or the cache was made by another stitch.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("exactly one of input_ids and inputs_embeds is needed")
+        stitch = self.stitch(self.pinned_key if self.pinned_key is not None else stitch_id)
+        first, last = stitch.segments[0].anchor, stitch.segments[-1].anchor
+        if inputs_embeds is None:
+            inputs_embeds = self.families[first].embed(self.anchors[first], input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if past_key_values is not None and not torch.compiler.is_compiling():
+            _claim(past_key_values, stitch)
+        loss_kwargs = {name: kwargs.pop(name) for name in ("num_items_in_batch",) if name in kwargs}
+        context = self._context(
+            first,
+            inputs_embeds,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            use_cache=bool(use_cache),
+            stitch_bias=None if self.stitch_bias is None else self.stitch_bias(stitch.key),
+            block_kwargs=kwargs,
+        )
+        hidden = walk(self.families, self.anchors, self.stitching_layers, stitch, inputs_embeds, context)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.families[last].head(self.anchors[last], hidden[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_kwargs)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+
+    @torch.no_grad()
+    def block_outputs(self, anchor: int, input_ids: Tensor, attention_mask: Tensor | None = None) -> list[Tensor]:
+        """Activations of one anchor running alone: `[i]` enters block i, `[-1]` leaves the last; no gradients.
+
+        Shapes: input_ids and attention_mask [batch, tokens] -> each [batch, tokens, width].
+        """
+        model, family = self.anchors[anchor], self.families[anchor]
+        outputs = [family.embed(model, input_ids)]
+        context = self._context(anchor, outputs[0], attention_mask)
+        for block in range(self.space.anchors[anchor].depth):
+            outputs.append(family.run(model, outputs[-1], block, block + 1, block, context))
+        return outputs
+
+    def _context(
+        self,
+        anchor: int,
+        embeds: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None = None,
+        cache: Cache | None = None,
+        **fields: Any,
+    ) -> DecoderContext:
+        if position_ids is None:
+            past = cache.get_seq_length() if cache is not None else 0
+            position_ids = (torch.arange(embeds.shape[1], device=embeds.device) + past).unsqueeze(0)
+        mask = create_causal_mask(
+            config=self.anchors[anchor].config,
+            inputs_embeds=embeds,
+            attention_mask=attention_mask,
+            past_key_values=cache,
+            position_ids=position_ids,
+        )
+        return DecoderContext(mask, position_ids, cache, **fields)
+
+    def generate(
+        self, inputs: Tensor | None = None, *args: Any, stitch_id: int | str | None = None, budget: Any = None, **kwargs: Any
+    ):
+        """`GenerationMixin.generate` at one size: by `stitch_id`, by `budget` ("9B", "12GB", "8 GMACs"), or the default.
+
+        `assistant_model` may also be the id or key of a smaller stitch of this model.
+
+        Raises:
+            ValueError: both a stitch and a budget are given, the budget is too small, or no such stitch.
+        """
+        for config in (args[0] if args else None, kwargs.get("generation_config"), self.generation_config):
+            if config is not None and (hasattr(config, "stitch_id") or hasattr(config, "budget")):
+                raise ValueError(
+                    "generation_config holds stitch_id or budget, which Transformers would swallow: remove it there, and "
+                    "pass it to generate() or set config.default_stitch_id"
+                )
+        if stitch_id is not None and budget is not None:
+            raise ValueError(f"stitch_id {stitch_id!r} and budget {budget!r} both given: pass one of them")
+        if self.pinned_key is not None:
+            stitch = self.stitch(self.pinned_key)
+        elif budget is not None:
+            prompt = inputs if inputs is not None else kwargs.get("input_ids")
+            stitch = self.choose(budget, self._context_tokens(prompt, kwargs))
+        else:
+            stitch = self.stitch(stitch_id)
+        if isinstance(kwargs.get("assistant_model"), (int, str)):
+            kwargs["assistant_model"] = self.pinned(kwargs["assistant_model"])
+        return super().generate(inputs, *args, stitch_id=stitch.key, **kwargs)
+
+    def _context_tokens(self, prompt: Tensor | None, kwargs: dict[str, Any]) -> int:
+        """Tokens the KV cache of a call will hold over all rows and beams."""
+        config = kwargs.get("generation_config") or self.generation_config
+        rows, length = prompt.shape[:2] if prompt is not None else (1, 0)
+        wanted = {name: kwargs.get(name, getattr(config, name, None)) for name in ("max_new_tokens", "max_length", "num_beams")}
+        new = wanted["max_new_tokens"]
+        total = length + new if new is not None else max(length, wanted["max_length"] or length + 20)
+        return rows * (wanted["num_beams"] or 1) * total
+
+
+def _claim(cache: Cache, stitch: Stitch) -> None:
+    """Marks an empty cache as this stitch's; refuses one that another stitch has filled.
+
+    Raises:
+        ValueError: the cache holds another stitch's keys and values.
+    """
+    owner = getattr(cache, "stitch_key", None)
+    if owner != stitch.key:
+        if owner is not None and cache.get_seq_length() > 0:
+            raise ValueError(
+                f"this cache was filled by stitch {owner} and cannot be continued by {stitch.key}: "
+                "start a new cache when you change the size"
+            )
+        cache.stitch_key = stitch.key

@@ -1,0 +1,186 @@
+"""Anchors by reference: checked from their configs alone, loaded whole or only the blocks a route needs."""
+
+import json
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import cached_file
+
+from stitched_llama.anchors import FAMILIES, Family
+from stitched_llama.bundles import fingerprint_files, fingerprint_tensors, part_of
+from stitched_llama.space import AnchorSpec, Stitch
+
+_INDEX, _WEIGHTS = "model.safetensors.index.json", "model.safetensors"
+_HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+
+
+def check_tokenizers(names: Sequence[Any], **hub: Any) -> None:
+    """Refuses anchors whose tokenizers differ; says so where an anchor has none to compare.
+
+    Raises:
+        ValueError: two anchors give different ids to the same piece.
+    """
+    vocabularies = []
+    for name in names:
+        if not isinstance(name, str):
+            continue
+        try:
+            vocabularies.append((name, AutoTokenizer.from_pretrained(name, **hub).get_vocab()))
+        except (OSError, ValueError, TypeError, KeyError, ImportError, AttributeError):
+            logging.getLogger(__name__).info("%s has no tokenizer to compare", name)
+    for (name, vocabulary), (other, theirs) in zip(vocabularies, vocabularies[1:]):
+        if vocabulary != theirs:
+            piece = min(p for p in vocabulary.keys() | theirs.keys() if vocabulary.get(p) != theirs.get(p))
+            raise ValueError(
+                f"anchors do not belong together: piece {piece!r} has id {vocabulary.get(piece)} in {name} and "
+                f"{theirs.get(piece)} in {other}; stitches need one tokenizer"
+            )
+
+
+def weight_files(name_or_path: str, needed: "_Needed | None" = None, **hub: Any) -> dict[str, Path]:
+    """Tensor name -> safetensors file that holds it, of a folder or Hub repository; fetches only files that are needed.
+
+    Raises:
+        ValueError: there are no safetensors weights.
+    """
+    hub = {name: value for name, value in hub.items() if name in _HUB_OPTIONS and value is not None}
+    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_gated_repo": True}
+    index = cached_file(name_or_path, _INDEX, **quiet, **hub)
+    if index is not None:
+        shards = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+        wanted = {tensor: shard for tensor, shard in shards.items() if needed is None or needed(tensor)}
+        files = {shard: Path(cached_file(name_or_path, shard, **hub)) for shard in sorted(set(wanted.values()))}
+        return {tensor: files[shard] for tensor, shard in wanted.items()}
+    weights = cached_file(name_or_path, _WEIGHTS, **quiet, **hub)
+    if weights is None:
+        raise ValueError(f"{name_or_path} has no {_WEIGHTS}: only safetensors weights are read; convert it first")
+    with safe_open(weights, framework="pt") as file:
+        return {tensor: Path(weights) for tensor in file.keys() if needed is None or needed(tensor)}
+
+
+class _Needed:
+    """Which tensors of an anchor a set of routes needs."""
+
+    def __init__(self, family: Family, spec: AnchorSpec, index: int, stitches: Iterable[Stitch]):
+        routes = [stitch.segments for stitch in stitches]
+        self.family = family
+        self.blocks = {b for route in routes for s in route if s.anchor == index for b in range(s.start, s.stop)}
+        self.head = any(route[-1].anchor == index for route in routes)
+        self.embedding = any(route[0].anchor == index for route in routes) or (self.head and spec.tied)
+        self.all = len(self.blocks) == spec.depth and self.head and self.embedding
+
+    def __call__(self, tensor: str) -> bool:
+        family = self.family
+        if tensor.startswith(family.blocks_module + "."):
+            return int(tensor.removeprefix(family.blocks_module + ".").split(".")[0]) in self.blocks
+        if tensor.startswith(family.embedding_modules):
+            return self.embedding
+        return self.head if tensor.startswith(family.head_modules) else True
+
+
+def load_anchor(
+    name_or_path: str, config: Any, spec: AnchorSpec, index: int, stitches: Iterable[Stitch] | None, **options: Any
+) -> tuple[PreTrainedModel, dict[str, str]]:
+    """An anchor, frozen, with the digests of its parts; only the blocks, embedding and head that `stitches` need.
+
+    Raises:
+        ValueError: there are no safetensors weights, or a tensor is missing.
+    """
+    needed = None if stitches is None else _Needed(FAMILIES[spec.family], spec, index, stitches)
+    if needed is not None and needed.all:
+        needed = None
+    files = weight_files(name_or_path, needed, **options)
+    fingerprint = fingerprint_files(sorted(set(files.values())))
+    if needed is None:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            name_or_path, use_safetensors=True, output_loading_info=True, **options
+        )
+    else:
+        fingerprint = {part: digest for part, digest in fingerprint.items() if part in {part_of(t) for t in files}}
+        options = {name: value for name, value in options.items() if name not in _HUB_OPTIONS}
+        model_class = _partial_class(AutoModelForCausalLM._model_mapping[type(config)], needed)
+        model, info = model_class.from_pretrained(
+            None, config=config, state_dict=_read(files), output_loading_info=True, **options
+        )
+    if info["missing_keys"]:
+        raise ValueError(
+            f"{name_or_path} lacks {len(info['missing_keys'])} tensors, the first is {min(info['missing_keys'])}: "
+            "the checkpoint is incomplete, download it again"
+        )
+    model.requires_grad_(False)
+    return model.eval(), fingerprint
+
+
+def _partial_class(model_class: type[PreTrainedModel], needed: _Needed) -> type[PreTrainedModel]:
+    """The same model with everything that is not needed left empty, original block numbers kept."""
+
+    def __init__(self, config):
+        model_class.__init__(self, config)
+        blocks = self.get_submodule(needed.family.blocks_module)
+        for number in range(len(blocks)):
+            if number not in needed.blocks:
+                blocks[number] = nn.Identity()
+        unused = () if needed.embedding else needed.family.embedding_modules
+        unused += () if needed.head else needed.family.head_modules
+        for name in unused:
+            self.set_submodule(name, nn.Identity())
+        if not (needed.head and needed.embedding):
+            self.all_tied_weights_keys = {}
+
+    return type(model_class.__name__, (model_class,), {"__init__": __init__, "__module__": model_class.__module__})
+
+
+def _read(files: Mapping[str, Path]) -> dict[str, Any]:
+    tensors = {}
+    for path in sorted(set(files.values())):
+        with safe_open(path, framework="pt") as file:
+            tensors |= {name: file.get_tensor(name) for name, home in files.items() if home == path}
+    return tensors
+
+
+def fingerprint_in_memory(model: PreTrainedModel) -> dict[str, str]:
+    """Digests of the parts of an anchor that was handed over as an object."""
+    tied = set(model.all_tied_weights_keys)
+    return fingerprint_tensors({name: t for name, t in model.state_dict().items() if name not in tied})
+
+
+def reference_to(model: PreTrainedModel) -> dict[str, Any]:
+    """How a bundle names an anchor that was handed over as an object: by the files it came from if it still equals
+    them (in its own dtype), else by its weights in memory alone."""
+    name = model.name_or_path
+    try:
+        files = weight_files(name) if name else {}
+    except (ValueError, OSError):
+        files = {}
+    own = model.state_dict()
+    for path in set(files.values()):
+        with safe_open(path, framework="pt") as file:
+            for tensor in (t for t in file.keys() if t in own and own[t].is_floating_point()):
+                row = file.get_slice(tensor)[:1].to(own[tensor].dtype)
+                if own[tensor].shape[0] and not torch.equal(row, own[tensor][:1].cpu()):
+                    files = {}
+                    break
+    if not files:
+        return {"name_or_path": None, "revision": None, "fingerprint": fingerprint_in_memory(model)}
+    revision = getattr(model.config, "_commit_hash", None)
+    return {"name_or_path": name, "revision": revision, "fingerprint": fingerprint_files(sorted(set(files.values())))}
+
+
+def check_fingerprint(name: str, index: int, recorded: Mapping[str, str], found: Mapping[str, str]) -> None:
+    """Refuses an anchor whose weights are not those the bundle was trained on.
+
+    Raises:
+        ValueError: a part differs; names it, with both digests.
+    """
+    for part, digest in found.items():
+        if recorded.get(part) != digest:
+            raise ValueError(
+                f"anchor {index} changed: {part} of {name} has digest {digest}, the bundle was trained on "
+                f"{recorded.get(part)}; load the original weights (revision), or train again"
+            )

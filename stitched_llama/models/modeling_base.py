@@ -1,0 +1,175 @@
+"""What every stitched model is, whatever its family: frozen anchors, stitching layers, a space and its table."""
+
+import copy
+import logging
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from stitched_llama.anchors import FAMILIES
+from stitched_llama.layers import StitchingLayer
+from stitched_llama.pst import PSTConfig, StitchBias, attach_pst
+from stitched_llama.space import Precision, Stitch, StitchTable
+
+from .calibration import Calibration, calibrate
+from .configuration import StitchedConfig
+from .storage import BundleMixin
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a line for every 8-bit matmul otherwise
+
+
+class StitchedPreTrainedModel(BundleMixin, PreTrainedModel):
+    """Base of the stitched models.
+
+    The route is an argument of `forward` (`stitch_id=`), never a mode; every method that names a stitch takes an id or
+    a key.
+
+    Attributes:
+        space: all stitches, with exact costs.
+        table: metrics and importance of the stitches, and which are published.
+        anchors: the frozen pretrained models, small to large.
+        stitching_layers: by name, as `Junction.layer` names them.
+        stitch_bias: the biases of PST, or None.
+        keys: the stitches that can run; fewer than the space when a bundle was loaded for one size.
+    """
+
+    config_class = StitchedConfig
+    base_model_prefix = ""
+    supports_gradient_checkpointing = True
+
+    def __init__(self, config: StitchedConfig, anchors: Sequence[nn.Module] | None = None):
+        super().__init__(config)
+        self.space = config.stitch_space()
+        self.table = StitchTable()
+        self.families = [FAMILIES[spec.family] for spec in self.space.anchors]
+        self.keys = [s.key for s in self.space] if config.keys is None else list(config.keys)
+        if anchors is None:
+            anchors = [AutoModelForCausalLM.from_config(config.anchor_config(i)) for i in range(len(self.families))]
+        self.anchors = nn.ModuleList(anchors)
+        self.stitching_layers = nn.ModuleDict()
+        for stitch in map(self.space.__getitem__, self.keys):
+            for junction in stitch.junctions:
+                if junction.layer not in self.stitching_layers:
+                    self.stitching_layers[junction.layer] = self._new_stitching_layer(junction)
+        self.stitch_bias: StitchBias | None = None
+        self.requires_grad_(False)
+        self.post_init()
+        self._count_bytes_as_loaded()
+
+    def initialize_weights(self) -> None:
+        """Nothing to do: anchors come initialised, stitching layers initialise themselves."""
+
+    def _new_stitching_layer(self, junction) -> StitchingLayer:
+        spec = self.space.stitching_layers[junction.layer]
+        blocks = self.families[junction.tail].blocks(self.anchors[junction.tail])
+        norm = next(p for p in blocks[junction.tail_start].parameters() if p.ndim == 1 and p.is_floating_point())
+        return StitchingLayer(spec.in_width, spec.out_width, dtype=norm.dtype, device=norm.device)
+
+    def _count_bytes_as_loaded(self) -> None:
+        """Counts bytes in the dtype and quantisation that the anchors were loaded in."""
+        flags = {"8bit": "is_loaded_in_8bit", "4bit": "is_loaded_in_4bit"}
+        loaded = [name for name, flag in flags.items() if any(getattr(a, flag, False) for a in self.anchors)]
+        dtype = str(next((layer.linear.weight.dtype for layer in self.stitching_layers.values()), self.dtype))
+        precision = Precision(dtype.removeprefix("torch."), loaded[0] if loaded else None)
+        self.space = self.space.with_precision(precision)
+
+    # ---- choosing a stitch
+
+    def stitch(self, stitch_id: int | str | None = None) -> Stitch:
+        """The stitch of an id or key; of the configured default, or else the largest anchor, for None.
+
+        Raises:
+            ValueError: no such stitch, or its blocks were not loaded.
+        """
+        if stitch_id is None:
+            stitch_id = self.config.default_stitch_id
+        if stitch_id is None:
+            largest = self.space.anchor_stitch(-1)
+            stitch_id = largest.key if largest.key in self.keys else self.keys[-1]
+        stitch = self.space[stitch_id]
+        if stitch.key not in self.keys:
+            raise ValueError(
+                f"stitch {stitch.stitch_id} ({stitch.key}) was not loaded: this model holds {len(self.keys)} of "
+                f"{len(self.space)} stitches; load the bundle without stitch_id and budget for all of them"
+            )
+        return stitch
+
+    def choose(self, budget: Any, context_tokens: int = 0) -> Stitch:
+        """The best published stitch within `budget` (see `StitchTable.choose`)."""
+        return self.table.choose(self.space, budget, context_tokens, keys=self.keys)
+
+    @property
+    def published(self) -> list[Stitch]:
+        """The stitches a budget chooses from, ascending in parameters."""
+        at_hand = [self.space[key] for key in self.keys]
+        return [self.space[key] for key in self.table.published(at_hand)]
+
+    def pinned(self, stitch_id: int | str | None = None, budget: Any = None):
+        """A view of this model that always runs one stitch: for `assistant_model`, pipelines and evaluation harnesses.
+
+        It shares every weight; its config and generation config are its own.
+        """
+        stitch = self.choose(budget) if budget is not None else self.stitch(stitch_id)
+        view = copy.copy(self)
+        view.__dict__ = {**self.__dict__}
+        view.config, view.generation_config = copy.deepcopy(self.config), copy.deepcopy(self.generation_config)
+        view.config.default_stitch_id = stitch.key
+        view.pinned_key = stitch.key
+        return view
+
+    pinned_key: str | None = None
+
+    # ---- preparing for training
+
+    def calibrate(self, batches: Iterable[dict[str, torch.Tensor]], **options: Any) -> Calibration:
+        """Initialises the stitching layers by least squares (see `calibration.calibrate`)."""
+        return calibrate(self, batches, **options)
+
+    def attach_pst(self, config: PSTConfig = PSTConfig()) -> None:
+        """Adds the trainable parts by declaration; everything else stays frozen and no output changes.
+
+        Raises:
+            ValueError: PST is attached already, or a rank does not fit.
+        """
+        if self.config.pst is not None:
+            raise ValueError(f"PST is attached already ({self.config.pst}): load the anchors anew for other settings")
+        self.stitch_bias = attach_pst(self.anchors, self.stitching_layers, self.space, config, self.keys)
+        self.config.pst = config.to_dict()
+
+    def trainable_parameters(self) -> dict[str, int]:
+        """Numbers that train, by part, counted on the built tensors."""
+        counts = {"lora": 0, "stitching_layers": 0, "stitch_bias": 0}
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                part = name.split(".")[0]
+                counts["lora" if part == "anchors" else part] += parameter.numel()
+        return counts
+
+    def print_trainable_parameters(self) -> None:
+        """Prints what trains, part by part, against all parameters (as PEFT does)."""
+        counts = self.trainable_parameters()
+        trained, total = sum(counts.values()), sum(anchor.num_parameters() for anchor in self.anchors)
+        parts = ", ".join(f"{name} {count:,}" for name, count in counts.items())
+        share = 100 * trained / total
+        print(f"trainable params: {trained:,} ({parts}) || anchor params: {total:,} || trainable: {share:.4f} %")
+
+    def stitch_parameters(self, stitch_id: int | str) -> list[tuple[str, nn.Parameter]]:
+        """The named trainable tensors that lie on one stitch's route."""
+        stitch = self.stitch(stitch_id)
+        prefixes = [f"stitching_layers.{junction.layer}." for junction in stitch.junctions]
+        prefixes.append(f"stitch_bias.vectors.{stitch.key}")
+        modules = {id(self.families[a].blocks(self.anchors[a])[b]) for a, b in stitch.blocks()}
+        prefixes += [f"{name}." for name, module in self.named_modules() if id(module) in modules]
+        named = [(name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad]
+        return [(name, parameter) for name, parameter in named if name.startswith(tuple(prefixes))]
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any):
+        """Refused: every anchor has its own embedding and head.
+
+        Raises:
+            ValueError: always, with the way round.
+        """
+        raise ValueError("a stitched model cannot be resized: resize each anchor's vocabulary, then stitch them anew")

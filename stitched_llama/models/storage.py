@@ -1,0 +1,281 @@
+"""Making a stitched model from anchors, and saving and loading it as a bundle that holds none of their weights."""
+
+import copy
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi, snapshot_download
+from torch import Tensor
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+
+from stitched_llama.bundles import (
+    CARD,
+    CONFIG,
+    GENERATION,
+    TABLE,
+    WEIGHTS,
+    Bundle,
+    dequantize_rows,
+    quantize_rows,
+    write_bundle,
+)
+from stitched_llama.pst import is_low_rank
+from stitched_llama.space import StitchTable, anchor_spec
+
+from .card import model_card
+from .loading import check_fingerprint, check_tokenizers, fingerprint_in_memory, load_anchor, reference_to
+
+_HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+_LOAD = ("dtype", "quantization_config", "device_map", "max_memory", "offload_folder", "attn_implementation")
+_IGNORED = ("adapter_kwargs", "trust_remote_code", "code_revision", "use_safetensors", "low_cpu_mem_usage", "weights_only")
+
+
+class BundleMixin:
+    """`from_anchors`, `from_pretrained`, `save_pretrained` and `push_to_hub` of stitched models."""
+
+    @classmethod
+    def from_anchors(cls, anchors: Sequence[Any], **how: Any):
+        """A stitched model from two or more pretrained anchors, small to large, its stitching layers not yet calibrated.
+
+        Args:
+            anchors: folders, Hub ids or loaded models.
+            how: `kernel_size`, `stride`, `direction`, `pairs` shape the space; `dtype`, `quantization_config`,
+                `device_map`, `attn_implementation` and the Hub's options reach each anchor's `from_pretrained`.
+
+        Raises:
+            ValueError: the anchors do not belong together or stand in the wrong order; both values are named.
+        """
+        space = {name: how.pop(name) for name in ("kernel_size", "stride", "direction", "pairs") if name in how}
+        load, hub = _take(how, _LOAD), _take(how, _HUB)
+        if how:
+            raise TypeError(f"from_anchors got unknown arguments {sorted(how)}")
+        names = [os.fspath(a) if isinstance(a, os.PathLike) else a for a in anchors]
+        configs = [AutoConfig.from_pretrained(a, **hub) if isinstance(a, str) else a.config for a in names]
+        config = cls.config_class.from_anchor_configs(configs, **space)
+        check_tokenizers(names, **hub)
+        loaded, references = [], []
+        for index, (name, anchor_config) in enumerate(zip(names, configs)):
+            if isinstance(name, str):
+                spec = anchor_spec(anchor_config.to_dict())
+                model, fingerprint = load_anchor(name, anchor_config, spec, index, None, **load, **hub)
+                revision = getattr(model.config, "_commit_hash", None) or hub.get("revision")
+                references.append({"name_or_path": name, "revision": revision, "fingerprint": fingerprint})
+            else:
+                model = name
+                references.append(reference_to(model))
+            loaded.append(model)
+        config.anchors = references
+        stitched = cls(config, anchors=loaded)
+        stitched.generation_config = copy.deepcopy(loaded[-1].generation_config)
+        return stitched.eval()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any):
+        """Loads a bundle and its anchors; nothing is initialised anew and no code is run.
+
+        Args:
+            pretrained_model_name_or_path: a folder or a Hub repository that holds a bundle.
+            stitch_id, budget: load only what this one size needs from disk or the Hub.
+            context_tokens: tokens of KV cache that a budget of memory must also hold.
+            anchors: folders, Hub ids or models to use instead of those the bundle names.
+            dtype, quantization_config, device_map, attn_implementation: reach each anchor.
+
+        Raises:
+            ValueError: an anchor changed, a tensor is missing or has another shape, the space differs, or the budget
+                is too small.
+        """
+        name = os.fspath(pretrained_model_name_or_path)
+        wanted = {key: kwargs.pop(key, None) for key in ("stitch_id", "budget", "anchors", "config")}
+        context_tokens = kwargs.pop("context_tokens", 0)
+        load, hub = _take(kwargs, _LOAD), _take(kwargs, _HUB)
+        kwargs = {key: v for key, v in kwargs.items() if key not in _IGNORED and not key.startswith("_")}
+        bundle = Bundle.open(_bundle_folder(name, hub))
+        config = wanted["config"] or cls.config_class.from_dict(dict(bundle.config))
+        for key in list(kwargs):
+            if not hasattr(config, key):
+                raise TypeError(f"from_pretrained got an unknown argument {key!r}")
+            setattr(config, key, kwargs.pop(key))
+        space, table = config.stitch_space(), StitchTable.from_dict(bundle.table)
+        if space.digest != bundle.table["space_digest"]:
+            raise ValueError(
+                f"{name} was trained in space {bundle.table['space_digest']}, its config describes {space.digest}: "
+                "the config was edited, or the rules of this version differ"
+            )
+        if wanted["budget"] is not None:
+            config.keys = [table.choose(space, wanted["budget"], context_tokens, keys=config.keys).key]
+        elif wanted["stitch_id"] is not None:
+            stitch = space[wanted["stitch_id"]]
+            if config.keys is not None and stitch.key not in config.keys:
+                raise ValueError(f"stitch {stitch.stitch_id} ({stitch.key}) is not in {name}: it holds {config.keys}")
+            config.keys = [stitch.key]
+        stitches = [stitch for stitch in space if config.keys is None or stitch.key in config.keys]
+        loaded = _load_anchors(config, bundle.folder, wanted["anchors"], stitches, load, hub)
+        model = cls(config, anchors=loaded)
+        model.table = table
+        if (pst := config.pst_config) is not None:
+            config.pst = None
+            model.attach_pst(pst)
+        model.load_bundle(bundle)
+        if (bundle.folder / GENERATION).is_file():
+            model.generation_config = GenerationConfig.from_pretrained(bundle.folder)
+        config._name_or_path = name
+        return model.eval()
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        stitches: str = "all",
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Saves a bundle: trained parts, stitching layers, table, configs, model card. An interrupted save changes nothing.
+
+        Args:
+            stitches: `"all"`, or `"published"` to leave out everything that no published stitch needs.
+            stitching_dtype: `"int8"` halves the stitching layers' bytes against bfloat16 (kept on later saves).
+
+        Raises:
+            ValueError: `stitches` or `stitching_dtype` is unknown.
+        """
+        if stitches not in ("all", "published"):
+            raise ValueError(f"stitches {stitches!r} is unknown; 'all' or 'published' is needed")
+        stitching_dtype = kwargs.pop("stitching_dtype", self.config.stitching_dtype)
+        if stitching_dtype not in (None, "int8"):
+            raise ValueError(f"stitching_dtype {stitching_dtype!r} is unknown; None or 'int8' is needed")
+        if not is_main_process:
+            return
+        config = copy.deepcopy(self.config)
+        config.architectures, config.stitching_dtype = [type(self).__name__], stitching_dtype
+        keys = self.keys if stitches == "all" else [stitch.key for stitch in self.published]
+        config.keys = None if len(keys) == len(self.space) else keys
+        space = config.stitch_space()
+        texts = {CONFIG: config.to_json_string(), GENERATION: self.generation_config.to_json_string()}
+        texts[CARD] = model_card(config.anchors or [{}] * len(self.anchors), [space[key] for key in keys], self.table)
+        write_bundle(save_directory, self._bundle_tensors(keys, stitching_dtype), self.table.to_dict(space, keys), texts)
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **_take(kwargs, ("token", "private")))
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str = "Upload stitched bundle",
+        private: bool | None = None,
+        token: str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        **save: Any,
+    ):
+        """Uploads the bundle with its own model card; `save` goes to `save_pretrained`. Returns the commit."""
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, **save)
+            return api.upload_folder(
+                repo_id=repo_id, folder_path=folder, commit_message=commit_message, revision=revision, create_pr=create_pr
+            )
+
+    def load_bundle(self, bundle: Bundle) -> None:
+        """Copies a bundle's tensors into this model: every one this model has, no more, no less than it has.
+
+        Raises:
+            ValueError: a tensor is missing or has another shape.
+        """
+        own = self._own_tensors(self.keys)
+        names = list(own)
+        scales = [f"{name}_scale" for name in names if f"{name}_scale" in bundle.shapes]
+        for name in names:
+            if name in bundle.shapes and bundle.shapes[name] != tuple(own[name].shape):
+                raise ValueError(
+                    f"tensor {name} of {bundle.folder} has shape {list(bundle.shapes[name])}, "
+                    f"this model needs {list(own[name].shape)}"
+                )
+        tensors = bundle.load_tensors(names + scales)
+        with torch.no_grad():
+            for name, tensor in own.items():
+                saved = tensors[name]
+                if f"{name}_scale" in tensors:
+                    saved = dequantize_rows(saved, tensors[f"{name}_scale"])
+                tensor.copy_(saved)
+
+    def _own_tensors(self, keys: Sequence[str]) -> dict[str, Tensor]:
+        """What a bundle holds of this model, by the name it has there."""
+        routes = [self.space[key] for key in keys]
+        layers = {junction.layer for stitch in routes for junction in stitch.junctions}
+        blocks = {block for stitch in routes for block in stitch.blocks()}
+        own = {}
+        for name, tensor in self.state_dict(keep_vars=True).items():
+            head, *rest = name.split(".")
+            if head == "stitching_layers" and rest[0] in layers:
+                keep = True
+            elif head == "stitch_bias":
+                keep = ".".join(rest[1:]) in keys
+            elif head == "anchors" and is_low_rank(name):
+                prefix = f"{self.families[int(rest[0])].blocks_module}."
+                keep = (int(rest[0]), int(name.split(prefix)[1].split(".")[0])) in blocks
+            else:
+                keep = False
+            if keep:
+                own[_bundle_name(name)] = tensor
+        return own
+
+    def _bundle_tensors(self, keys: Sequence[str], stitching_dtype: str | None) -> dict[str, Tensor]:
+        tensors = dict(self._own_tensors(keys))
+        if stitching_dtype == "int8":
+            for name in [n for n in tensors if n.startswith("stitching_layers.") and n.endswith(".proj.weight")]:
+                tensors[name], tensors[f"{name}_scale"] = quantize_rows(tensors[name].detach())
+        return tensors
+
+
+def _bundle_name(name: str) -> str:
+    """A tensor's name in a bundle: PEFT's wrapping and this package's containers left out."""
+    return name.replace(".base_layer.", ".").replace(".default.", ".").replace("stitch_bias.vectors.", "stitch_bias.")
+
+
+def _take(kwargs: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Removes `names` from `kwargs` and returns those that were set."""
+    taken = {name: kwargs.pop(name) for name in names if name in kwargs}
+    return {name: value for name, value in taken.items() if value is not None}
+
+
+def _bundle_folder(name: str, hub: dict[str, Any]) -> Path:
+    if Path(name).is_dir():
+        return Path(name)
+    options = {key: hub[key] for key in ("revision", "token", "cache_dir", "local_files_only") if hub.get(key) is not None}
+    try:
+        return Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS, TABLE, GENERATION], **options))
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise OSError(f"{name!r} is neither a folder here nor a bundle on the Hub in reach: {reason}") from error
+
+
+def _load_anchors(config, folder: Path, given, stitches, load: dict[str, Any], hub: dict[str, Any]) -> list:
+    hub = {name: value for name, value in hub.items() if name != "revision"}  # the bundle's revision is not the anchors'
+    if given is not None and len(given) != len(config.anchors):
+        raise ValueError(f"{len(given)} anchors given, the bundle has {len(config.anchors)}")
+    loaded = []
+    for index, reference in enumerate(config.anchors):
+        source = given[index] if given is not None else reference["name_or_path"]
+        if source is None:
+            raise ValueError(f"the bundle does not know where anchor {index} lies: pass anchors=[...] to from_pretrained")
+        if isinstance(source, PreTrainedModel):
+            check_fingerprint(f"the given model {index}", index, reference["fingerprint"], fingerprint_in_memory(source))
+            loaded.append(source)
+            continue
+        source = os.fspath(source)
+        if not Path(source).is_dir() and (folder / source).is_dir():
+            source = str(folder / source)
+        revision = reference["revision"] if given is None else None
+        options = {**load, **hub} | ({"revision": revision} if revision else {})
+        spec = anchor_spec(config.anchor_configs[index])
+        try:
+            anchor, found = load_anchor(source, config.anchor_config(index), spec, index, stitches, **options)
+        except OSError as error:
+            raise OSError(f"anchor {index} of the bundle, {source!r}, cannot be loaded: {error}") from error
+        check_fingerprint(source, index, reference["fingerprint"], found)
+        loaded.append(anchor)
+    return loaded

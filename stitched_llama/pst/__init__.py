@@ -1,0 +1,12 @@
+"""Parameter-efficient stitch fine-tuning: what trains, and nothing else.
+
+config  settings and counts
+bias    a bias for each stitch
+attach  LoRA and low-rank updates through PEFT, everything else frozen
+"""
+
+from .attach import attach_pst, is_low_rank
+from .bias import StitchBias
+from .config import PSTConfig
+
+__all__ = ["PSTConfig", "StitchBias", "attach_pst", "is_low_rank"]

@@ -1,0 +1,55 @@
+"""Attaches PST to anchors and stitching layers, and says what trains."""
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from torch import nn
+
+from stitched_llama.anchors import FAMILIES
+from stitched_llama.space import StitchSpace
+
+from .bias import StitchBias, install_bias_hooks
+from .config import PSTConfig
+
+
+def attach_pst(
+    anchors: nn.ModuleList, stitching_layers: nn.ModuleDict, space: StitchSpace, config: PSTConfig, keys: list[str]
+) -> StitchBias | None:
+    """Freezes everything, adds LoRA and the low-rank updates in place, and returns the biases of the stitches `keys`.
+
+    Born neutral: no output changes by a bit. Trainable tensors are float32 whatever the anchors are.
+
+    Raises:
+        ValueError: a rank that does not fit.
+    """
+    ranks, stitching_ranks = config.ranks(space), config.stitching_ranks(space)
+    for module in (anchors, stitching_layers):
+        module.requires_grad_(False)
+    for anchor, spec, rank in zip(anchors, space.anchors, ranks):
+        names = [name for name, *_ in spec.blocks[0].adapted]
+        present = [block for block in FAMILIES[spec.family].blocks(anchor) if not isinstance(block, nn.Identity)]
+        if rank and present:
+            inject_adapter_in_model(_lora(rank, names, config), anchor)
+        if config.stitch_bias:
+            for block in present:
+                install_bias_hooks(FAMILIES[spec.family], block, names)
+    for name, layer in stitching_layers.items():
+        if stitching_ranks[name]:
+            inject_adapter_in_model(_lora(stitching_ranks[name], ["proj"], config), layer)
+    for name, parameter in [*anchors.named_parameters(), *stitching_layers.named_parameters()]:
+        if is_low_rank(name):
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)
+    if not config.stitch_bias:
+        return None
+    device = next((p.device for p in stitching_layers.parameters()), torch.device("cpu"))
+    return StitchBias(space, [space[key] for key in keys], torch.float32, device)
+
+
+def is_low_rank(name: str) -> bool:
+    """Whether a parameter name is of a LoRA branch."""
+    return ".lora_A." in name or ".lora_B." in name
+
+
+def _lora(rank: int, names: list[str], config: PSTConfig) -> LoraConfig:
+    # alpha = rank: scale 1 (DESIGN section 7)
+    return LoraConfig(r=rank, lora_alpha=rank, target_modules=names, lora_dropout=config.dropout)

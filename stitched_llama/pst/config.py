@@ -1,0 +1,88 @@
+"""Settings of parameter-efficient stitch fine-tuning (PST)."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from stitched_llama.space import StitchSpace
+
+
+@dataclass(frozen=True)
+class PSTConfig:
+    """What trains (ESTA section 4.1): shared LoRA, a low-rank update of each stitching layer, a bias a stitch.
+
+    Args:
+        rank: LoRA rank on q, k, v, o; one for all anchors or one each. 0 leaves the attention frozen.
+        stitching_rank: rank of the stitching layers' update; None is the paper's `in_width / 4`, 0 freezes them.
+        stitch_bias: a bias of each stitch on q, k, v, o of every block of its route.
+        dropout: on the input of the LoRA branches.
+    """
+
+    rank: int | tuple[int, ...] = 16
+    stitching_rank: int | None = None
+    stitch_bias: bool = True
+    dropout: float = 0.0
+
+    def ranks(self, space: StitchSpace) -> tuple[int, ...]:
+        """The LoRA rank of each anchor.
+
+        Raises:
+            ValueError: as many ranks as anchors are needed, or a rank exceeds a width it adapts.
+        """
+        count = len(space.anchors)
+        ranks = tuple(self.rank) if isinstance(self.rank, (tuple, list)) else (self.rank,) * count
+        if len(ranks) != count:
+            raise ValueError(f"{len(ranks)} ranks {ranks} for {count} anchors: give one rank, or one for each anchor")
+        for index, (rank, anchor) in enumerate(zip(ranks, space.anchors)):
+            narrowest = min(min(d_in, d_out) for _, d_in, d_out in anchor.blocks[0].adapted)
+            _check_rank(rank, narrowest, f"rank of anchor {index}")
+        return ranks
+
+    def stitching_ranks(self, space: StitchSpace) -> dict[str, int]:
+        """The rank of each stitching layer's update, by layer name."""
+        ranks = {}
+        for name, layer in space.stitching_layers.items():
+            ranks[name] = max(1, layer.in_width // 4) if self.stitching_rank is None else self.stitching_rank
+            _check_rank(ranks[name], min(layer.in_width, layer.out_width), f"stitching_rank of layer {name}")
+        return ranks
+
+    def trainable_params(self, space: StitchSpace) -> dict[str, int]:
+        """Numbers that train, by part, from the space alone; `print_trainable_parameters` counts the built tensors."""
+        lora = sum(
+            rank * (d_in + d_out)
+            for rank, anchor in zip(self.ranks(space), space.anchors)
+            for block in anchor.blocks
+            for _, d_in, d_out in block.adapted
+        )
+        layers = space.stitching_layers
+        stitching = sum(r * (layers[n].in_width + layers[n].out_width) for n, r in self.stitching_ranks(space).items())
+        bias = sum(
+            d_out
+            for stitch in space
+            for anchor, block in stitch.blocks()
+            for _, _, d_out in space.anchors[anchor].blocks[block].adapted
+        )
+        return {"lora": lora, "stitching_layers": stitching, "stitch_bias": bias if self.stitch_bias else 0}
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> "PSTConfig":
+        """Reads what `to_dict` wrote.
+
+        Raises:
+            ValueError: an unknown field.
+        """
+        known = {f.name for f in fields(cls)}
+        if unknown := set(content) - known:
+            raise ValueError(f"PST settings hold unknown fields {sorted(unknown)}; known are {sorted(known)}")
+        values = dict(content)
+        if isinstance(values.get("rank"), list):
+            values["rank"] = tuple(values["rank"])
+        return cls(**values)
+
+
+def _check_rank(rank: int, width: int, name: str) -> None:
+    if not 0 <= rank <= width:
+        raise ValueError(f"{name} is {rank}, the width it adapts is {width}: choose a rank in 0..{width}")

@@ -1,0 +1,80 @@
+"""Which stitch a training step draws: a pure function of (seed, step) and the importance averages."""
+
+import math
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from stitched_llama.space import Stitch, intervals
+
+SCHEMES = ("importance", "esta", "interval", "uniform")
+
+
+@dataclass(frozen=True)
+class StitchSampler:
+    """Draws the student of each step; every rank draws the same without talking.
+
+    Schemes: `uniform` over all stitches (SN-Net); `interval`, a cost interval uniformly, then a stitch in it uniformly;
+    `esta`, a cost interval, then softmax of raw importance (ESTA section 4.2); `importance` (default), a cost interval,
+    then softmax of importance z-scores within it, with a floor for every stitch and regular visits to the anchors.
+
+    Args:
+        stitches: those that train, ascending in parameters.
+        scheme: one of `SCHEMES`.
+        interval_count: equal parts of the parameter range (ESTA: 6 for LLaMA, about 15 for ViT).
+        warmup_steps: steps drawn uniformly at first, to fill the averages.
+        floor: share of the draws spread evenly over the stitches of an interval (`importance` only).
+        anchor_share: share of the draws given to anchors other than the largest (`importance` only); the largest
+            trains at every step as teacher.
+        seed: of all draws.
+
+    Raises:
+        ValueError: no stitches, an unknown scheme, or a share outside [0, 1].
+    """
+
+    stitches: Sequence[Stitch]
+    scheme: str = "importance"
+    interval_count: int = 6
+    warmup_steps: int = 0
+    floor: float = 0.2
+    anchor_share: float = 0.15
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.stitches:
+            raise ValueError("no stitches to draw from")
+        if self.scheme not in SCHEMES:
+            raise ValueError(f"sampling {self.scheme!r} is unknown; one of {', '.join(SCHEMES)} is needed")
+        for name in ("floor", "anchor_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; a share lies in 0..1")
+
+    def draw(self, step: int, importance: Mapping[str, float]) -> str:
+        """The key of the stitch of optimiser step `step` (from 0)."""
+        rng = random.Random(f"{self.seed}/{step}")
+        if self.scheme == "uniform":
+            return rng.choice(self.stitches).key
+        if self.scheme == "importance":
+            anchors = [stitch.key for stitch in self.stitches if stitch.is_anchor][:-1]
+            if anchors and rng.random() < self.anchor_share:
+                return rng.choice(anchors)
+        if self.scheme != "interval" and step < self.warmup_steps:
+            return rng.choice(self.stitches).key
+        groups = intervals([stitch.params for stitch in self.stitches], self.interval_count)
+        keys = [self.stitches[index].key for index in rng.choice(groups)]
+        return rng.choices(keys, self._weights([importance.get(key) for key in keys]))[0]
+
+    def _weights(self, scores: list[float | None]) -> list[float]:
+        """Probabilities inside an interval; a stitch never visited counts as an average one."""
+        known = [score for score in scores if score is not None]
+        if self.scheme == "interval" or not known:
+            return [1.0] * len(scores)
+        mean = sum(known) / len(known)
+        filled = [mean if score is None else score for score in scores]
+        if self.scheme == "importance":
+            deviation = math.sqrt(sum((score - mean) ** 2 for score in known) / len(known)) or 1.0
+            filled = [(score - mean) / deviation for score in filled]
+        top = max(filled)
+        raw = [math.exp(score - top) for score in filled]
+        floor = self.floor if self.scheme == "importance" else 0.0
+        return [floor / len(raw) + (1 - floor) * weight / sum(raw) for weight in raw]

@@ -1,0 +1,42 @@
+"""The space of stitches and their costs: plain values, standard library only (a Hub id needs huggingface_hub).
+
+spec      sizes of an anchor from its config.json
+configs   reads config.json from a folder or the Hub
+rules     which blocks may be joined
+stitch    segments, junctions, stitches
+cost      exact cost of a route
+space     all stitches of a family, in order
+budget    what a user can afford
+frontier  Pareto front, cost intervals
+table     metrics, importance, published stitches, choice by budget
+"""
+
+from .budget import Budget, format_bytes, format_count
+from .configs import read_config
+from .cost import Precision
+from .frontier import best_of_intervals, intervals, pareto_front
+from .space import StitchSpace
+from .spec import AnchorSpec, Part, anchor_spec
+from .stitch import Junction, Segment, Stitch, StitchingLayerSpec
+from .table import StitchTable, higher_is_better
+
+__all__ = [
+    "AnchorSpec",
+    "Budget",
+    "Junction",
+    "Part",
+    "Precision",
+    "Segment",
+    "Stitch",
+    "StitchSpace",
+    "StitchTable",
+    "StitchingLayerSpec",
+    "anchor_spec",
+    "best_of_intervals",
+    "format_bytes",
+    "format_count",
+    "higher_is_better",
+    "intervals",
+    "pareto_front",
+    "read_config",
+]

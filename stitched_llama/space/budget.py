@@ -1,0 +1,77 @@
+"""Budgets: what a user can afford, read from text such as `9B`, `12GB` or `8 GMACs`."""
+
+import re
+from dataclasses import dataclass
+
+from .stitch import Stitch
+
+_DECIMAL = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9, "t": 10**12}
+_BYTES = {unit + "b": 1000**i for i, unit in enumerate(("", "k", "m", "g", "t"))} | {
+    unit + "ib": 1024**i for i, unit in enumerate(("", "k", "m", "g", "t")) if unit
+}
+_TIMES = ("ms", "s", "tok/s", "tokens/s")
+_EXAMPLES = "examples: '9B' or 9e9 (parameters), '12GB' (weights and KV cache), '8 GMACs' (a token)"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """An upper limit on one cost.
+
+    Attributes:
+        kind: `"params"`, `"memory_bytes"` (weights and the KV cache of the context) or `"macs_per_token"`.
+        limit: in units of that cost.
+        text: as the user wrote it.
+    """
+
+    kind: str
+    limit: float
+    text: str
+
+    @classmethod
+    def parse(cls, budget: "str | int | float | Budget") -> "Budget":
+        """Reads a budget; a bare number counts parameters.
+
+        Raises:
+            ValueError: the text is no budget, or is in a unit that needs a device profile.
+        """
+        if isinstance(budget, Budget):
+            return budget
+        text = str(budget).strip()
+        match = re.fullmatch(r"([0-9][0-9_,]*\.?[0-9]*(?:[eE][+-]?[0-9]+)?)\s*([a-zA-Z/]*)", text)
+        if not match or isinstance(budget, bool):
+            raise ValueError(f"budget {text!r} cannot be read; {_EXAMPLES}")
+        number, unit = float(match[1].replace(",", "").replace("_", "")), match[2].lower()
+        if unit in _TIMES:
+            raise ValueError(f"budget {text!r} is a time: that needs a profile of the device; {_EXAMPLES}")
+        if number <= 0:
+            raise ValueError(f"budget {text!r} is not above zero; {_EXAMPLES}")
+        if unit.endswith("macs") and unit[:-4] in _DECIMAL:
+            return cls("macs_per_token", number * _DECIMAL[unit[:-4]], text)
+        if unit in _DECIMAL:  # "b" alone is billions of parameters, not bytes
+            return cls("params", number * _DECIMAL[unit], text)
+        if unit in _BYTES:
+            return cls("memory_bytes", number * _BYTES[unit], text)
+        raise ValueError(f"budget {text!r} has the unknown unit {match[2]!r}; {_EXAMPLES}")
+
+    def cost_of(self, stitch: Stitch, context_tokens: int = 0) -> float:
+        """What a stitch takes of this budget; `context_tokens` is the length of the KV cache."""
+        if self.kind == "memory_bytes":
+            return stitch.weight_bytes + context_tokens * stitch.kv_bytes_per_token
+        return getattr(stitch, self.kind)
+
+    def fits(self, stitch: Stitch, context_tokens: int = 0) -> bool:
+        return self.cost_of(stitch, context_tokens) <= self.limit
+
+
+def format_count(number: float) -> str:
+    """`6906982400` as `6.91B`: a budget that `Budget.parse` reads."""
+    for unit, size in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("K", 10**3)):
+        if number >= size:
+            return f"{number / size:.3g}{unit}" if number < 1000 * size else f"{number / size:.0f}{unit}"
+    return f"{number:.0f}"
+
+
+def format_bytes(number: float) -> str:
+    """`12000000000` as `12GB`."""
+    return format_count(number).replace("B", "G") + "B"
+

@@ -1,0 +1,76 @@
+"""Exact cost of a route by arithmetic on specs; tests hold it against `numel()` and a FLOP counter."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from .spec import AnchorSpec, Part
+from .stitch import Segment, StitchingLayerSpec
+
+BYTES_PER_NUMBER = {"float32": 4, "bfloat16": 2, "float16": 2}
+QUANTIZATIONS = (None, "8bit", "4bit")
+_NF4_BLOCK = 64  # bitsandbytes' block: one float32 scale for 64 weights
+
+
+@dataclass(frozen=True)
+class Precision:
+    """In which form the weights and the cache are held.
+
+    Attributes:
+        dtype: of everything that is not quantised, and of the KV cache.
+        quantization: `None`, `"8bit"` (LLM.int8) or `"4bit"` (NF4), of the blocks' linear layers.
+        context_tokens: tokens attended to, for `macs_per_token`; 0 leaves attention over the context out.
+    """
+
+    dtype: str = "bfloat16"
+    quantization: str | None = None
+    context_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        if self.dtype not in BYTES_PER_NUMBER:
+            raise ValueError(f"dtype {self.dtype!r} is unknown; one of {', '.join(BYTES_PER_NUMBER)} is needed")
+        if self.quantization not in QUANTIZATIONS:
+            raise ValueError(f"quantization {self.quantization!r} is unknown; None, '8bit' or '4bit' is needed")
+        if self.context_tokens < 0:
+            raise ValueError(f"context_tokens is {self.context_tokens}; it cannot be negative")
+
+    def weight_bytes(self, part: Part) -> int:
+        number = BYTES_PER_NUMBER[self.dtype]
+        if self.quantization is None:
+            return part.params * number
+        rest = (part.params - part.linear_params) * number
+        if self.quantization == "8bit":
+            return rest + part.linear_params + 4 * part.linear_rows
+        return rest + part.linear_params // 2 + 4 * (-(-part.linear_params // _NF4_BLOCK))
+
+
+@dataclass(frozen=True)
+class Cost:
+    params: int
+    macs_per_token: int
+    weight_bytes: int
+    kv_bytes_per_token: int
+
+
+def route_cost(
+    anchors: Sequence[AnchorSpec],
+    segments: Sequence[Segment],
+    stitching_layers: Iterable[StitchingLayerSpec],
+    precision: Precision,
+) -> Cost:
+    """Cost of one route as deployed: embedding of the first anchor, blocks, stitching layers, head of the last."""
+    first, last = anchors[segments[0].anchor], anchors[segments[-1].anchor]
+    blocks = [part for s in segments for part in anchors[s.anchor].blocks[s.start : s.stop]]
+    number = BYTES_PER_NUMBER[precision.dtype]
+    params = macs = weight = 0
+    for part in (first.embedding, *blocks, last.head):
+        params += part.params
+        macs += part.macs_per_token + part.macs_per_context_token * precision.context_tokens
+        weight += precision.weight_bytes(part)
+    for layer in stitching_layers:
+        params += layer.params
+        macs += layer.in_width * layer.out_width
+        weight += layer.params * number
+    if last.tied and segments[0].anchor == segments[-1].anchor:
+        params -= last.embedding.params
+        weight -= last.embedding.params * number
+    return Cost(params, macs, weight, sum(part.kv_width for part in blocks) * number)

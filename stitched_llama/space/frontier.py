@@ -1,0 +1,46 @@
+"""Which stitches are worth publishing: the Pareto front of a metric, or the best of each cost interval."""
+
+from collections.abc import Mapping, Sequence
+
+from .stitch import Stitch
+
+
+def pareto_front(stitches: Sequence[Stitch], metric: Mapping[str, float], higher_is_better: bool) -> list[str]:
+    """Keys of the stitches that no stitch of at most their parameters equals or beats, ascending in parameters.
+
+    Stitches without a metric are never on the front.
+    """
+    sign = 1 if higher_is_better else -1
+    front: list[str] = []
+    best = float("-inf")
+    rated = [stitch for stitch in stitches if stitch.key in metric]
+    for stitch in sorted(rated, key=lambda s: (s.params, -sign * metric[s.key], s.key)):
+        if sign * metric[stitch.key] > best:
+            front.append(stitch.key)
+            best = sign * metric[stitch.key]
+    return front
+
+
+def intervals(costs: Sequence[float], count: int) -> list[list[int]]:
+    """Indices grouped into `count` equal parts of the cost range, empty parts left out (ESTA section 4.2).
+
+    Raises:
+        ValueError: `count` below 1 or no costs.
+    """
+    if count < 1 or not costs:
+        raise ValueError(f"{count} intervals over {len(costs)} costs: at least 1 of each is needed")
+    low, high = min(costs), max(costs)
+    width = (high - low) / count or 1.0
+    groups: list[list[int]] = [[] for _ in range(count)]
+    for index, cost in enumerate(costs):
+        groups[min(int((cost - low) / width), count - 1)].append(index)
+    return [group for group in groups if group]
+
+
+def best_of_intervals(stitches: Sequence[Stitch], importance: Mapping[str, float], count: int) -> list[str]:
+    """The key of highest importance in each interval of parameters (ESTA: deployment without evaluation)."""
+    rated = [stitch for stitch in stitches if stitch.key in importance]
+    if not rated:
+        return []
+    groups = intervals([stitch.params for stitch in rated], count)
+    return [max((rated[i].key for i in group), key=lambda key: importance[key]) for group in groups]

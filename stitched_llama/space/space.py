@@ -1,0 +1,188 @@
+"""All stitches of a family of anchors, in order."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from itertools import combinations
+from typing import Any
+
+from .configs import read_config
+from .cost import Precision, route_cost
+from .rules import Pairing, pairings
+from .spec import AnchorSpec, anchor_spec
+from .stitch import Junction, Segment, Stitch, StitchingLayerSpec, route_key
+
+DIRECTIONS = ("fast-to-slow", "slow-to-fast", "both")
+PAIRS = ("nearest", "any", "chain")
+
+
+class StitchSpace:
+    """Every stitch of two or more anchors, iterable by `stitch_id` (ascending in parameters).
+
+    Args:
+        anchors: specs in ascending order of parameters.
+        kernel_size, stride: the sliding window of SN-Net; ESTA takes 1 and 1 for LLaMA, 2 and 1 for ViT.
+        direction: `"fast-to-slow"` (small head, large tail; default), `"slow-to-fast"` or `"both"`.
+        pairs: `"nearest"` neighbours in size (default), `"any"` pair, or `"chain"`: any pair and routes over three.
+        precision: the form of weights and cache in which bytes are counted.
+
+    Raises:
+        ValueError: fewer than two anchors, anchors not in ascending order, vocabularies that differ, a bad option.
+
+    Source: SN-Net section 3.3, ESTA sections 5.1 and 5.2.
+    """
+
+    def __init__(
+        self,
+        anchors: Sequence[AnchorSpec],
+        kernel_size: int = 1,
+        stride: int = 1,
+        direction: str = "fast-to-slow",
+        pairs: str = "nearest",
+        precision: Precision = Precision(),
+    ):
+        _check_anchors(anchors)
+        if direction not in DIRECTIONS:
+            raise ValueError(f"direction {direction!r} is unknown; one of {', '.join(DIRECTIONS)} is needed")
+        if pairs not in PAIRS:
+            raise ValueError(f"pairs {pairs!r} is unknown; one of {', '.join(PAIRS)} is needed")
+        self.anchors = tuple(anchors)
+        self.options = {"kernel_size": kernel_size, "stride": stride, "direction": direction, "pairs": pairs}
+        self.precision = precision
+        self.stitching_layers: dict[str, StitchingLayerSpec] = {}
+        routes = [((Segment(i, 0, spec.depth),), ()) for i, spec in enumerate(self.anchors)]
+        routes += self._routes_over_two() + (self._routes_over_three() if pairs == "chain" else [])
+        self._stitches = self._number(routes)
+        self._by_key = {stitch.key: stitch for stitch in self._stitches}
+
+    @classmethod
+    def from_configs(cls, configs: Sequence[str | Mapping[str, Any]], **options: Any) -> "StitchSpace":
+        """A space from `config.json` alone: each a folder, a Hub id, or the fields themselves. No weights are read."""
+        fields = [read_config(config) if isinstance(config, str) else config for config in configs]
+        return cls([anchor_spec(config) for config in fields], **options)
+
+    def _ordered_pairs(self) -> list[tuple[int, int]]:
+        """(head, tail) anchors that may be joined."""
+        count = len(self.anchors)
+        near = self.options["pairs"] == "nearest"
+        ascending = [(i, j) for i, j in combinations(range(count), 2) if j == i + 1 or not near]
+        descending = [(j, i) for i, j in ascending]
+        return {"fast-to-slow": ascending, "slow-to-fast": descending, "both": ascending + descending}[
+            self.options["direction"]
+        ]
+
+    def _pairings(self, head: int, tail: int) -> list[Pairing]:
+        depths = self.anchors[head].depth, self.anchors[tail].depth
+        return pairings(*depths, self.options["kernel_size"], self.options["stride"])
+
+    def _junction(self, head: int, tail: int, pairing: Pairing) -> Junction:
+        name = f"{head}_{tail}_{pairing.layer}"
+        widths = self.anchors[head].width, self.anchors[tail].width
+        self.stitching_layers.setdefault(name, StitchingLayerSpec(name, *widths))
+        return Junction(name, head, pairing.head_stop, tail, pairing.tail_start)
+
+    def _routes_over_two(self) -> list:
+        routes = []
+        for head, tail in self._ordered_pairs():
+            for p in self._pairings(head, tail):
+                segments = Segment(head, 0, p.head_stop), Segment(tail, p.tail_start, self.anchors[tail].depth)
+                routes.append((segments, (self._junction(head, tail, p),)))
+        return routes
+
+    def _routes_over_three(self) -> list:
+        routes = []
+        pairs = self._ordered_pairs()
+        chains = [(a, b, c) for a, b in pairs for b_, c in pairs if b == b_ and len({a, b, c}) == 3]
+        for a, b, c in chains:
+            for p in self._pairings(a, b):
+                for q in self._pairings(b, c):
+                    if q.head_stop <= p.tail_start:
+                        continue  # no block of the middle anchor is left
+                    segments = (
+                        Segment(a, 0, p.head_stop),
+                        Segment(b, p.tail_start, q.head_stop),
+                        Segment(c, q.tail_start, self.anchors[c].depth),
+                    )
+                    routes.append((segments, (self._junction(a, b, p), self._junction(b, c, q))))
+        return routes
+
+    def _number(self, routes: list) -> tuple[Stitch, ...]:
+        stitches = []
+        for segments, junctions in routes:
+            layers = [self.stitching_layers[junction.layer] for junction in junctions]
+            cost = route_cost(self.anchors, segments, layers, self.precision)
+            stitches.append(Stitch(-1, route_key(segments), segments, junctions, **asdict(cost)))
+        stitches.sort(key=lambda stitch: (stitch.params, stitch.key))
+        return tuple(replace(stitch, stitch_id=i) for i, stitch in enumerate(stitches))
+
+    def __len__(self) -> int:
+        return len(self._stitches)
+
+    def __iter__(self) -> Iterator[Stitch]:
+        return iter(self._stitches)
+
+    def __getitem__(self, stitch_id: int | str) -> Stitch:
+        """A stitch by id or key.
+
+        Raises:
+            ValueError: no such stitch.
+        """
+        if isinstance(stitch_id, str) and stitch_id in self._by_key:
+            return self._by_key[stitch_id]
+        if isinstance(stitch_id, str) and stitch_id.isdecimal():
+            stitch_id = int(stitch_id)
+        if isinstance(stitch_id, int) and not isinstance(stitch_id, bool) and 0 <= stitch_id < len(self):
+            return self._stitches[stitch_id]
+        raise ValueError(
+            f"stitch {stitch_id!r} is not in this space; ids are 0..{len(self) - 1} and keys look like "
+            f"{self._stitches[len(self) // 2].key!r} (list them with `stitched-llama space`)"
+        )
+
+    def __contains__(self, stitch_id: object) -> bool:
+        try:
+            self[stitch_id]  # type: ignore[index]
+        except ValueError:
+            return False
+        return True
+
+    def anchor_stitch(self, anchor: int) -> Stitch:
+        """The stitch that is anchor number `anchor` (negative counts from the end) alone."""
+        index = range(len(self.anchors))[anchor]
+        return self._by_key[str(Segment(index, 0, self.anchors[index].depth))]
+
+    @property
+    def junctions(self) -> list[Junction]:
+        """All distinct junctions, ordered by stitching layer and place."""
+        found = {junction for stitch in self for junction in stitch.junctions}
+        return sorted(found, key=lambda j: (j.head, j.tail, j.head_stop, j.tail_start))
+
+    def with_precision(self, precision: Precision) -> "StitchSpace":
+        """The same space, its bytes and MACs counted in another form."""
+        return StitchSpace(self.anchors, **self.options, precision=precision)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the anchors' shapes, the options and the keys in order: what a `stitch_id` depends on."""
+        content = {
+            "anchors": [[a.family, a.width, a.depth, a.vocab_size, a.params] for a in self.anchors],
+            "options": self.options,
+            "keys": [stitch.key for stitch in self],
+        }
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _check_anchors(anchors: Sequence[AnchorSpec]) -> None:
+    if len(anchors) < 2:
+        raise ValueError(f"{len(anchors)} anchor given; a space needs at least two")
+    for i, (small, large) in enumerate(zip(anchors, anchors[1:])):
+        if small.params > large.params:
+            raise ValueError(
+                f"anchors in the wrong order: anchor {i} has {small.params:,} parameters and anchor {i + 1} has "
+                f"{large.params:,}; name them from small to large"
+            )
+        if small.vocab_size != large.vocab_size:
+            raise ValueError(
+                f"anchors do not belong together: anchor {i} has a vocabulary of {small.vocab_size} and anchor {i + 1} "
+                f"of {large.vocab_size}; stitches need one tokenizer"
+            )

@@ -1,0 +1,102 @@
+"""The values a space is made of: segments, junctions, costs and stitches."""
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Blocks `[start, stop)` of anchor number `anchor`."""
+
+    anchor: int
+    start: int
+    stop: int
+
+    def __str__(self) -> str:
+        return f"{self.anchor}[{self.start}:{self.stop}]"
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class Junction:
+    """The point where a route leaves block `head_stop - 1` of one anchor and enters block `tail_start` of the next.
+
+    `layer` names the stitching layer that serves it; several junctions may share one.
+    """
+
+    layer: str
+    head: int
+    head_stop: int
+    tail: int
+    tail_start: int
+
+    def __str__(self) -> str:
+        return f"{self.head}[:{self.head_stop}]>{self.tail}[{self.tail_start}:]"
+
+
+@dataclass(frozen=True)
+class StitchingLayerSpec:
+    """A linear map with bias between the residual streams of two anchors."""
+
+    name: str
+    in_width: int
+    out_width: int
+
+    @property
+    def params(self) -> int:
+        return self.in_width * self.out_width + self.out_width
+
+
+@dataclass(frozen=True)
+class Stitch:
+    """One route through the anchors, with its exact cost as deployed (PST merged).
+
+    Attributes:
+        stitch_id: contiguous from 0, ascending in `params`: a larger id is a larger model.
+        key: readable and stable, such as `0[0:26]>1[33:40]`.
+        segments, junctions: the route; there is one junction fewer than segments.
+        params: blocks, embedding, final norm, head and stitching layers.
+        macs_per_token: multiply-accumulates for one token at the space's `context_tokens`.
+        weight_bytes: bytes of `params` at the space's dtype and quantisation.
+        kv_bytes_per_token: bytes the KV cache grows by with each token.
+    """
+
+    stitch_id: int
+    key: str
+    segments: tuple[Segment, ...]
+    junctions: tuple[Junction, ...]
+    params: int
+    macs_per_token: int
+    weight_bytes: int
+    kv_bytes_per_token: int
+
+    @property
+    def is_anchor(self) -> bool:
+        return len(self.segments) == 1
+
+    @property
+    def depth(self) -> int:
+        """Blocks on the route."""
+        return sum(len(segment) for segment in self.segments)
+
+    def blocks(self) -> list[tuple[int, int]]:
+        """`(anchor, block)` along the route; the position in the list is the KV cache slot."""
+        return [(segment.anchor, block) for segment in self.segments for block in range(segment.start, segment.stop)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The public JSON form."""
+        return {
+            "stitch_id": self.stitch_id,
+            "key": self.key,
+            "params": self.params,
+            "macs_per_token": self.macs_per_token,
+            "weight_bytes": self.weight_bytes,
+            "kv_bytes_per_token": self.kv_bytes_per_token,
+            "segments": [[segment.anchor, segment.start, segment.stop] for segment in self.segments],
+        }
+
+
+def route_key(segments: tuple[Segment, ...]) -> str:
+    return ">".join(map(str, segments))

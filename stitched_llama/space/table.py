@@ -1,0 +1,137 @@
+"""The table a bundle carries: what is known of each stitch, which are published, and the choice by budget."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from .budget import Budget, format_bytes, format_count
+from .frontier import best_of_intervals, pareto_front
+from .space import StitchSpace
+from .stitch import Stitch
+
+HIGHER_IS_BETTER = {"loss": False, "exact_match": True, "accuracy": True}
+
+
+def higher_is_better(metric: str) -> bool:
+    """The direction of a metric; `loss_before` (untrained) goes as `loss` does.
+
+    Raises:
+        ValueError: the metric is unknown.
+    """
+    try:
+        return HIGHER_IS_BETTER[metric.removesuffix("_before")]
+    except KeyError:
+        raise ValueError(f"metric {metric!r} is unknown; one of {', '.join(HIGHER_IS_BETTER)} is needed") from None
+
+
+@dataclass(frozen=True)
+class StitchTable:
+    """What training and evaluation found out about the stitches of a space.
+
+    Attributes:
+        metrics: metric name -> key -> value, such as `metrics["loss"]["0[0:6]"]`.
+        importance: key -> importance score at the end of training.
+        metric: the metric that decides; one of `metrics`, or None before any evaluation.
+        interval_count: cost intervals of training, for choosing by importance.
+    """
+
+    metrics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    importance: Mapping[str, float] = field(default_factory=dict)
+    metric: str | None = None
+    interval_count: int = 6
+
+    def with_metrics(self, name: str, values: Mapping[str, float], decides: bool = False) -> "StitchTable":
+        """A table that also holds `values`; the first metric, or one that `decides`, rules what is published.
+
+        Raises:
+            ValueError: the direction of the metric is unknown.
+        """
+        higher_is_better(name)
+        metrics = {**self.metrics, name: dict(values)}
+        metric = name if decides or self.metric is None else self.metric
+        return replace(self, metrics=metrics, metric=metric)
+
+    def published(self, stitches: Iterable[Stitch]) -> list[str]:
+        """Keys a budget may choose from, ascending in parameters.
+
+        The Pareto front of the deciding metric; before any evaluation the most important stitch of each interval and
+        the anchors; before any training the anchors alone, as nothing is known of the others.
+        """
+        stitches = list(stitches)
+        if self.metric is not None:
+            return pareto_front(stitches, self.metrics[self.metric], higher_is_better(self.metric))
+        chosen = set(best_of_intervals(stitches, self.importance, self.interval_count))
+        return [stitch.key for stitch in stitches if stitch.key in chosen or stitch.is_anchor]
+
+    def choose(self, space: StitchSpace, budget: Any, context_tokens: int = 0, keys: Iterable[str] | None = None) -> Stitch:
+        """The best published stitch that fits; a larger budget never returns a worse recorded metric.
+
+        Args:
+            budget: anything `Budget.parse` reads.
+            context_tokens: tokens the KV cache must hold, for a budget of memory.
+            keys: the stitches at hand (all of the space by default).
+
+        Raises:
+            ValueError: the budget cannot be read, or is below the smallest published stitch.
+        """
+        budget = Budget.parse(budget)
+        wanted = None if keys is None else set(keys)
+        at_hand = [stitch for stitch in space if wanted is None or stitch.key in wanted]
+        published = [space[key] for key in self.published(at_hand)]
+        fitting = [stitch for stitch in published if budget.fits(stitch, context_tokens)]
+        if not fitting:
+            smallest = min(published, key=lambda stitch: budget.cost_of(stitch, context_tokens))
+            show = format_bytes if budget.kind == "memory_bytes" else format_count
+            raise ValueError(
+                f"budget {budget.text!r} is too small: the smallest size is stitch {smallest.stitch_id} "
+                f"({smallest.key}) and needs {show(budget.cost_of(smallest, context_tokens))} "
+                f"{budget.kind.replace('_', ' ')}" + (f" with {context_tokens} tokens" if context_tokens else "")
+            )
+        return max(fitting, key=self._quality)
+
+    def _quality(self, stitch: Stitch) -> tuple[float, int]:
+        if self.metric is None:
+            return 0.0, stitch.params
+        value = self.metrics[self.metric][stitch.key]
+        return (value if higher_is_better(self.metric) else -value), stitch.params
+
+    def to_rows(self, stitches: Iterable[Stitch]) -> list[dict[str, Any]]:
+        """One JSON object a stitch: the space's fields, importance, metrics, and whether it is published."""
+        stitches = list(stitches)
+        published = set(self.published(stitches))
+        rows = []
+        for stitch in stitches:
+            row = stitch.to_dict() | {"published": stitch.key in published}
+            if stitch.key in self.importance:
+                row["importance"] = self.importance[stitch.key]
+            row["metrics"] = {name: values[stitch.key] for name, values in self.metrics.items() if stitch.key in values}
+            rows.append(row)
+        return rows
+
+    def to_dict(self, space: StitchSpace, keys: Iterable[str] | None = None) -> dict[str, Any]:
+        """The content of `stitches.json`, for the stitches at hand (all of the space by default)."""
+        wanted = None if keys is None else set(keys)
+        return {
+            "space_digest": space.digest,
+            "metric": self.metric,
+            "interval_count": self.interval_count,
+            "stitches": self.to_rows(s for s in space if wanted is None or s.key in wanted),
+        }
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> "StitchTable":
+        """Reads what `to_dict` wrote.
+
+        Raises:
+            ValueError: a field is missing.
+        """
+        try:
+            rows = content["stitches"]
+            metrics: dict[str, dict[str, float]] = {}
+            for row in rows:
+                for name, value in row["metrics"].items():
+                    metrics.setdefault(name, {})[row["key"]] = float(value)
+            importance = {row["key"]: float(row["importance"]) for row in rows if "importance" in row}
+            return cls(metrics, importance, content["metric"], int(content["interval_count"]))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"stitches.json is damaged: {type(error).__name__} {error}") from None
