@@ -47,3 +47,8 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return __all__
+
+
+from stitched_llama import _register  # noqa: E402
+
+_register.register()

@@ -1,0 +1,143 @@
+"""Fine-tune every size between two or more LLaMA anchors on an instruction set, in one run (ESTA section 5.2).
+
+    accelerate launch recipes/finetune_alpaca.py --anchors huggyllama/llama-7b huggyllama/llama-13b
+
+Both anchors stay resident: about 20 GB in 8 bits for 7B/13B, with activations 24 to 32 GB. Not measured at that size.
+`--smoke` does all of it on pico anchors in under a minute; `make demo` runs it on the anchors in `data/`.
+"""
+
+import json
+import time
+import warnings
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, BitsAndBytesConfig, HfArgumentParser, set_seed
+
+from stitched_llama import PSTConfig, StitchedLlamaForCausalLM, StitchTrainer, StitchTrainingArguments
+from stitched_llama.training import (
+    Collator, InstructionDataset, batches, evaluate_stitches, find_checkpoint, format_table, pad_token_id, plot_stitches,
+    read_rows, sample_budgets, smoke_anchors, split_rows, template,
+)  # fmt: skip
+
+
+@dataclass
+class Arguments:
+    """What is tuned on what."""
+
+    anchors: list[str] = field(default_factory=list, metadata={"help": "Folders or Hub ids, small to large."})
+    data: str = field(default="tatsu-lab/alpaca", metadata={"help": "Hub id, or a JSON, JSONL or Parquet file."})
+    eval_data: str | None = field(default=None, metadata={"help": "Held-out rows; by default split off the data."})
+    eval_size: int = field(default=500, metadata={"help": "Held-out rows."})
+    on_bad_row: str = field(default="error", metadata={"help": "error or skip, for rows without instruction or output."})
+    template: str = field(default="alpaca", metadata={"help": "Prompt template: alpaca or short."})
+    max_length: int = field(default=512, metadata={"help": "Tokens a row may have."})
+    train_on_prompt: bool = field(default=False, metadata={"help": "Learn the prompt too."})
+    load_in_8bit: bool = field(default=True, metadata={"help": "Anchors in 8 bits, as the paper has them."})
+    load_in_4bit: bool = field(default=False, metadata={"help": "Anchors in 4 bits (NF4) instead."})
+    dtype: str = field(default="auto", metadata={"help": "Of the anchors: auto, float32, bfloat16 or float16."})
+    kernel_size: int = field(default=1, metadata={"help": "Sliding window of the stitching space."})
+    stride: int = field(default=1, metadata={"help": "Its stride."})
+    rank: int = field(default=16, metadata={"help": "LoRA rank on q, k, v, o."})
+    stitching_rank: int | None = field(default=None, metadata={"help": "Rank of the stitching update; d1/4 by default."})
+    stitch_bias: bool = field(default=True, metadata={"help": "A bias for each stitch."})
+    calibration_size: int = field(default=512, metadata={"help": "Rows for the least-squares start."})
+    ridge: float = field(default=1e-4, metadata={"help": "Relative ridge of the least squares."})
+    resume: str | None = field(default=None, metadata={"help": "auto, or the path of a checkpoint."})
+    baselines: str | None = field(default=None, metadata={"help": "JSON rows of anchors tuned alone, for the plot."})
+    budgets: list[str] = field(default_factory=list, metadata={"help": "Sizes that answer the samples; three by default."})
+    smoke: bool = field(default=False, metadata={"help": "All of it on pico anchors in under a minute."})
+
+
+def main() -> None:
+    start = time.time()
+    args, training = HfArgumentParser((Arguments, StitchTrainingArguments)).parse_args_into_dataclasses()
+    output = Path(training.output_dir)
+    if args.smoke:
+        args, training = smoke_anchors(args, training)
+    if len(args.anchors) < 2:
+        raise SystemExit("--anchors SMALL LARGE is needed: two or more folders or Hub ids (or --smoke)")
+    set_seed(training.seed)
+    chief = training.process_index == 0
+
+    # Data: rows, a held-out part, the published template, labels on the response
+    prompt = template(args.template)
+    tokenizer = AutoTokenizer.from_pretrained(args.anchors[0])
+    tokenizer.chat_template = prompt.chat
+    rows = read_rows(args.data, args.on_bad_row)
+    if args.eval_data:
+        held_out = read_rows(args.eval_data, args.on_bad_row)[: args.eval_size]
+    else:
+        rows, held_out = split_rows(rows, args.eval_size, training.seed)
+    train_set = InstructionDataset(rows, tokenizer, prompt, args.max_length, args.train_on_prompt)
+    eval_set = InstructionDataset(held_out, tokenizer, prompt, args.max_length)
+    collator = Collator(pad_token_id(tokenizer))
+    held_out_batches = list(batches(eval_set, collator, training.per_device_eval_batch_size))
+
+    # Model: frozen anchors, stitching layers by least squares, then the trainable parts
+    quantization = None
+    if args.load_in_4bit:
+        quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    elif args.load_in_8bit:
+        quantization = BitsAndBytesConfig(load_in_8bit=True)
+    model = StitchedLlamaForCausalLM.from_anchors(
+        args.anchors, kernel_size=args.kernel_size, stride=args.stride, dtype=args.dtype, quantization_config=quantization,
+        device_map={"": training.device.index or 0} if training.device.type == "cuda" else None,
+    )  # fmt: skip
+    model.to(training.device)
+    calibration = model.calibrate(
+        batches(train_set, collator, training.per_device_eval_batch_size, limit=args.calibration_size),
+        ridge=args.ridge, progress=chief,
+    )  # fmt: skip
+    if chief:
+        print(calibration)
+    model.attach_pst(PSTConfig(rank=args.rank, stitching_rank=args.stitching_rank, stitch_bias=args.stitch_bias))
+    if chief:
+        print(f"{len(train_set)} rows to train on, {len(eval_set)} held out, {len(model.space)} stitches")
+        model.print_trainable_parameters()
+
+    # Every stitch before, the fine-tune, every stitch after
+    ranks = {"rank": training.process_index, "world_size": training.world_size}
+    before = evaluate_stitches(model, held_out_batches, progress=chief, **ranks)
+    for name, values in before.items():
+        model.table = model.table.with_metrics(f"{name}_before", values)
+    trainer = StitchTrainer(
+        model=model, args=training, train_dataset=train_set, eval_dataset=eval_set, data_collator=collator,
+        processing_class=tokenizer,
+    )  # fmt: skip
+    trained = trainer.train(resume_from_checkpoint=find_checkpoint(args.resume, training.output_dir))
+    after = evaluate_stitches(model, held_out_batches, progress=chief, **ranks)
+    for name, values in after.items():
+        model.table = model.table.with_metrics(name, values, decides=name == "loss")
+    if not chief:
+        return
+
+    # What it leaves: bundle, table, plot, samples, one JSON row
+    trainer.save_importance()
+    bundle = output / "bundle"
+    model.save_pretrained(bundle)
+    tokenizer.save_pretrained(bundle)
+    baselines = json.loads(Path(args.baselines).read_text()) if args.baselines else {}
+    title = f"{' and '.join(Path(a).name for a in args.anchors)}: every stitch, {trained.global_step} steps"
+    plot_stitches(model.space, model.table, output / "stitches.png", alone=baselines, title=title)
+    text = format_table(model.space, model.table)
+    (output / "table.txt").write_text(text + "\n")
+    samples = sample_budgets(model, tokenizer, prompt, eval_set.rows[:3], args.budgets, max_new_tokens=48)
+    print(text, *(f"\n{s['prompt']!r}\n" + "\n".join(f"  {size}: {a!r}" for size, a in s["answers"].items()) for s in samples))
+    row = {
+        "anchors": args.anchors, "data": args.data, "train_rows": len(train_set), "held_out_rows": len(eval_set),
+        "steps": trained.global_step, "train_seconds": round(trained.metrics["train_runtime"], 1),
+        "seconds": round(time.time() - start, 1), "seed": training.seed, "trainable": model.trainable_parameters(),
+        "calibration": asdict(calibration), "baselines": baselines, "samples": samples,
+        "table": model.table.to_dict(model.space),
+    }  # fmt: skip
+    (output / "result.json").write_text(json.dumps(row, indent=1) + "\n")
+    print(f"{bundle}: the bundle; {output / 'stitches.png'}: the plot; {output / 'result.json'}: all figures")
+
+
+if __name__ == "__main__":
+    warnings.filterwarnings("ignore", message=".*pin_memory.*")
+    main()
+else:
+    raise ImportError("a recipe is run or copied, not imported")

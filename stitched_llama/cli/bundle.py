@@ -1,0 +1,54 @@
+"""`stitched-llama bundle show|verify PATH`: what a bundle holds, and whether it is whole."""
+
+import argparse
+import json
+
+from stitched_llama.space import format_bytes, format_count
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("bundle", help="show or verify a bundle")
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    show = actions.add_parser("show", help="anchors, sizes, metrics")
+    show.add_argument("path", help="folder of a bundle")
+    show.add_argument("--json", action="store_true", help="stitches.json as it is")
+    show.set_defaults(run=run_show)
+    verify = actions.add_parser("verify", help="files whole, digests right, anchors unchanged, every tensor there")
+    verify.add_argument("path", help="folder of a bundle")
+    verify.add_argument("--no-anchors", action="store_true", help="do not load the anchors it was trained on")
+    verify.set_defaults(run=run_verify)
+
+
+def run_show(options: argparse.Namespace) -> int:
+    from stitched_llama.bundles import WEIGHTS, Bundle
+
+    bundle = Bundle.open(options.path)
+    rows = bundle.table["stitches"]
+    if options.json:
+        print(json.dumps(bundle.table, indent=2))
+        return 0
+    for index, anchor in enumerate(bundle.config["anchors"] or []):
+        print(f"anchor {index}: {anchor['name_or_path']}" + (f" at {anchor['revision']}" if anchor["revision"] else ""))
+    size = (bundle.folder / WEIGHTS).stat().st_size
+    print(f"{len(bundle.shapes)} tensors, {format_bytes(size)}; PST: {json.dumps(bundle.config.get('pst'))}")
+    names = sorted({name for row in rows for name in row["metrics"]})
+    print(f"{'id':>3}  {'key':<28} {'params':>8} " + " ".join(f"{name:>18}" for name in names) + "  published")
+    for row in rows:
+        values = " ".join(f"{row['metrics'].get(name, float('nan')):18.4f}" for name in names)
+        mark = "yes" if row["published"] else ""
+        print(f"{row['stitch_id']:>3}  {row['key']:<28} {format_count(row['params']):>8} {values}  {mark}")
+    return 0
+
+
+def run_verify(options: argparse.Namespace) -> int:
+    from stitched_llama.bundles import Bundle
+
+    bundle = Bundle.open(options.path)
+    bundle.verify_weights()
+    print(f"{options.path}: files whole, {len(bundle.shapes)} tensors, digests right")
+    if not options.no_anchors:
+        from stitched_llama.models import StitchedLlamaForCausalLM
+
+        model = StitchedLlamaForCausalLM.from_pretrained(options.path)
+        print(f"{options.path}: anchors unchanged, all tensors of {len(model.keys)} stitches there")
+    return 0

@@ -1,0 +1,178 @@
+"""`stitched-llama chat BUNDLE`: a conversation whose size can be changed at any turn."""
+
+import argparse
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+from stitched_llama.space import Stitch, format_count
+
+PAPER = {"num_beams": 4, "do_sample": True, "top_p": 0.75}  # ESTA section 5.2
+HELP = "/size 12B or /size #3 changes the size, /sizes lists them, /reset forgets, /quit leaves"
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("chat", help="talk to a bundle at any size")
+    add_arguments(parser)
+    parser.set_defaults(run=run)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("bundle", help="folder or Hub id of a bundle")
+    parser.add_argument("--budget", help="size to start with, such as 9B, 12GB or '8 GMACs' (default: the largest)")
+    parser.add_argument("--stitch-id", help="stitch to start with, by id or key, instead of a budget")
+    parser.add_argument("--paper", action="store_true", help="the paper's generation: beam 4, top-p 0.75 (no streaming)")
+    parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument("--temperature", type=float, help="sample at this temperature (default: greedy)")
+    parser.add_argument("--top-p", type=float, help="sample from the top candidates of this probability")
+    parser.add_argument("--load-in-8bit", action="store_true", help="anchors in 8 bits")
+    parser.add_argument("--dtype", default="auto", help="of the anchors")
+    parser.add_argument("--device-map", help="as from_pretrained takes it, such as auto or cuda")
+
+
+class Chat:
+    """A conversation with a stitched model.
+
+    Args:
+        model, tokenizer: of one bundle; the tokenizer's chat template is the one it was trained with.
+        stitch: the size to start with.
+        settings: passed to `generate`.
+
+    Raises:
+        ValueError: the tokenizer has no chat template.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, stitch: Stitch, **settings: Any):
+        if tokenizer.chat_template is None:
+            raise ValueError("the bundle's tokenizer has no chat template: save it with tokenizer.chat_template set")
+        self.model, self.tokenizer, self.stitch, self.settings = model, tokenizer, stitch, settings
+        self.messages: list[dict[str, str]] = []
+
+    def resize(self, size: str) -> Stitch:
+        """Changes the size from the next answer on: a budget, or `#` and a stitch id.
+
+        Raises:
+            ValueError: no such stitch, or a budget that is too small or unreadable; the size stays.
+        """
+        size = size.strip()
+        self.stitch = self.model.stitch(size[1:]) if size.startswith("#") else self.model.choose(size)
+        return self.stitch
+
+    def ask(self, text: str) -> Iterator[str]:
+        """Yields the answer piece by piece and adds the turn to the conversation."""
+        from transformers import TextIteratorStreamer
+
+        messages = [*self.messages, {"role": "user", "content": text}]
+        inputs = self._inputs(messages)
+        settings = {"stitch_id": self.stitch.stitch_id, **inputs, **self._ending(), **self.settings}
+        answer = ""
+        if settings.get("num_beams", 1) > 1:
+            tokens = self.model.generate(**settings)[0, inputs["input_ids"].shape[1] :]
+            answer = self.tokenizer.decode(tokens, skip_special_tokens=True)
+            yield answer
+        else:
+            streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+            failure: list[BaseException] = []
+
+            def work() -> None:
+                try:
+                    self.model.generate(**settings, streamer=streamer)
+                except BaseException as error:  # handed to the reader, who would wait for ever
+                    failure.append(error)
+                    streamer.end()
+
+            thread = threading.Thread(target=work, daemon=True)
+            thread.start()
+            for piece in streamer:
+                answer += piece
+                yield piece
+            thread.join()
+            if failure:
+                raise failure[0]
+        self.messages = [*messages, {"role": "assistant", "content": answer.strip()}]
+
+    def _inputs(self, messages: list[dict[str, str]]) -> dict[str, Any]:
+        """The conversation as tokens; its oldest turns are dropped once it no longer fits the model's context."""
+        room = self.model.config.max_position_embeddings - self.settings.get("max_new_tokens", 0)
+        while True:
+            encoded = self.tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+            if encoded["input_ids"].shape[1] <= room or len(messages) == 1:
+                device = self.model.device
+                return {name: encoded[name].to(device) for name in ("input_ids", "attention_mask")}
+            del messages[:2]
+
+    def _ending(self) -> dict[str, Any]:
+        from stitched_llama.training import pad_token_id
+
+        return {"eos_token_id": self.tokenizer.eos_token_id, "pad_token_id": pad_token_id(self.tokenizer)}
+
+
+def list_sizes(model: Any, current: Stitch) -> str:
+    """The published sizes, the current one marked."""
+    lines = []
+    for stitch in sorted({*model.published, current}, key=lambda s: s.stitch_id):
+        mark = "->" if stitch == current else "  "
+        lines.append(f"{mark} {format_count(stitch.params):>7}  stitch {stitch.stitch_id:<3} {stitch.key}")
+    return "\n".join(lines)
+
+
+def run(options: argparse.Namespace) -> int:
+    from transformers import AutoTokenizer, BitsAndBytesConfig
+    from transformers.utils import logging
+
+    from stitched_llama.models import StitchedLlamaForCausalLM
+
+    logging.disable_progress_bar()
+    quantization = BitsAndBytesConfig(load_in_8bit=True) if options.load_in_8bit else None
+    model = StitchedLlamaForCausalLM.from_pretrained(
+        options.bundle, dtype=options.dtype, device_map=options.device_map, quantization_config=quantization
+    )
+    if options.budget is not None and options.stitch_id is not None:
+        raise ValueError("--budget and --stitch-id both given: pass one of them")
+    if options.stitch_id is not None:
+        stitch = model.stitch(options.stitch_id)
+    else:
+        stitch = model.choose(options.budget) if options.budget is not None else model.published[-1]
+    settings: dict[str, Any] = {"max_new_tokens": options.max_new_tokens, "do_sample": False}
+    if options.paper:
+        settings |= PAPER
+    elif options.temperature is not None or options.top_p is not None:
+        settings |= {"do_sample": True, "temperature": options.temperature or 1.0, "top_p": options.top_p or 1.0}
+    chat = Chat(model, AutoTokenizer.from_pretrained(options.bundle), stitch, **settings)
+    print(f"{format_count(stitch.params)} parameters, stitch {stitch.stitch_id} ({stitch.key}); {HELP}")
+    converse(chat)
+    return 0
+
+
+def converse(chat: Chat) -> None:
+    """Reads lines until the end of input or `/quit`."""
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return
+        command, _, rest = line.partition(" ")
+        try:
+            if not line:
+                continue
+            if command == "/quit":
+                return
+            if command == "/sizes":
+                print(list_sizes(chat.model, chat.stitch))
+            elif command == "/reset":
+                chat.messages = []
+                print("forgotten")
+            elif command == "/size":
+                stitch = chat.resize(rest)
+                print(f"{format_count(stitch.params)} parameters, stitch {stitch.stitch_id} ({stitch.key})")
+            elif command.startswith("/"):
+                print(f"unknown command {command}; {HELP}")
+            else:
+                for piece in chat.ask(line):
+                    print(piece, end="", flush=True)
+                print()
+        except ValueError as error:
+            print(error)

@@ -1,0 +1,46 @@
+"""`stitched-llama space SMALL LARGE [MORE...]`: every stitch and its cost, without weights."""
+
+import argparse
+import json
+
+from stitched_llama.space import Precision, StitchSpace, format_bytes, format_count
+from stitched_llama.space.cost import BYTES_PER_NUMBER
+from stitched_llama.space.space import DIRECTIONS, PAIRS
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("space", help="list the stitches of anchors, from their config.json alone")
+    parser.add_argument("anchors", nargs="+", metavar="ANCHOR", help="folders or Hub ids, small to large; two or more")
+    parser.add_argument("--kernel-size", type=int, default=1, help="blocks of the sliding window (default 1)")
+    parser.add_argument("--stride", type=int, default=1, help="its stride (default 1)")
+    parser.add_argument("--direction", choices=DIRECTIONS, default="fast-to-slow")
+    parser.add_argument("--pairs", choices=PAIRS, default="nearest", help="which anchors are joined")
+    parser.add_argument("--dtype", choices=BYTES_PER_NUMBER, default="bfloat16", help="of weights and KV cache")
+    parser.add_argument("--quantization", choices=("8bit", "4bit"), help="of the blocks' linear layers")
+    parser.add_argument("--context", type=int, default=0, help="tokens attended to, counted in MACs (default 0)")
+    parser.add_argument("--json", action="store_true", help="a JSON list instead of a table")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    space = StitchSpace.from_configs(
+        options.anchors,
+        kernel_size=options.kernel_size,
+        stride=options.stride,
+        direction=options.direction,
+        pairs=options.pairs,
+        precision=Precision(options.dtype, options.quantization, options.context),
+    )
+    if options.json:
+        print(json.dumps([stitch.to_dict() for stitch in space], indent=2))
+        return 0
+    print(f"{'id':>3}  {'key':<28} {'params':>8} {'MACs/token':>10} {'weights':>8} {'KV/token':>8}")
+    for stitch in space:
+        print(
+            f"{stitch.stitch_id:>3}  {stitch.key:<28} {format_count(stitch.params):>8} "
+            f"{format_count(stitch.macs_per_token):>10} {format_bytes(stitch.weight_bytes):>8} "
+            f"{format_bytes(stitch.kv_bytes_per_token):>8}" + ("  anchor" if stitch.is_anchor else "")
+        )
+    layers = space.stitching_layers.values()
+    print(f"{len(space)} stitches on {len(layers)} stitching layers of {format_count(sum(x.params for x in layers))} parameters")
+    return 0

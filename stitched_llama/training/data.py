@@ -1,0 +1,209 @@
+"""Instruction rows in Alpaca's schema: read, check, split, tokenise, batch."""
+
+import json
+import logging
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from .prompts import Template
+
+logger = logging.getLogger(__name__)
+IGNORED = -100  # the label Transformers' losses leave out
+
+
+@dataclass(frozen=True)
+class Row:
+    """One instruction, its optional input and the wanted output."""
+
+    instruction: str
+    input: str
+    output: str
+
+
+def read_rows(source: str, on_bad_row: str = "error") -> list[Row]:
+    """Rows of a local JSON, JSONL or Parquet file in Alpaca's schema, or of a Hub data set (its train split).
+
+    Args:
+        on_bad_row: `"error"` stops at a row without instruction or output; `"skip"` leaves it out and counts.
+
+    Raises:
+        ValueError: the source cannot be read, is empty, or a row is bad (named by file and row).
+    """
+    if on_bad_row not in ("error", "skip"):
+        raise ValueError(f"on_bad_row {on_bad_row!r} is unknown; 'error' or 'skip' is needed")
+    rows, skipped = [], 0
+    for number, content in enumerate(_read(source)):
+        try:
+            rows.append(_row(content))
+        except ValueError as error:
+            if on_bad_row == "error":
+                raise ValueError(f"{source}, row {number}: {error}; mend it, or pass --on_bad_row skip") from None
+            skipped += 1
+    if skipped:
+        logger.warning("%s: %d of %d rows skipped, they lack instruction or output", source, skipped, skipped + len(rows))
+    if not rows:
+        raise ValueError(f"{source} holds no rows: a list of objects with instruction, input and output is needed")
+    return rows
+
+
+def _row(content: Any) -> Row:
+    if not isinstance(content, dict):
+        raise ValueError(f"a {type(content).__name__} where an object with instruction, input and output is needed")
+    for name in ("instruction", "output"):
+        value = content.get(name)
+        if not isinstance(value, str) or not value.strip():
+            raise ValueError(f"{name} is {'missing' if value is None else repr(value)}")
+    extra = content.get("input")
+    if extra is not None and not isinstance(extra, str):
+        raise ValueError(f"input is {extra!r}, a text is needed")
+    return Row(content["instruction"].strip(), (extra or "").strip(), content["output"].strip())
+
+
+def _read(source: str) -> Iterable[Any]:
+    path = Path(source)
+    if not path.is_file():
+        if path.suffix in (".json", ".jsonl", ".parquet") or path.is_dir():
+            raise ValueError(f"there is no file {source}")
+        from datasets import load_dataset
+
+        return load_dataset(source, split="train")
+    if path.suffix == ".parquet":
+        from datasets import Dataset as Table
+
+        return Table.from_parquet(str(path))
+    text = path.read_text(encoding="utf-8")
+    try:
+        if path.suffix == ".jsonl":
+            return [_parse_line(line, source, i) for i, line in enumerate(text.splitlines()) if line.strip()]
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{source} is not JSON: {error}") from None
+    if not isinstance(content, list):
+        raise ValueError(f"{source} holds a {type(content).__name__} where a list of rows is needed")
+    return content
+
+
+def _parse_line(line: str, source: str, number: int) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{source}, line {number + 1} is not JSON: {error}") from None
+
+
+def split_rows(rows: Sequence[Row], held_out: int, seed: int) -> tuple[list[Row], list[Row]]:
+    """Training rows and `held_out` others, drawn at random by `seed`.
+
+    Raises:
+        ValueError: nothing would be left to train on.
+    """
+    if not 0 < held_out < len(rows):
+        raise ValueError(f"{held_out} of {len(rows)} rows held out: keep at least one on each side (eval_size)")
+    order = random.Random(seed).sample(range(len(rows)), len(rows))
+    return [rows[i] for i in order[held_out:]], [rows[i] for i in order[:held_out]]
+
+
+class InstructionDataset(Dataset):
+    """Tokenised rows with labels on the response and its EOS.
+
+    Args:
+        max_length: tokens a row may have. What is too long loses the end of its response, down to a quarter of
+            `max_length`, then the beginning of its prompt; a row never loses all labels.
+        train_on_prompt: put labels on the prompt too.
+
+    Raises:
+        ValueError: `max_length` below 8, or the tokenizer has no EOS.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        tokenizer: PreTrainedTokenizerBase,
+        template: Template,
+        max_length: int = 512,
+        train_on_prompt: bool = False,
+    ):
+        if max_length < 8:
+            raise ValueError(f"max_length is {max_length}: at least 8 tokens are needed")
+        if tokenizer.eos_token_id is None:
+            raise ValueError("the tokenizer has no EOS token, so a model could not learn to stop: set tokenizer.eos_token")
+        self.rows, self.truncated = list(rows), 0
+        self.examples = [self._encode(row, tokenizer, template, max_length, train_on_prompt) for row in rows]
+        if self.truncated:
+            logger.warning("%d of %d rows were cut to %d tokens", self.truncated, len(rows), max_length)
+
+    def _encode(
+        self, row: Row, tokenizer: PreTrainedTokenizerBase, template: Template, max_length: int, train_on_prompt: bool
+    ) -> dict[str, list[int]]:
+        prompt, response = encode_pair(tokenizer, template.render(row.instruction, row.input), row.output)
+        if len(prompt) + len(response) > max_length:
+            self.truncated += 1
+            response = response[: max(max_length - len(prompt), max_length // 4)]
+            bos = prompt[:1] if prompt[:1] == [tokenizer.bos_token_id] else []
+            room = max_length - len(response) - len(bos)
+            prompt = bos + (prompt[len(bos) :][-room:])
+        labels = (prompt if train_on_prompt else [IGNORED] * len(prompt)) + response
+        return {"input_ids": prompt + response, "labels": labels}
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        return self.examples[index]
+
+
+def encode_pair(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str) -> tuple[list[int], list[int]]:
+    """Token ids of a prompt as generation sees it, and of the response that follows it, with EOS."""
+    eos = tokenizer.eos_token_id
+    head = tokenizer(prompt).input_ids
+    head = head[:-1] if head[-1:] == [eos] else head
+    whole = tokenizer(prompt + response).input_ids
+    whole = whole[:-1] if whole[-1:] == [eos] else whole
+    if whole[: len(head)] == head:
+        return head, whole[len(head) :] + [eos]
+    return head, tokenizer(response, add_special_tokens=False).input_ids + [eos]  # a piece would span the border
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Pads rows on the right to the longest of the batch.
+
+    Shapes: input_ids, attention_mask, labels [batch, tokens].
+    """
+
+    pad_token_id: int
+
+    def __call__(self, rows: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:
+        length = max(len(row["input_ids"]) for row in rows)
+
+        def padded(name: str, value: int) -> Tensor:
+            return torch.tensor([row[name] + [value] * (length - len(row[name])) for row in rows])
+
+        mask = torch.tensor([[1] * len(row["input_ids"]) + [0] * (length - len(row["input_ids"])) for row in rows])
+        return {
+            "input_ids": padded("input_ids", self.pad_token_id),
+            "attention_mask": mask,
+            "labels": padded("labels", IGNORED),
+        }
+
+
+def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The padding id; LLaMA has none, so unk, else EOS (labels are masked, so EOS is still learnt)."""
+    for candidate in (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.eos_token_id):
+        if candidate is not None:
+            return candidate
+    raise ValueError("the tokenizer has neither pad, unk nor EOS token: set tokenizer.pad_token")
+
+
+def batches(dataset: Dataset, collator: Collator, size: int, limit: int | None = None) -> Iterable[dict[str, Tensor]]:
+    """Consecutive batches of the first `limit` rows."""
+    count = len(dataset) if limit is None else min(limit, len(dataset))
+    for start in range(0, count, size):
+        yield collator([dataset[i] for i in range(start, min(start + size, count))])

@@ -1,0 +1,93 @@
+"""Loss and exact match of every stitch on held-out rows."""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .data import IGNORED
+
+
+@torch.no_grad()
+def response_scores(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss sum, label count and exact match of each row: logits [batch, tokens, vocabulary], labels [batch, tokens].
+
+    A row matches when the argmax at every label, EOS included, is the label; that equals greedy decoding giving the
+    wanted output, without generating.
+    """
+    logits, labels = logits[:, :-1].float(), labels[:, 1:]
+    wanted = labels != IGNORED
+    losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
+    right = (logits.argmax(-1) == labels) | ~wanted
+    return losses.sum(1), wanted.sum(1), right.all(1)
+
+
+@torch.no_grad()
+def evaluate_stitches(
+    model: Any,
+    batches: Sequence[dict[str, Tensor]] | Iterable[dict[str, Tensor]],
+    keys: Sequence[str] | None = None,
+    progress: bool = True,
+    rank: int = 0,
+    world_size: int = 1,
+) -> dict[str, dict[str, float]]:
+    """`{"loss": {key: nats a token}, "exact_match": {key: share}}` of the stitches `keys` (all by default).
+
+    Args:
+        batches: dicts of input_ids, attention_mask, labels, [batch, tokens] each; kept in memory.
+        rank, world_size: each rank takes every `world_size`-th stitch; all ranks get all results.
+
+    Raises:
+        ValueError: there are no batches, or no labels in them.
+    """
+    batches = list(batches)
+    if not any((batch["labels"] != IGNORED).any() for batch in batches):
+        raise ValueError("no labels to evaluate on: the held-out part is empty")
+    keys = list(model.keys if keys is None else keys)
+    training = model.training
+    model.eval()
+    found = {}
+    for key in tqdm(keys[rank::world_size], desc="evaluate stitches", disable=not progress or rank != 0):
+        totals = torch.zeros(3, dtype=torch.float64)
+        rows = 0
+        for batch in batches:
+            batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+            labels = batch.pop("labels")
+            scores = response_scores(model(**batch, stitch_id=key, use_cache=False).logits, labels)
+            totals += torch.stack([score.double().sum().cpu() for score in scores])
+            rows += len(labels)
+        found[key] = (float(totals[0] / totals[1]), float(totals[2] / rows))
+    model.train(training)
+    if world_size > 1:
+        gathered: list[Any] = [None] * world_size
+        torch.distributed.all_gather_object(gathered, found)
+        found = {key: value for part in gathered for key, value in part.items()}
+    return {
+        "loss": {key: found[key][0] for key in keys},
+        "exact_match": {key: found[key][1] for key in keys},
+    }
+
+
+def spearman(first: Sequence[float], second: Sequence[float]) -> float:
+    """Rank correlation, ties averaged; NaN when one side is constant."""
+
+    def ranks(values: Sequence[float]) -> list[float]:
+        order = sorted(range(len(values)), key=values.__getitem__)
+        result = [0.0] * len(values)
+        start = 0
+        while start < len(order):
+            stop = start
+            while stop < len(order) and values[order[stop]] == values[order[start]]:
+                stop += 1
+            for index in order[start:stop]:
+                result[index] = (start + stop - 1) / 2
+            start = stop
+        return result
+
+    a, b = ranks(first), ranks(second)
+    mean = (len(a) - 1) / 2
+    spread = math.sqrt(sum((x - mean) ** 2 for x in a) * sum((y - mean) ** 2 for y in b))
+    return sum((x - mean) * (y - mean) for x, y in zip(a, b)) / spread if spread else math.nan

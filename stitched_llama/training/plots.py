@@ -1,0 +1,79 @@
+"""The picture of a run: quality against parameters."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from stitched_llama.bundles import write_atomically
+from stitched_llama.space import StitchSpace, StitchTable, format_count, higher_is_better
+
+_LABELS = {"loss": "held-out loss (nats a token)", "exact_match": "exact match on held-out rows (%)"}
+
+
+def plot_stitches(
+    space: StitchSpace,
+    table: StitchTable,
+    path: str | Path,
+    metrics: Sequence[str] = ("loss", "exact_match"),
+    alone: Mapping[str, Mapping[str, float]] | None = None,
+    title: str = "",
+) -> None:
+    """Draws each metric against parameters: every stitch, anchors starred, the published front as a line.
+
+    Args:
+        alone: anchor key -> metric -> value of that anchor tuned alone, drawn as diamonds.
+        title: of the whole figure.
+
+    Raises:
+        ImportError: matplotlib is missing (install the `train` extra).
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    from matplotlib.ticker import FuncFormatter
+
+    metrics = [name for name in metrics if name in table.metrics]
+    figure, axes = plt.subplots(1, len(metrics), figsize=(6.5 * len(metrics), 4.6), squeeze=False, layout="constrained")
+    published = set(table.published(space))
+    for axis, name in zip(axes[0], metrics):
+        scale = 100 if name != "loss" else 1
+        values = {key: value * scale for key, value in table.metrics[name].items()}
+        before = table.metrics.get(f"{name}_before", {})
+        if before:
+            rated = [s for s in space if s.key in before]
+            axis.plot([s.params for s in rated], [before[s.key] * scale for s in rated], ".", color="0.75", label="before training")
+        inner = [s for s in space if s.key in values and not s.is_anchor]
+        axis.plot([s.params for s in inner], [values[s.key] for s in inner], "o", color="tab:blue", label="stitch")
+        front = [s for s in space if s.key in values and s.key in published]
+        if front:
+            label = "published front" + ("" if name == table.metric else f" (chosen by {table.metric})")
+            axis.plot([s.params for s in front], [values[s.key] for s in front], "-", color="tab:blue", alpha=0.6, label=label)
+        anchors = [s for s in space if s.key in values and s.is_anchor]
+        axis.plot([s.params for s in anchors], [values[s.key] for s in anchors], "*", ms=17, color="gold", mec="black", label="anchor")
+        rivals = [(space[key], found[name] * scale) for key, found in (alone or {}).items() if name in found]
+        if rivals:
+            axis.plot([s.params for s, _ in rivals], [v for _, v in rivals], "D", color="tab:red", label="anchor tuned alone by LoRA")
+        axis.set_xlabel("parameters of the stitch")
+        axis.set_ylabel(_LABELS.get(name, name) + (" (higher is better)" if higher_is_better(name) else " (lower is better)"))
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_count(value)))
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    figure.suptitle(title)
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=130, format=Path(path).suffix[1:] or "png"))
+    plt.close(figure)
+
+
+def format_table(space: StitchSpace, table: StitchTable) -> str:
+    """The table of a run as text: one stitch a line, published ones marked."""
+    names = [name for name in table.metrics]
+    published = set(table.published(space))
+    lines = [f"{'id':>3} {'key':<24} {'params':>8} " + " ".join(f"{name:>18}" for name in names) + "  importance"]
+    for stitch in space:
+        values = " ".join(f"{table.metrics[name].get(stitch.key, float('nan')):18.4f}" for name in names)
+        score = table.importance.get(stitch.key)
+        marks = ("*" if stitch.is_anchor else " ") + ("+" if stitch.key in published else " ")
+        lines.append(
+            f"{stitch.stitch_id:>3} {stitch.key:<24} {format_count(stitch.params):>8} {values} "
+            + (f"{score:11.4g}" if score is not None else " " * 11) + f" {marks}"
+        )  # fmt: skip
+    return "\n".join([*lines, "* anchor, + published"])

@@ -1,0 +1,245 @@
+"""`transformers.Trainer` that draws one stitch a step and trains the largest anchor beside it as its teacher."""
+
+import contextlib
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import Trainer
+
+from stitched_llama.bundles import Bundle
+from stitched_llama.sampling import Importance, StepSignals, StitchSampler
+from stitched_llama.space import Stitch, intervals
+
+from .arguments import StitchTrainingArguments
+from .data import IGNORED, batches
+from .evaluation import evaluate_stitches
+
+Gradients = dict[nn.Parameter, Tensor]
+
+
+class StitchTrainer(Trainer):
+    """One-stage fine-tuning of every stitch (ESTA section 4.2).
+
+    An optimiser step draws one stitch, the student, equal on all ranks and over all its accumulated batches. In each
+    batch the largest anchor, the teacher, runs and backpropagates first and leaves its argmax; then the student does.
+    Their gradients are kept apart until the step is complete, so the student's importance is read from its own
+    gradients, whatever the split into batches and ranks; then they are added. One graph is alive at a time.
+
+    Gradients of the trained parts are summed over ranks by hand, once a step: a route touches other tensors each time,
+    which DistributedDataParallel's own reducer cannot follow together with activation checkpointing.
+    """
+
+    args: StitchTrainingArguments
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        if self.args.n_gpu > 1:
+            raise ValueError(f"{self.args.n_gpu} GPUs in one process: start with `accelerate launch`, one process each")
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError("FSDP and DeepSpeed are not supported: the trained parts are small, use plain DDP")
+        model = self.model
+        self.importance = Importance(self.args.importance, self.args.eta)
+        self.importance.averages.update(model.table.importance)
+        self.stitches = [model.space[key] for key in model.keys]
+        self.teacher = model.space.anchor_stitch(-1)
+        if self.teacher.key not in model.keys:
+            raise ValueError("the largest anchor is the teacher and was not loaded: load the whole bundle to train it")
+        self._sampler: StitchSampler | None = None
+        self._kept: dict[str, Gradients] = {"teacher": {}, "student": {}}
+        self._step_loss = 0.0
+        self._logged: dict[str, list[float]] = defaultdict(list)
+        groups = intervals([stitch.params for stitch in self.stitches], self.args.interval_count)
+        self._group = {self.stitches[i].key: number for number, group in enumerate(groups) for i in group}
+
+    # ---- drawing
+
+    def draw(self, step: int) -> Stitch:
+        """The student of optimiser step `step`."""
+        if self._sampler is None:
+            self._sampler = StitchSampler(
+                self.stitches,
+                scheme=self.args.sampling,
+                interval_count=self.args.interval_count,
+                warmup_steps=round(self.args.sampling_warmup * self.state.max_steps),
+                floor=self.args.floor,
+                anchor_share=self.args.anchor_share,
+                seed=self.args.seed,
+            )
+        return self.model.space[self._sampler.draw(step, self.importance.averages)]
+
+    # ---- one step
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Teacher's and student's forward and backward on one batch; returns the student's loss for logging."""
+        model.train()
+        inputs = self._prepare_inputs(inputs)
+        labels = inputs.pop("labels")
+        if num_items_in_batch is None:
+            num_items_in_batch = (labels[:, 1:] != IGNORED).sum() * self.current_gradient_accumulation_steps
+        student = self.draw(self.state.global_step)
+        with self._unreduced(model):
+            with self._gradients_of("teacher"):
+                logits, wanted = self._response_logits(model, inputs, labels, self.teacher)
+                loss = teacher_loss = F.cross_entropy(logits, wanted, reduction="sum") / num_items_in_batch
+                self.accelerator.backward(loss)
+                teacher_logits = logits.detach()
+                del logits, loss
+            label_loss = student_loss = teacher_loss.detach()
+            if student.key != self.teacher.key:
+                with self._gradients_of("student"):
+                    logits, wanted = self._response_logits(model, inputs, labels, student)
+                    label_loss = F.cross_entropy(logits, wanted, reduction="sum") / num_items_in_batch
+                    student_loss = self._distil(logits, teacher_logits, label_loss, num_items_in_batch)
+                    self.accelerator.backward(student_loss)
+        self._step_loss += float(label_loss.detach())
+        self._logged["loss_teacher"].append(float(teacher_loss.detach()) * self.current_gradient_accumulation_steps)
+        if self.accelerator.sync_gradients:
+            self._complete_step(student)
+        return student_loss.detach() * self.accelerator.num_processes  # the log averages over ranks
+
+    def _response_logits(self, model: nn.Module, inputs: dict, labels: Tensor, stitch: Stitch) -> tuple[Tensor, Tensor]:
+        """Logits [labels, vocabulary] where a label is wanted, and those labels [labels]."""
+        logits = model(**inputs, stitch_id=stitch.key, use_cache=False).logits[:, :-1]
+        wanted = labels[:, 1:].to(logits.device)
+        return logits[wanted != IGNORED].float(), wanted[wanted != IGNORED]
+
+    def _distil(self, logits: Tensor, teacher: Tensor, label_loss: Tensor, num_items: Any) -> Tensor:
+        """The student's loss: its share of the labels and of the teacher's word (ESTA section 4.2, hard labels)."""
+        weight = self.args.distillation_weight
+        if self.args.distillation == "none" or weight == 0:
+            return label_loss
+        if self.args.distillation == "hard":
+            taught = F.cross_entropy(logits, teacher.argmax(-1), reduction="sum")
+        else:
+            taught = F.kl_div(logits.log_softmax(-1), teacher.log_softmax(-1), reduction="sum", log_target=True)
+        return (1 - weight) * label_loss + weight * taught / num_items
+
+    def _unreduced(self, model: nn.Module) -> contextlib.AbstractContextManager:
+        return model.no_sync() if hasattr(model, "no_sync") else contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def _gradients_of(self, role: str) -> Iterator[None]:
+        """Backward inside adds to the gradients kept for `role`, and to no others."""
+        kept = self._kept[role]
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        for parameter in trained:
+            parameter.grad = kept.get(parameter)
+        yield
+        for parameter in trained:
+            if parameter.grad is not None:
+                kept[parameter] = parameter.grad
+            parameter.grad = None
+
+    def _complete_step(self, student: Stitch) -> None:
+        """Sums both roles' gradients over ranks, reads the student's importance, and hands their sum to the optimiser."""
+        loss = torch.tensor(self._step_loss, device=self.args.device, dtype=torch.float64)
+        self._sum_over_ranks([*self._kept["teacher"].values(), *self._kept["student"].values(), loss])
+        own = self._kept["teacher" if student.key == self.teacher.key else "student"]
+        signals = self._signals(own, float(loss))
+        self.importance.update(student.key, signals)
+        self._logged[f"loss_interval_{self._group[student.key]}"].append(float(loss))
+        for role in ("teacher", "student"):
+            for parameter, gradient in self._kept[role].items():
+                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+            self._kept[role] = {}
+        self._step_loss = 0.0
+
+    def _signals(self, gradients: Gradients, loss: float) -> StepSignals:
+        scale = self.accelerator.scaler.get_scale() if self.accelerator.scaler is not None else 1.0
+        device = self.args.device
+        saliency = sum(((g * p.detach()).abs().sum().to(device) for p, g in gradients.items()), torch.zeros((), device=device))
+        squares = sum((g.square().sum().to(device) for g in gradients.values()), torch.zeros((), device=device))
+        return StepSignals(float(saliency) / scale, float(squares) ** 0.5 / scale, loss)
+
+    def _sum_over_ranks(self, tensors: list[Tensor]) -> None:
+        """All ranks drew the same stitch, so they hold gradients of the same tensors, in the same order."""
+        if self.accelerator.num_processes > 1:
+            for tensor in tensors:
+                torch.distributed.all_reduce(tensor)
+
+    # ---- logging, evaluation, checkpoints
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the mean loss of the teacher and of each interval's students since the last log."""
+        if "loss" in logs:
+            logs |= {name: sum(values) / len(values) for name, values in sorted(self._logged.items())}
+            self._logged.clear()
+        super().log(logs, start_time)
+
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval", keys: Any = None):
+        """Loss and exact match of the anchors and the middle stitch of each interval, or of `keys`.
+
+        Returns `eval_loss` (mean over those stitches) and one entry a stitch and metric.
+        """
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if keys is None:
+            members: dict[int, list[str]] = defaultdict(list)
+            for key, group in self._group.items():
+                members[group].append(key)
+            middles = {group[len(group) // 2] for group in members.values()}
+            keys = [stitch.key for stitch in self.stitches if stitch.is_anchor or stitch.key in middles]
+        found = evaluate_stitches(
+            self.model,
+            batches(dataset, self.data_collator, self.args.per_device_eval_batch_size),
+            keys,
+            progress=not self.args.disable_tqdm,
+            rank=self.args.process_index,
+            world_size=self.args.world_size,
+        )
+        metrics = {f"{metric_key_prefix}_loss": sum(found["loss"].values()) / len(keys)}
+        for name, values in found.items():
+            for key, value in values.items():
+                metrics[f"{metric_key_prefix}_{name}_stitch_{self.model.space[key].stitch_id}"] = value
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves a bundle, with the importance averages that resuming needs."""
+        self.save_importance()
+        super().save_model(output_dir, _internal_call)
+
+    def save_importance(self) -> None:
+        """Writes the importance averages into the model's table."""
+        self.model.table = replace(
+            self.model.table, importance=dict(self.importance.averages), interval_count=self.args.interval_count
+        )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """A checkpoint is a bundle: its tensors, and the importance averages, come back whole or not at all."""
+        bundle = Bundle.open(resume_from_checkpoint)
+        self.model.load_bundle(bundle)
+        self.importance.averages = {
+            row["key"]: row["importance"] for row in bundle.table["stitches"] if "importance" in row
+        }
+
+
+def find_checkpoint(resume: str | None, output_dir: str) -> str | None:
+    """The checkpoint to resume from: `auto` is the newest whole one in `output_dir`, if any; else a path.
+
+    Raises:
+        ValueError: the path holds no whole checkpoint.
+    """
+    if resume in (None, "", "no"):
+        return None
+    if resume == "auto":
+        found = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.split("-")[-1].isdecimal()]
+        whole = [path for path in found if _is_whole(path)]
+        return str(max(whole, key=lambda path: int(path.name.split("-")[-1]))) if whole else None
+    if not _is_whole(Path(resume)):
+        raise ValueError(f"{resume} holds no whole checkpoint (a bundle and trainer_state.json): name another, or 'auto'")
+    return resume
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        Bundle.open(path)
+    except (ValueError, OSError):
+        return False
+    return (path / "trainer_state.json").is_file() and (path / "optimizer.pt").is_file()
