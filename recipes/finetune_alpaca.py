@@ -17,9 +17,21 @@ from transformers import AutoTokenizer, BitsAndBytesConfig, HfArgumentParser, se
 
 from stitched_llama import PSTConfig, StitchedLlamaForCausalLM, StitchTrainer, StitchTrainingArguments
 from stitched_llama.training import (
-    Collator, InstructionDataset, batches, evaluate_stitches, find_checkpoint, format_table, pad_token_id, plot_stitches,
-    read_rows, sample_budgets, smoke_anchors, split_rows, template,
-)  # fmt: skip
+    Collator,
+    InstructionDataset,
+    batches,
+    evaluate_stitches,
+    find_checkpoint,
+    format_table,
+    pad_token_id,
+    plot_stitches,
+    provenance,
+    read_rows,
+    sample_budgets,
+    smoke_anchors,
+    split_rows,
+    template,
+)
 
 
 @dataclass
@@ -30,7 +42,9 @@ class Arguments:
     data: str = field(default="tatsu-lab/alpaca", metadata={"help": "Hub id, or a JSON, JSONL or Parquet file."})
     eval_data: str | None = field(default=None, metadata={"help": "Held-out rows; by default split off the data."})
     eval_size: int = field(default=500, metadata={"help": "Held-out rows."})
-    on_bad_row: str = field(default="error", metadata={"help": "error or skip, for rows without instruction or output."})
+    on_bad_row: str = field(
+        default="error", metadata={"help": "error or skip, for rows without instruction or output."}
+    )
     template: str = field(default="alpaca", metadata={"help": "Prompt template: alpaca or short."})
     max_length: int = field(default=512, metadata={"help": "Tokens a row may have."})
     train_on_prompt: bool = field(default=False, metadata={"help": "Learn the prompt too."})
@@ -40,13 +54,17 @@ class Arguments:
     kernel_size: int = field(default=1, metadata={"help": "Sliding window of the stitching space."})
     stride: int = field(default=1, metadata={"help": "Its stride."})
     rank: int = field(default=16, metadata={"help": "LoRA rank on q, k, v, o."})
-    stitching_rank: int | None = field(default=None, metadata={"help": "Rank of the stitching update; d1/4 by default."})
+    stitching_rank: int | None = field(
+        default=None, metadata={"help": "Rank of the stitching update; d1/4 by default."}
+    )
     stitch_bias: bool = field(default=True, metadata={"help": "A bias for each stitch."})
     calibration_size: int = field(default=512, metadata={"help": "Rows for the least-squares start."})
     ridge: float = field(default=1e-4, metadata={"help": "Relative ridge of the least squares."})
     resume: str | None = field(default=None, metadata={"help": "auto, or the path of a checkpoint."})
     baselines: str | None = field(default=None, metadata={"help": "JSON rows of anchors tuned alone, for the plot."})
-    budgets: list[str] = field(default_factory=list, metadata={"help": "Sizes that answer the samples; three by default."})
+    budgets: list[str] = field(
+        default_factory=list, metadata={"help": "Sizes that answer the samples; three by default."}
+    )
     smoke: bool = field(default=False, metadata={"help": "All of it on pico anchors in under a minute."})
 
 
@@ -78,7 +96,9 @@ def main() -> None:
     # Model: frozen anchors, stitching layers by least squares, then the trainable parts
     quantization = None
     if args.load_in_4bit:
-        quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+        )
     elif args.load_in_8bit:
         quantization = BitsAndBytesConfig(load_in_8bit=True)
     model = StitchedLlamaForCausalLM.from_anchors(
@@ -124,8 +144,11 @@ def main() -> None:
     text = format_table(model.space, model.table)
     (output / "table.txt").write_text(text + "\n")
     samples = sample_budgets(model, tokenizer, prompt, eval_set.rows[:3], args.budgets, max_new_tokens=48)
-    print(text, *(f"\n{s['prompt']!r}\n" + "\n".join(f"  {size}: {a!r}" for size, a in s["answers"].items()) for s in samples))
-    row = {
+    print(
+        text,
+        *(f"\n{s['prompt']!r}\n" + "\n".join(f"  {size}: {a!r}" for size, a in s["answers"].items()) for s in samples),
+    )
+    row = provenance() | {
         "anchors": args.anchors, "data": args.data, "train_rows": len(train_set), "held_out_rows": len(eval_set),
         "steps": trained.global_step, "train_seconds": round(trained.metrics["train_runtime"], 1),
         "seconds": round(time.time() - start, 1), "seed": training.seed, "trainable": model.trainable_parameters(),

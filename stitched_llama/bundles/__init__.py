@@ -8,8 +8,8 @@ bundle       open, read, verify, write
 
 from .atomic import recover, staged_files, write_atomically
 from .bundle import CARD, CONFIG, GENERATION, TABLE, WEIGHTS, Bundle, dump_json, sha256, write_bundle
-from .int8 import dequantize_rows, quantize_rows
 from .fingerprint import fingerprint_files, fingerprint_tensors, part_of, read_header
+from .int8 import dequantize_rows, quantize_rows
 
 __all__ = [
     "CARD",

@@ -59,7 +59,9 @@ class Bundle:
         config, table = _read_json(folder / CONFIG), _read_json(folder / TABLE)
         ours, theirs = config.get("space_digest"), table.get("space_digest")
         if ours != theirs:
-            raise ValueError(f"{folder}: {CONFIG} has space {ours} and {TABLE} has {theirs}: the files are of two bundles")
+            raise ValueError(
+                f"{folder}: {CONFIG} has space {ours} and {TABLE} has {theirs}: the files are of two bundles"
+            )
         header, _ = read_header(folder / WEIGHTS)
         return cls(folder, config, table, {name: tuple(info["shape"]) for name, info in header.items()})
 

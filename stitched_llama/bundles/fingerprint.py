@@ -17,7 +17,9 @@ _PAGE, _PAGES = 4096, 16
 _BLOCK = re.compile(r"^(.*?layers\.\d+)\.")
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int8: "I8", torch.uint8: "U8"}
 
-Entry = tuple[str, str, tuple[int, ...], int, Callable[[int, int], bytes]]  # name, dtype, shape, bytes, read(start, size)
+Entry = tuple[
+    str, str, tuple[int, ...], int, Callable[[int, int], bytes]
+]  # name, dtype, shape, bytes, read(start, size)
 
 
 def part_of(tensor_name: str) -> str:
@@ -37,7 +39,9 @@ def fingerprint_files(paths: Iterable[Path]) -> dict[str, str]:
         header, offset = read_header(path)
         for name, info in header.items():
             start, stop = info["data_offsets"]
-            entries.append((name, info["dtype"], tuple(info["shape"]), stop - start, _file_reader(path, offset + start)))
+            entries.append(
+                (name, info["dtype"], tuple(info["shape"]), stop - start, _file_reader(path, offset + start))
+            )
     return _digest(entries)
 
 
@@ -70,7 +74,9 @@ def read_header(path: Path) -> tuple[dict, int]:
     header.pop("__metadata__", None)
     needed = 8 + length + max((info["data_offsets"][1] for info in header.values()), default=0)
     if needed > size:
-        raise ValueError(f"{path} is truncated: {size} bytes where its header needs {needed}: copy or download it again")
+        raise ValueError(
+            f"{path} is truncated: {size} bytes where its header needs {needed}: copy or download it again"
+        )
     return header, 8 + length
 
 
@@ -84,7 +90,7 @@ def _file_reader(path: Path, base: int) -> Callable[[int, int], bytes]:
 
 
 def _digest(entries: list[Entry]) -> dict[str, str]:
-    digests: dict[str, "hashlib._Hash"] = {}
+    digests: dict[str, hashlib._Hash] = {}
     for name, dtype, shape, size, read in sorted(entries, key=lambda entry: entry[0]):
         digest = digests.setdefault(part_of(name), hashlib.sha256())
         digest.update(json.dumps([name, dtype, shape]).encode())

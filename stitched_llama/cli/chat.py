@@ -22,7 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", help="folder or Hub id of a bundle")
     parser.add_argument("--budget", help="size to start with, such as 9B, 12GB or '8 GMACs' (default: the largest)")
     parser.add_argument("--stitch-id", help="stitch to start with, by id or key, instead of a budget")
-    parser.add_argument("--paper", action="store_true", help="the paper's generation: beam 4, top-p 0.75 (no streaming)")
+    parser.add_argument(
+        "--paper", action="store_true", help="the paper's generation: beam 4, top-p 0.75 (no streaming)"
+    )
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--temperature", type=float, help="sample at this temperature (default: greedy)")
     parser.add_argument("--top-p", type=float, help="sample from the top candidates of this probability")

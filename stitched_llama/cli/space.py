@@ -42,5 +42,7 @@ def run(options: argparse.Namespace) -> int:
             f"{format_bytes(stitch.kv_bytes_per_token):>8}" + ("  anchor" if stitch.is_anchor else "")
         )
     layers = space.stitching_layers.values()
-    print(f"{len(space)} stitches on {len(layers)} stitching layers of {format_count(sum(x.params for x in layers))} parameters")
+    print(
+        f"{len(space)} stitches on {len(layers)} stitching layers of {format_count(sum(x.params for x in layers))} parameters"
+    )
     return 0

@@ -29,7 +29,9 @@ class LeastSquares:
             raise ValueError(f"{len(x)} rows of X against {len(y)} of Y: they must be activations of the same tokens")
         device = self.xx.device
         x, y = x.to(device, torch.float64), y.to(device, torch.float64)
-        weights = torch.ones(len(x), dtype=torch.float64, device=device) if weights is None else weights.to(device).double()
+        weights = (
+            torch.ones(len(x), dtype=torch.float64, device=device) if weights is None else weights.to(device).double()
+        )
         weighted = x * weights[:, None]
         self.rows += len(x)
         self.weight_sum += weights.sum()
@@ -48,12 +50,16 @@ class LeastSquares:
             ValueError: no rows were added, or they are not finite.
         """
         if self.rows == 0:
-            raise ValueError("no activations to fit: calibrate needs at least one batch with a token that is not padding")
+            raise ValueError(
+                "no activations to fit: calibrate needs at least one batch with a token that is not padding"
+            )
         x_mean, y_mean = self.x_sum / self.weight_sum, self.y_sum / self.weight_sum
         covariance = self.xx / self.weight_sum - torch.outer(x_mean, x_mean)
         cross = self.xy / self.weight_sum - torch.outer(x_mean, y_mean)
         if not (covariance.isfinite().all() and cross.isfinite().all()):
-            raise ValueError("the activations hold NaN or infinity: load the anchors in float32 or bfloat16, not float16")
+            raise ValueError(
+                "the activations hold NaN or infinity: load the anchors in float32 or bfloat16, not float16"
+            )
         scale = covariance.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
         covariance.diagonal().add_(ridge * scale)
         weight = torch.linalg.lstsq(covariance, cross).solution if ridge == 0 else _solve(covariance, cross)

@@ -12,7 +12,9 @@ class StitchingLayer(nn.Module):
     Shapes: [..., in_width] -> [..., out_width].
     """
 
-    def __init__(self, in_width: int, out_width: int, dtype: torch.dtype | None = None, device: torch.device | None = None):
+    def __init__(
+        self, in_width: int, out_width: int, dtype: torch.dtype | None = None, device: torch.device | None = None
+    ):
         super().__init__()
         self.proj = nn.Linear(in_width, out_width, dtype=dtype, device=device)
         self.init_kaiming()

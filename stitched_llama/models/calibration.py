@@ -85,7 +85,11 @@ def calibrate(
     model.eval()
     with torch.no_grad():
         for number, batch in enumerate(tqdm(batches, desc="calibrate", disable=not progress)):
-            batch = {name: tensor.to(model.device) for name, tensor in batch.items() if name in ("input_ids", "attention_mask")}
+            batch = {
+                name: tensor.to(model.device)
+                for name, tensor in batch.items()
+                if name in ("input_ids", "attention_mask")
+            }
             first_batch = batch if first_batch is None else first_batch
             if number % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1 and len(held_out) < _HELD_OUT_MOST:
                 held_out.append(batch)
@@ -137,7 +141,9 @@ def _solve(model: Any, sums: dict[tuple[str, str], LeastSquares], rows: int, rid
         model.stitching_layers[layer].init_solution(weight, bias)
 
 
-def _report(model: Any, junctions: list[Junction], batches: list, rows: int, held_out: bool, progress: bool) -> Calibration:
+def _report(
+    model: Any, junctions: list[Junction], batches: list, rows: int, held_out: bool, progress: bool
+) -> Calibration:
     with_first = {str(j): Residual() for j in junctions}
     without = {str(j): Residual() for j in junctions}
     totals = {key: [0.0, 0] for key in model.keys}

@@ -8,7 +8,9 @@ from stitched_llama.space import Stitch, StitchTable, format_bytes, format_count
 def model_card(anchors: list[dict], stitches: list[Stitch], table: StitchTable) -> str:
     """Markdown with Hub metadata: which anchors are needed, which sizes are published, how to load one."""
     names = [anchor.get("name_or_path") or "an unnamed model" for anchor in anchors]
-    hub_ids = [name for name in names if name.count("/") == 1 and not name.startswith((".", "/")) and not Path(name).exists()]
+    hub_ids = [
+        name for name in names if name.count("/") == 1 and not name.startswith((".", "/")) and not Path(name).exists()
+    ]
     head = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags:", "- stitched-llama"]
     if hub_ids:
         head += ["base_model:", *(f"- {name}" for name in hub_ids), "base_model_relation: adapter"]
@@ -20,7 +22,9 @@ def model_card(anchors: list[dict], stitches: list[Stitch], table: StitchTable) 
         if stitch.key in published:
             values = [f"{table.metrics[name].get(stitch.key, float('nan')):.4f} |" for name in metrics]
             size = format_bytes(2 * stitch.params)
-            rows.append(f"| {stitch.stitch_id} | `{stitch.key}` | {format_count(stitch.params)} | {size} | {' '.join(values)}")
+            rows.append(
+                f"| {stitch.stitch_id} | `{stitch.key}` | {format_count(stitch.params)} | {size} | {' '.join(values)}"
+            )
     middle = published[len(published) // 2]
     budget = format_count(next(stitch.params for stitch in stitches if stitch.key == middle) * 1.02)
     return "\n".join(

@@ -58,7 +58,9 @@ class StitchedConfig(PreTrainedConfig):
             ValueError: there are no anchor configurations.
         """
         if not self.anchor_configs:
-            raise ValueError(f"{type(self).__name__} names no anchors: build it with from_anchor_configs([small, large])")
+            raise ValueError(
+                f"{type(self).__name__} names no anchors: build it with from_anchor_configs([small, large])"
+            )
         return StitchSpace(
             [anchor_spec(config) for config in self.anchor_configs],
             kernel_size=self.kernel_size,

@@ -2,21 +2,23 @@
 
 import json
 import logging
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import cached_file
 
 from stitched_llama.anchors import FAMILIES, Family
-from stitched_llama.bundles import fingerprint_files, fingerprint_tensors, part_of
-from stitched_llama.space import AnchorSpec, Stitch
+from stitched_llama.bundles import CONFIG, GENERATION, TABLE, WEIGHTS, fingerprint_files, fingerprint_tensors, part_of
+from stitched_llama.space import AnchorSpec, Stitch, anchor_spec
 
-_INDEX, _WEIGHTS = "model.safetensors.index.json", "model.safetensors"
+_INDEX = "model.safetensors.index.json"
 _HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 
 
@@ -57,9 +59,9 @@ def weight_files(name_or_path: str, needed: "_Needed | None" = None, **hub: Any)
         wanted = {tensor: shard for tensor, shard in shards.items() if needed is None or needed(tensor)}
         files = {shard: Path(cached_file(name_or_path, shard, **hub)) for shard in sorted(set(wanted.values()))}
         return {tensor: files[shard] for tensor, shard in wanted.items()}
-    weights = cached_file(name_or_path, _WEIGHTS, **quiet, **hub)
+    weights = cached_file(name_or_path, WEIGHTS, **quiet, **hub)
     if weights is None:
-        raise ValueError(f"{name_or_path} has no {_WEIGHTS}: only safetensors weights are read; convert it first")
+        raise ValueError(f"{name_or_path} has no {WEIGHTS}: only safetensors weights are read; convert it first")
     with safe_open(weights, framework="pt") as file:
         return {tensor: Path(weights) for tensor in file.keys() if needed is None or needed(tensor)}
 
@@ -184,3 +186,75 @@ def check_fingerprint(name: str, index: int, recorded: Mapping[str, str], found:
                 f"anchor {index} changed: {part} of {name} has digest {digest}, the bundle was trained on "
                 f"{recorded.get(part)}; load the original weights (revision), or train again"
             )
+
+
+def bundle_folder(name: str, hub: Mapping[str, Any]) -> Path:
+    """The local folder of a bundle, fetched from the Hub where it is a repository.
+
+    Raises:
+        OSError: there is neither.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    options = {
+        key: hub[key] for key in ("revision", "token", "cache_dir", "local_files_only") if hub.get(key) is not None
+    }
+    try:
+        return Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS, TABLE, GENERATION], **options))
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise OSError(f"{name!r} is neither a folder here nor a bundle on the Hub in reach: {reason}") from error
+
+
+def load_anchors(
+    config: Any,
+    folder: Path,
+    given: Sequence[Any] | None,
+    stitches: Sequence[Stitch],
+    load: Mapping[str, Any],
+    hub: Mapping[str, Any],
+) -> list[PreTrainedModel]:
+    """The anchors of a bundle, each checked against the weights it was trained on.
+
+    Args:
+        config: the bundle's configuration.
+        folder: of the bundle; a relative path of an anchor may also start there.
+        given: folders, Hub ids or models to use instead of those the bundle names.
+        stitches: only what these need is loaded.
+        load, hub: options of each anchor's `from_pretrained`.
+
+    Raises:
+        ValueError: an anchor changed, or the bundle does not know where one lies.
+        OSError: an anchor cannot be loaded.
+    """
+    hub = {
+        name: value for name, value in hub.items() if name != "revision"
+    }  # the bundle's revision is not the anchors'
+    if given is not None and len(given) != len(config.anchors):
+        raise ValueError(f"{len(given)} anchors given, the bundle has {len(config.anchors)}")
+    loaded = []
+    for index, reference in enumerate(config.anchors):
+        source = given[index] if given is not None else reference["name_or_path"]
+        if source is None:
+            raise ValueError(
+                f"the bundle does not know where anchor {index} lies: pass anchors=[...] to from_pretrained"
+            )
+        if isinstance(source, PreTrainedModel):
+            check_fingerprint(
+                f"the given model {index}", index, reference["fingerprint"], fingerprint_in_memory(source)
+            )
+            loaded.append(source)
+            continue
+        source = os.fspath(source)
+        if not Path(source).is_dir() and (folder / source).is_dir():
+            source = str(folder / source)
+        revision = reference["revision"] if given is None else None
+        options = {**load, **hub} | ({"revision": revision} if revision else {})
+        spec = anchor_spec(config.anchor_configs[index])
+        try:
+            anchor, found = load_anchor(source, config.anchor_config(index), spec, index, stitches, **options)
+        except OSError as error:
+            raise OSError(f"anchor {index} of the bundle, {source!r}, cannot be loaded: {error}") from error
+        check_fingerprint(source, index, reference["fingerprint"], found)
+        loaded.append(anchor)
+    return loaded

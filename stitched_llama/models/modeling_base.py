@@ -1,7 +1,6 @@
 """What every stitched model is, whatever its family: frozen anchors, stitching layers, a space and its table."""
 
 import copy
-import logging
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -17,8 +16,6 @@ from stitched_llama.space import Precision, Stitch, StitchTable
 from .calibration import Calibration, calibrate
 from .configuration import StitchedConfig
 from .storage import BundleMixin
-
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a line for every 8-bit matmul otherwise
 
 
 class StitchedPreTrainedModel(BundleMixin, PreTrainedModel):

@@ -8,16 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi
 from torch import Tensor
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig
 
 from stitched_llama.bundles import (
     CARD,
     CONFIG,
     GENERATION,
-    TABLE,
-    WEIGHTS,
     Bundle,
     dequantize_rows,
     quantize_rows,
@@ -27,11 +25,18 @@ from stitched_llama.pst import is_low_rank
 from stitched_llama.space import StitchTable, anchor_spec
 
 from .card import model_card
-from .loading import check_fingerprint, check_tokenizers, fingerprint_in_memory, load_anchor, reference_to
+from .loading import bundle_folder, check_tokenizers, load_anchor, load_anchors, reference_to
 
 _HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 _LOAD = ("dtype", "quantization_config", "device_map", "max_memory", "offload_folder", "attn_implementation")
-_IGNORED = ("adapter_kwargs", "trust_remote_code", "code_revision", "use_safetensors", "low_cpu_mem_usage", "weights_only")
+_IGNORED = (
+    "adapter_kwargs",
+    "trust_remote_code",
+    "code_revision",
+    "use_safetensors",
+    "low_cpu_mem_usage",
+    "weights_only",
+)
 
 
 class BundleMixin:
@@ -91,9 +96,11 @@ class BundleMixin:
         name = os.fspath(pretrained_model_name_or_path)
         wanted = {key: kwargs.pop(key, None) for key in ("stitch_id", "budget", "anchors", "config")}
         context_tokens = kwargs.pop("context_tokens", 0)
+        if "torch_dtype" in kwargs:  # what Transformers 4 called dtype
+            kwargs.setdefault("dtype", kwargs.pop("torch_dtype"))
         load, hub = _take(kwargs, _LOAD), _take(kwargs, _HUB)
         kwargs = {key: v for key, v in kwargs.items() if key not in _IGNORED and not key.startswith("_")}
-        bundle = Bundle.open(_bundle_folder(name, hub))
+        bundle = Bundle.open(bundle_folder(name, hub))
         config = wanted["config"] or cls.config_class.from_dict(dict(bundle.config))
         for key in list(kwargs):
             if not hasattr(config, key):
@@ -113,7 +120,7 @@ class BundleMixin:
                 raise ValueError(f"stitch {stitch.stitch_id} ({stitch.key}) is not in {name}: it holds {config.keys}")
             config.keys = [stitch.key]
         stitches = [stitch for stitch in space if config.keys is None or stitch.key in config.keys]
-        loaded = _load_anchors(config, bundle.folder, wanted["anchors"], stitches, load, hub)
+        loaded = load_anchors(config, bundle.folder, wanted["anchors"], stitches, load, hub)
         model = cls(config, anchors=loaded)
         model.table = table
         if (pst := config.pst_config) is not None:
@@ -156,7 +163,9 @@ class BundleMixin:
         space = config.stitch_space()
         texts = {CONFIG: config.to_json_string(), GENERATION: self.generation_config.to_json_string()}
         texts[CARD] = model_card(config.anchors or [{}] * len(self.anchors), [space[key] for key in keys], self.table)
-        write_bundle(save_directory, self._bundle_tensors(keys, stitching_dtype), self.table.to_dict(space, keys), texts)
+        write_bundle(
+            save_directory, self._bundle_tensors(keys, stitching_dtype), self.table.to_dict(space, keys), texts
+        )
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **_take(kwargs, ("token", "private")))
 
@@ -176,7 +185,11 @@ class BundleMixin:
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, **save)
             return api.upload_folder(
-                repo_id=repo_id, folder_path=folder, commit_message=commit_message, revision=revision, create_pr=create_pr
+                repo_id=repo_id,
+                folder_path=folder,
+                commit_message=commit_message,
+                revision=revision,
+                create_pr=create_pr,
             )
 
     def load_bundle(self, bundle: Bundle) -> None:
@@ -240,42 +253,3 @@ def _take(kwargs: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
     """Removes `names` from `kwargs` and returns those that were set."""
     taken = {name: kwargs.pop(name) for name in names if name in kwargs}
     return {name: value for name, value in taken.items() if value is not None}
-
-
-def _bundle_folder(name: str, hub: dict[str, Any]) -> Path:
-    if Path(name).is_dir():
-        return Path(name)
-    options = {key: hub[key] for key in ("revision", "token", "cache_dir", "local_files_only") if hub.get(key) is not None}
-    try:
-        return Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS, TABLE, GENERATION], **options))
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise OSError(f"{name!r} is neither a folder here nor a bundle on the Hub in reach: {reason}") from error
-
-
-def _load_anchors(config, folder: Path, given, stitches, load: dict[str, Any], hub: dict[str, Any]) -> list:
-    hub = {name: value for name, value in hub.items() if name != "revision"}  # the bundle's revision is not the anchors'
-    if given is not None and len(given) != len(config.anchors):
-        raise ValueError(f"{len(given)} anchors given, the bundle has {len(config.anchors)}")
-    loaded = []
-    for index, reference in enumerate(config.anchors):
-        source = given[index] if given is not None else reference["name_or_path"]
-        if source is None:
-            raise ValueError(f"the bundle does not know where anchor {index} lies: pass anchors=[...] to from_pretrained")
-        if isinstance(source, PreTrainedModel):
-            check_fingerprint(f"the given model {index}", index, reference["fingerprint"], fingerprint_in_memory(source))
-            loaded.append(source)
-            continue
-        source = os.fspath(source)
-        if not Path(source).is_dir() and (folder / source).is_dir():
-            source = str(folder / source)
-        revision = reference["revision"] if given is None else None
-        options = {**load, **hub} | ({"revision": revision} if revision else {})
-        spec = anchor_spec(config.anchor_configs[index])
-        try:
-            anchor, found = load_anchor(source, config.anchor_config(index), spec, index, stitches, **options)
-        except OSError as error:
-            raise OSError(f"anchor {index} of the bundle, {source!r}, cannot be loaded: {error}") from error
-        check_fingerprint(source, index, reference["fingerprint"], found)
-        loaded.append(anchor)
-    return loaded

@@ -1,7 +1,8 @@
 """Attaches PST to anchors and stitching layers, and says what trains."""
 
+import logging
+
 import torch
-from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
 from stitched_llama.anchors import FAMILIES
@@ -9,6 +10,9 @@ from stitched_llama.space import StitchSpace
 
 from .bias import StitchBias, install_bias_hooks
 from .config import PSTConfig
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a line at import, and for every 8-bit matmul, otherwise
+from peft import LoraConfig, inject_adapter_in_model  # noqa: E402
 
 
 def attach_pst(

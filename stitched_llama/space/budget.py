@@ -74,4 +74,3 @@ def format_count(number: float) -> str:
 def format_bytes(number: float) -> str:
     """`12000000000` as `12GB`."""
     return format_count(number).replace("B", "G") + "B"
-

@@ -35,4 +35,6 @@ def _download_config(repo_id: str, revision: str | None) -> Path:
         return Path(hf_hub_download(repo_id, "config.json", revision=revision))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{repo_id!r} is neither a folder here nor a repository of the Hub in reach: {reason}") from None
+        raise ValueError(
+            f"{repo_id!r} is neither a folder here nor a repository of the Hub in reach: {reason}"
+        ) from None

@@ -63,7 +63,9 @@ class StitchTable:
         chosen = set(best_of_intervals(stitches, self.importance, self.interval_count))
         return [stitch.key for stitch in stitches if stitch.key in chosen or stitch.is_anchor]
 
-    def choose(self, space: StitchSpace, budget: Any, context_tokens: int = 0, keys: Iterable[str] | None = None) -> Stitch:
+    def choose(
+        self, space: StitchSpace, budget: Any, context_tokens: int = 0, keys: Iterable[str] | None = None
+    ) -> Stitch:
         """The best published stitch that fits; a larger budget never returns a worse recorded metric.
 
         Args:

@@ -6,6 +6,7 @@ arguments   training arguments
 trainer     one stitch a step, the largest anchor as teacher
 evaluation  loss and exact match of every stitch
 plots       the picture and the table of a run
+record      where a result comes from
 samples     the same prompts at several sizes
 smoke       pico anchors for --smoke and tests
 """
@@ -15,6 +16,7 @@ from .data import Collator, InstructionDataset, Row, batches, pad_token_id, read
 from .evaluation import evaluate_stitches, response_scores, spearman
 from .plots import format_table, plot_stitches
 from .prompts import TEMPLATES, Template, template
+from .record import provenance
 from .samples import sample_budgets
 from .smoke import byte_tokenizer, pico_anchor, smoke_anchors
 from .trainer import StitchTrainer, find_checkpoint
@@ -36,6 +38,7 @@ __all__ = [
     "pad_token_id",
     "pico_anchor",
     "plot_stitches",
+    "provenance",
     "read_rows",
     "response_scores",
     "sample_budgets",

@@ -30,12 +30,16 @@ class StitchTrainingArguments(TrainingArguments):
     sampling_warmup: float = field(default=0.1, metadata={"help": "Share of all steps drawn uniformly at first."})
     floor: float = field(default=0.2, metadata={"help": "Share of an interval's draws spread evenly."})
     anchor_share: float = field(default=0.15, metadata={"help": "Share of draws for anchors other than the largest."})
-    distillation: str = field(default="hard", metadata={"help": f"Student's teacher signal: {', '.join(DISTILLATIONS)}."})
+    distillation: str = field(
+        default="hard", metadata={"help": f"Student's teacher signal: {', '.join(DISTILLATIONS)}."}
+    )
     distillation_weight: float = field(default=0.5, metadata={"help": "Its share of the student's loss."})
 
     def __post_init__(self):
         if self.distillation not in DISTILLATIONS:
-            raise ValueError(f"distillation {self.distillation!r} is unknown; one of {', '.join(DISTILLATIONS)} is needed")
+            raise ValueError(
+                f"distillation {self.distillation!r} is unknown; one of {', '.join(DISTILLATIONS)} is needed"
+            )
         if not 0 <= self.distillation_weight <= 1:
             raise ValueError(f"distillation_weight is {self.distillation_weight}; a share lies in 0..1")
         super().__post_init__()

@@ -48,7 +48,9 @@ def read_rows(source: str, on_bad_row: str = "error") -> list[Row]:
                 raise ValueError(f"{source}, row {number}: {error}; mend it, or pass --on_bad_row skip") from None
             skipped += 1
     if skipped:
-        logger.warning("%s: %d of %d rows skipped, they lack instruction or output", source, skipped, skipped + len(rows))
+        logger.warning(
+            "%s: %d of %d rows skipped, they lack instruction or output", source, skipped, skipped + len(rows)
+        )
     if not rows:
         raise ValueError(f"{source} holds no rows: a list of objects with instruction, input and output is needed")
     return rows
@@ -133,7 +135,9 @@ class InstructionDataset(Dataset):
         if max_length < 8:
             raise ValueError(f"max_length is {max_length}: at least 8 tokens are needed")
         if tokenizer.eos_token_id is None:
-            raise ValueError("the tokenizer has no EOS token, so a model could not learn to stop: set tokenizer.eos_token")
+            raise ValueError(
+                "the tokenizer has no EOS token, so a model could not learn to stop: set tokenizer.eos_token"
+            )
         self.rows, self.truncated = list(rows), 0
         self.examples = [self._encode(row, tokenizer, template, max_length, train_on_prompt) for row in rows]
         if self.truncated:

@@ -41,20 +41,44 @@ def plot_stitches(
         before = table.metrics.get(f"{name}_before", {})
         if before:
             rated = [s for s in space if s.key in before]
-            axis.plot([s.params for s in rated], [before[s.key] * scale for s in rated], ".", color="0.75", label="before training")
+            axis.plot(
+                [s.params for s in rated],
+                [before[s.key] * scale for s in rated],
+                ".",
+                color="0.75",
+                label="before training",
+            )
         inner = [s for s in space if s.key in values and not s.is_anchor]
         axis.plot([s.params for s in inner], [values[s.key] for s in inner], "o", color="tab:blue", label="stitch")
         front = [s for s in space if s.key in values and s.key in published]
         if front:
             label = "published front" + ("" if name == table.metric else f" (chosen by {table.metric})")
-            axis.plot([s.params for s in front], [values[s.key] for s in front], "-", color="tab:blue", alpha=0.6, label=label)
+            axis.plot(
+                [s.params for s in front], [values[s.key] for s in front], "-", color="tab:blue", alpha=0.6, label=label
+            )
         anchors = [s for s in space if s.key in values and s.is_anchor]
-        axis.plot([s.params for s in anchors], [values[s.key] for s in anchors], "*", ms=17, color="gold", mec="black", label="anchor")
+        axis.plot(
+            [s.params for s in anchors],
+            [values[s.key] for s in anchors],
+            "*",
+            ms=17,
+            color="gold",
+            mec="black",
+            label="anchor",
+        )
         rivals = [(space[key], found[name] * scale) for key, found in (alone or {}).items() if name in found]
         if rivals:
-            axis.plot([s.params for s, _ in rivals], [v for _, v in rivals], "D", color="tab:red", label="anchor tuned alone by LoRA")
+            axis.plot(
+                [s.params for s, _ in rivals],
+                [v for _, v in rivals],
+                "D",
+                color="tab:red",
+                label="anchor tuned alone by LoRA",
+            )
         axis.set_xlabel("parameters of the stitch")
-        axis.set_ylabel(_LABELS.get(name, name) + (" (higher is better)" if higher_is_better(name) else " (lower is better)"))
+        axis.set_ylabel(
+            _LABELS.get(name, name) + (" (higher is better)" if higher_is_better(name) else " (lower is better)")
+        )
         axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_count(value)))
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)

@@ -27,7 +27,9 @@ _TURNS = (
     "{{% for message in messages %}}{{% if message['role'] == 'user' %}}{user}"
     "{{% elif message['role'] == 'assistant' %}}{assistant}{{% endif %}}{{% endfor %}}"
 )
-_ALPACA = "Below is an instruction that describes a task{}. Write a response that appropriately completes the request.\n\n"
+_ALPACA = (
+    "Below is an instruction that describes a task{}. Write a response that appropriately completes the request.\n\n"
+)
 
 # "alpaca" is the published template of Stanford Alpaca in the form that Alpaca-LoRA trains on.
 TEMPLATES = {
@@ -44,9 +46,7 @@ TEMPLATES = {
     "short": Template(
         with_input="{instruction}: {input}\n> ",
         without_input="{instruction}\n> ",
-        chat=_TURNS.format(
-            user="{{ message['content'] + '\\n> ' }}", assistant="{{ message['content'] + '\\n' }}"
-        ),
+        chat=_TURNS.format(user="{{ message['content'] + '\\n> ' }}", assistant="{{ message['content'] + '\\n' }}"),
     ),
 }
 

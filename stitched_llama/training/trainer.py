@@ -153,7 +153,9 @@ class StitchTrainer(Trainer):
     def _signals(self, gradients: Gradients, loss: float) -> StepSignals:
         scale = self.accelerator.scaler.get_scale() if self.accelerator.scaler is not None else 1.0
         device = self.args.device
-        saliency = sum(((g * p.detach()).abs().sum().to(device) for p, g in gradients.items()), torch.zeros((), device=device))
+        saliency = sum(
+            ((g * p.detach()).abs().sum().to(device) for p, g in gradients.items()), torch.zeros((), device=device)
+        )
         squares = sum((g.square().sum().to(device) for g in gradients.values()), torch.zeros((), device=device))
         return StepSignals(float(saliency) / scale, float(squares) ** 0.5 / scale, loss)
 
@@ -172,7 +174,9 @@ class StitchTrainer(Trainer):
             self._logged.clear()
         super().log(logs, start_time)
 
-    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval", keys: Any = None):
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval", keys: Any = None
+    ):
         """Loss and exact match of the anchors and the middle stitch of each interval, or of `keys`.
 
         Returns `eval_loss` (mean over those stitches) and one entry a stitch and metric.
@@ -233,7 +237,9 @@ def find_checkpoint(resume: str | None, output_dir: str) -> str | None:
         whole = [path for path in found if _is_whole(path)]
         return str(max(whole, key=lambda path: int(path.name.split("-")[-1]))) if whole else None
     if not _is_whole(Path(resume)):
-        raise ValueError(f"{resume} holds no whole checkpoint (a bundle and trainer_state.json): name another, or 'auto'")
+        raise ValueError(
+            f"{resume} holds no whole checkpoint (a bundle and trainer_state.json): name another, or 'auto'"
+        )
     return resume
 
 

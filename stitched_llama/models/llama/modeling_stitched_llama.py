@@ -147,7 +147,12 @@ class StitchedLlamaForCausalLM(StitchedPreTrainedModel, GenerationMixin):
         return DecoderContext(mask, position_ids, cache, **fields)
 
     def generate(
-        self, inputs: Tensor | None = None, *args: Any, stitch_id: int | str | None = None, budget: Any = None, **kwargs: Any
+        self,
+        inputs: Tensor | None = None,
+        *args: Any,
+        stitch_id: int | str | None = None,
+        budget: Any = None,
+        **kwargs: Any,
     ):
         """`GenerationMixin.generate` at one size: by `stitch_id`, by `budget` ("9B", "12GB", "8 GMACs"), or the default.
 
@@ -179,7 +184,10 @@ class StitchedLlamaForCausalLM(StitchedPreTrainedModel, GenerationMixin):
         """Tokens the KV cache of a call will hold over all rows and beams."""
         config = kwargs.get("generation_config") or self.generation_config
         rows, length = prompt.shape[:2] if prompt is not None else (1, 0)
-        wanted = {name: kwargs.get(name, getattr(config, name, None)) for name in ("max_new_tokens", "max_length", "num_beams")}
+        wanted = {
+            name: kwargs.get(name, getattr(config, name, None))
+            for name in ("max_new_tokens", "max_length", "num_beams")
+        }
         new = wanted["max_new_tokens"]
         total = length + new if new is not None else max(length, wanted["max_length"] or length + 20)
         return rows * (wanted["num_beams"] or 1) * total

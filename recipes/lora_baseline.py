@@ -1,0 +1,98 @@
+"""Fine-tune each anchor alone with plain PEFT LoRA (Alpaca-LoRA): the peers that every stitched run is set beside.
+
+    python recipes/lora_baseline.py --anchors data/anchors/small data/anchors/large --data train.json ...
+
+Same rows, template, optimiser, steps and LoRA rank as `finetune_alpaca.py`; nothing of `stitched_llama.models` is used.
+Writes `{key of the anchor: {"loss", "exact_match", "loss_before", "exact_match_before", "seconds"}}`.
+"""
+
+import json
+import time
+import warnings
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, Trainer, set_seed
+
+from stitched_llama import StitchTrainingArguments
+from stitched_llama.training import (
+    Collator,
+    InstructionDataset,
+    batches,
+    pad_token_id,
+    read_rows,
+    response_scores,
+    split_rows,
+    template,
+)
+
+
+@dataclass
+class Arguments:
+    """What is tuned on what."""
+
+    anchors: list[str] = field(metadata={"help": "Folders or Hub ids; each is tuned alone."})
+    data: str = field(default="tatsu-lab/alpaca", metadata={"help": "Hub id, or a JSON, JSONL or Parquet file."})
+    eval_data: str | None = field(default=None, metadata={"help": "Held-out rows; by default split off the data."})
+    eval_size: int = field(default=500, metadata={"help": "Held-out rows."})
+    template: str = field(default="alpaca", metadata={"help": "Prompt template: alpaca or short."})
+    max_length: int = field(default=512, metadata={"help": "Tokens a row may have."})
+    rank: int = field(default=16, metadata={"help": "LoRA rank on q, k, v, o."})
+    dtype: str = field(default="auto", metadata={"help": "Of the anchors: auto, float32, bfloat16 or float16."})
+    rows: str = field(default="baselines.json", metadata={"help": "Where the result goes."})
+
+
+@torch.no_grad()
+def evaluate(model: torch.nn.Module, held_out: list[dict[str, torch.Tensor]]) -> tuple[float, float]:
+    """Loss a token and exact match on held-out batches."""
+    totals, rows = torch.zeros(3, dtype=torch.float64), 0
+    model.eval()
+    for batch in held_out:
+        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        labels = batch.pop("labels")
+        scores = response_scores(model(**batch, use_cache=False).logits, labels)
+        totals += torch.stack([score.double().sum().cpu() for score in scores])
+        rows += len(labels)
+    return float(totals[0] / totals[1]), float(totals[2] / rows)
+
+
+def main() -> None:
+    args, training = HfArgumentParser((Arguments, StitchTrainingArguments)).parse_args_into_dataclasses()
+    prompt, found = template(args.template), {}
+    tokenizer = AutoTokenizer.from_pretrained(args.anchors[0])
+    rows = read_rows(args.data)
+    if args.eval_data:
+        held_out = read_rows(args.eval_data)[: args.eval_size]
+    else:
+        rows, held_out = split_rows(rows, args.eval_size, training.seed)
+    train_set = InstructionDataset(rows, tokenizer, prompt, args.max_length)
+    collator = Collator(pad_token_id(tokenizer))
+    eval_set = InstructionDataset(held_out, tokenizer, prompt, args.max_length)
+    held_out_batches = list(batches(eval_set, collator, training.per_device_eval_batch_size))
+    for index, name in enumerate(args.anchors):
+        set_seed(training.seed)
+        anchor = AutoModelForCausalLM.from_pretrained(name, dtype=args.dtype)
+        before = evaluate(anchor, held_out_batches)
+        lora = LoraConfig(r=args.rank, lora_alpha=args.rank, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
+        model = get_peft_model(anchor, lora)
+        model.print_trainable_parameters()
+        start = time.time()
+        quiet = replace(training, save_strategy="no", global_batch_size=training.global_batch_size)
+        Trainer(model=model, args=quiet, train_dataset=train_set, data_collator=collator).train()
+        after = evaluate(model, held_out_batches)
+        found[f"{index}[0:{anchor.config.num_hidden_layers}]"] = {
+            "loss": after[0], "exact_match": after[1], "loss_before": before[0], "exact_match_before": before[1],
+            "seconds": round(time.time() - start, 1),
+        }  # fmt: skip
+    Path(args.rows).parent.mkdir(parents=True, exist_ok=True)
+    Path(args.rows).write_text(json.dumps(found, indent=1) + "\n")
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    warnings.filterwarnings("ignore", message=".*pin_memory.*")
+    main()
+else:
+    raise ImportError("a recipe is run or copied, not imported")

@@ -1,0 +1,47 @@
+"""Where a result comes from: what every JSON row of the project carries beside its figures."""
+
+import os
+import platform
+import subprocess
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_PACKAGES = ("stitched-llama", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets")
+
+
+def provenance() -> dict[str, Any]:
+    """Date, commit, command, package versions and machine of this run."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return {
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "commit": _commit(),
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
+        "machine": {
+            "device": device,
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "processor": platform.machine(),
+        },
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit of the working tree, marked when it has uncommitted changes; None outside a checkout."""
+    try:
+        found = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None
