@@ -36,16 +36,18 @@ def instruction_prompt(task: skills.Skill, text: str, rng: random.Random) -> str
 
 
 @torch.no_grad()
-def exact_match(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast,
-                pairs: Iterable[tuple[str, str]]) -> float:
+def exact_match(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, pairs: Iterable[tuple[str, str]]) -> float:
     """Share of (prompt, answer) pairs whose answer greedy decoding would give."""
     prompts, answers = zip(*pairs, strict=True)
-    rows = [tokenizer(prompt + answer + "\n", return_tensors="pt").input_ids[0]
-            for prompt, answer in zip(prompts, answers, strict=True)]
+    rows = [
+        tokenizer(prompt + answer + "\n", return_tensors="pt").input_ids[0]
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
     tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
-    correct = model(tokens).logits[:, :-1].argmax(-1) == tokens[:, 1:]  # causal: padding on the right is unseen
-    spans = [slice(len(tokenizer(prompt).input_ids) - 1, len(row) - 1)
-             for prompt, row in zip(prompts, rows, strict=True)]
+    correct = model(tokens).logits[:, :-1].argmax(-1) == tokens[:, 1:]  # causal: padding is never seen
+    spans = [
+        slice(len(tokenizer(prompt).input_ids) - 1, len(row) - 1) for prompt, row in zip(prompts, rows, strict=True)
+    ]
     return mean(float(line[span].all()) for line, span in zip(correct, spans, strict=True))
 
 
@@ -57,11 +59,16 @@ def check(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, examples:
         inputs = [skills.draw_input(task, True, rng) for _ in range(examples)]
         if task.notation:
             few_shot[task.name] = exact_match(
-                model, tokenizer, [(few_shot_prompt(task, text, rng), task.answer(text)) for text in inputs])
+                model, tokenizer, [(few_shot_prompt(task, text, rng), task.answer(text)) for text in inputs]
+            )
         instructed[task.name] = exact_match(
-            model, tokenizer, [(instruction_prompt(task, text, rng), task.answer(text)) for text in inputs])
-    return {"few_shot": round(mean(few_shot.values()), 4), "instructed": round(mean(instructed.values()), 4),
-            "few_shot_by_skill": {name: round(share, 3) for name, share in few_shot.items()}}
+            model, tokenizer, [(instruction_prompt(task, text, rng), task.answer(text)) for text in inputs]
+        )
+    return {
+        "few_shot": round(mean(few_shot.values()), 4),
+        "instructed": round(mean(instructed.values()), 4),
+        "few_shot_by_skill": {name: round(share, 3) for name, share in few_shot.items()},
+    }
 
 
 def main() -> None:
@@ -74,9 +81,12 @@ def main() -> None:
         tokenizer = AutoTokenizer.from_pretrained(arguments.anchors / name)
         model = LlamaForCausalLM.from_pretrained(arguments.anchors / name, dtype=torch.float32).eval()
         corpus = demo_corpus(tokenizer, preset.block, training_tokens=2 * preset.block, seed=0)
-        report = {"anchor": name, "parameters": model.num_parameters(),
-                  "loss": validation_losses(model, corpus, preset.batch),
-                  **check(model, tokenizer, arguments.examples)}
+        report = {
+            "anchor": name,
+            "parameters": model.num_parameters(),
+            "loss": validation_losses(model, corpus, preset.batch),
+            **check(model, tokenizer, arguments.examples),
+        }
         print(json.dumps(report))
 
 

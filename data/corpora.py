@@ -15,15 +15,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from pydoc_data.topics import topics
 
-import sentencepiece
 import skills
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-SPECIAL_TOKENS = {
-    "pad_token": "<|pad|>", "bos_token": "<|bos|>", "eos_token": "<|eos|>", "unk_token": "<|unk|>"}
+SPECIAL_TOKENS = {"pad_token": "<|pad|>", "bos_token": "<|bos|>", "eos_token": "<|eos|>", "unk_token": "<|unk|>"}
 RESERVED_TOKENS = [f"<|reserved_{i}|>" for i in range(4)]
 HELDOUT_SHARE = 0.02
 
@@ -31,8 +29,12 @@ HELDOUT_SHARE = 0.02
 def wrap(tokenizer: Tokenizer, context: int) -> PreTrainedTokenizerFast:
     """The Transformers face of a tokenizer. No bos or eos is added: who packs or prompts places them."""
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, model_max_length=context, clean_up_tokenization_spaces=False,
-        padding_side="left", **SPECIAL_TOKENS)
+        tokenizer_object=tokenizer,
+        model_max_length=context,
+        clean_up_tokenization_spaces=False,
+        padding_side="left",
+        **SPECIAL_TOKENS,
+    )
 
 
 def byte_tokenizer(context: int) -> PreTrainedTokenizerFast:
@@ -56,25 +58,48 @@ def book_tokenizer(texts: Sequence[str], pieces: int, context: int) -> PreTraine
 
     As in LLaMA's own tokenizer, a literal U+2581 in the text comes back as a space.
     """
+    import sentencepiece  # the demo preset does without
+
     with tempfile.TemporaryDirectory() as folder:
         sample = Path(folder, "sample.txt")
         sample.write_text("\n".join(texts), encoding="utf-8")
         sentencepiece.SentencePieceTrainer.train(
-            input=str(sample), model_prefix=str(Path(folder, "pieces")), model_type="bpe", vocab_size=pieces,
-            byte_fallback=True, character_coverage=0.9999, normalization_rule_name="identity",
-            remove_extra_whitespaces=False, add_dummy_prefix=False, split_digits=True, num_threads=1,
-            pad_id=0, bos_id=1, eos_id=2, unk_id=3, max_sentence_length=100_000, minloglevel=2,
-            pad_piece=SPECIAL_TOKENS["pad_token"], bos_piece=SPECIAL_TOKENS["bos_token"],
-            eos_piece=SPECIAL_TOKENS["eos_token"], unk_piece=SPECIAL_TOKENS["unk_token"])
+            input=str(sample),
+            model_prefix=str(Path(folder, "pieces")),
+            model_type="bpe",
+            vocab_size=pieces,
+            byte_fallback=True,
+            character_coverage=0.9999,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            split_digits=True,
+            num_threads=1,
+            pad_id=0,
+            bos_id=1,
+            eos_id=2,
+            unk_id=3,
+            max_sentence_length=100_000,
+            minloglevel=2,
+            pad_piece=SPECIAL_TOKENS["pad_token"],
+            bos_piece=SPECIAL_TOKENS["bos_token"],
+            eos_piece=SPECIAL_TOKENS["eos_token"],
+            unk_piece=SPECIAL_TOKENS["unk_token"],
+        )
         trained = sentencepiece.SentencePieceProcessor(model_file=str(Path(folder, "pieces.model")))
     vocabulary = {trained.id_to_piece(i): i for i in range(trained.get_piece_size())}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges_of(vocabulary), byte_fallback=True,
-                                     unk_token=SPECIAL_TOKENS["unk_token"], fuse_unk=True))
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab=vocabulary,
+            merges=merges_of(vocabulary),
+            byte_fallback=True,
+            unk_token=SPECIAL_TOKENS["unk_token"],
+            fuse_unk=True,
+        )
+    )
     tokenizer.normalizer = normalizers.Replace(" ", "\u2581")
-    tokenizer.decoder = decoders.Sequence([
-        decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
-    tokenizer.add_special_tokens([
-        AddedToken(name, special=True, normalized=False) for name in SPECIAL_TOKENS.values()])
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in SPECIAL_TOKENS.values()])
     return wrap(tokenizer, context)
 
 
@@ -107,8 +132,7 @@ def library_documents() -> list[str]:
             docstrings = [ast.get_docstring(node) for node in nodes if isinstance(node, kinds)]
             documents += [text for text in docstrings if text and len(text) >= 200]
     wordings = [wording.lower() for task in skills.SKILLS.values() for wording in task.wordings]
-    return [text for text in dict.fromkeys(documents)
-            if not any(wording in text.lower() for wording in wordings)]
+    return [text for text in dict.fromkeys(documents) if not any(wording in text.lower() for wording in wordings)]
 
 
 def pack(tokenizer: PreTrainedTokenizerFast, documents: Sequence[str]) -> Tensor:
@@ -131,13 +155,13 @@ class Corpus:
         choices = torch.multinomial(shares, size, replacement=True, generator=self.generator).tolist()
         tokens = [list(self.sources.values())[choice][1] for choice in choices]
         starts = [int(torch.randint(len(row) - self.block, (), generator=self.generator)) for row in tokens]
-        return torch.stack([row[start:start + self.block] for row, start in zip(tokens, starts, strict=True)])
+        return torch.stack([row[start : start + self.block] for row, start in zip(tokens, starts, strict=True)])
 
     def validation(self, name: str, limit: int) -> Tensor:
         """Blocks spread evenly over what a source holds out."""  # [at most limit, block]
         tokens = self.sources[name][2]
-        blocks = tokens[:len(tokens) // self.block * self.block].view(-1, self.block)
-        return blocks[::max(1, math.ceil(len(blocks) / limit))]
+        blocks = tokens[: len(tokens) // self.block * self.block].view(-1, self.block)
+        return blocks[:: max(1, math.ceil(len(blocks) / limit))]
 
 
 def demo_corpus(tokenizer: PreTrainedTokenizerFast, block: int, training_tokens: int, seed: int) -> Corpus:
@@ -155,18 +179,27 @@ def demo_corpus(tokenizer: PreTrainedTokenizerFast, block: int, training_tokens:
     every = round(1 / HELDOUT_SHARE)
     kept_out = list(itertools.islice(documents, 0, None, every))
     rest = [text for i, text in enumerate(documents) if i % every]
-    return Corpus({"notation": (0.75, notation(training_tokens, False), notation(40_000, True)),
-                   "documentation": (0.25, pack(tokenizer, rest), pack(tokenizer, kept_out))}, block, seed)
+    return Corpus(
+        {
+            "notation": (0.75, notation(training_tokens, False), notation(40_000, True)),
+            "documentation": (0.25, pack(tokenizer, rest), pack(tokenizer, kept_out)),
+        },
+        block,
+        seed,
+    )
 
 
 def split_books(texts: Sequence[str]) -> tuple[list[str], list[str]]:
     """The texts without their ends, and the ends, which are held out."""
     cuts = [int(len(text) * (1 - HELDOUT_SHARE)) for text in texts]
-    return ([text[:cut] for text, cut in zip(texts, cuts, strict=True)],
-            [text[cut:] for text, cut in zip(texts, cuts, strict=True)])
+    return (
+        [text[:cut] for text, cut in zip(texts, cuts, strict=True)],
+        [text[cut:] for text, cut in zip(texts, cuts, strict=True)],
+    )
 
 
-def books_corpus(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], ends: Sequence[str], block: int,
-                 seed: int) -> Corpus:
+def books_corpus(
+    tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], ends: Sequence[str], block: int, seed: int
+) -> Corpus:
     """All texts in proportion to their length; validation on blocks from all their ends."""
     return Corpus({"books": (1.0, pack(tokenizer, texts), pack(tokenizer, ends))}, block, seed)

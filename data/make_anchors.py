@@ -58,6 +58,7 @@ class Preset:
     muon_rate: float
     adam_rate: float
     pieces: int | None = None  # of the tokenizer; None: bytes
+    autocast: bool = False  # bfloat16 products: slower than float32 below a width of about 256 on a CPU
     alignment: float = 0.5
     warm_up: float = 0.03
     clip: float = 1.0
@@ -67,23 +68,45 @@ PRESETS = {
     "demo": Preset(
         large=Size(width=128, depth=9, heads=4, key_value_heads=2, head_size=32, units=384),
         small=Size(width=96, depth=6, heads=4, key_value_heads=2, head_size=32, units=264),
-        large_steps=3000, small_steps=1000, batch=24, block=128, context=512, muon_rate=0.01, adam_rate=3e-3),
+        large_steps=3000,
+        small_steps=1000,
+        batch=24,
+        block=128,
+        context=512,
+        muon_rate=0.01,
+        adam_rate=3e-3,
+    ),
     "books": Preset(
         large=Size(width=384, depth=8, heads=12, key_value_heads=6, head_size=32, units=768),
         small=Size(width=192, depth=5, heads=6, key_value_heads=3, head_size=32, units=384),
-        large_steps=1000, small_steps=600, batch=16, block=256, context=1024, muon_rate=0.01, adam_rate=2e-3,
-        pieces=4096),
+        large_steps=400,
+        small_steps=250,
+        batch=16,
+        block=256,
+        context=1024,
+        muon_rate=0.02,
+        adam_rate=2e-3,
+        pieces=4096,
+        autocast=True,
+    ),
 }
 
 
 def llama_config(size: Size, preset: Preset, tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
     return LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=size.width, intermediate_size=size.units,
-        num_hidden_layers=size.depth, num_attention_heads=size.heads,
-        num_key_value_heads=size.key_value_heads, head_dim=size.head_size,
-        max_position_embeddings=preset.context, tie_word_embeddings=False,
-        pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id)
+        vocab_size=len(tokenizer),
+        hidden_size=size.width,
+        intermediate_size=size.units,
+        num_hidden_layers=size.depth,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.key_value_heads,
+        head_dim=size.head_size,
+        max_position_embeddings=preset.context,
+        tie_word_embeddings=False,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
 
 
 def junctions(small_depth: int, large_depth: int) -> list[tuple[int, int]]:
@@ -104,7 +127,8 @@ class Alignment(nn.Module):
         self.large = [large]  # in a list: a frozen guest, not a part
         blocks = sorted({small_block for small_block, _ in self.junctions})
         self.projections = nn.ModuleDict(
-            {str(block): nn.Linear(small_config.hidden_size, large.config.hidden_size) for block in blocks})
+            {str(block): nn.Linear(small_config.hidden_size, large.config.hidden_size) for block in blocks}
+        )
         for projection in self.projections.values():
             nn.init.zeros_(projection.bias)
             with torch.no_grad():
@@ -132,19 +156,21 @@ def schedule(step: int, steps: int, warm_up: float) -> float:
     return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def optimizers_of(model: LlamaForCausalLM, extra: nn.Module | None,
-                  preset: Preset) -> list[torch.optim.Optimizer]:
+def optimizers_of(model: LlamaForCausalLM, extra: nn.Module | None, preset: Preset) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the blocks, AdamW for embedding, head, norms and projections."""
     hidden = [weight for weight in model.model.layers.parameters() if weight.ndim == 2]
     chosen = {id(weight) for weight in hidden}
     rest = [weight for weight in model.parameters() if id(weight) not in chosen]
     rest += list(extra.parameters()) if extra is not None else []
-    return [torch.optim.Muon(hidden, lr=preset.muon_rate, weight_decay=0.01),
-            torch.optim.AdamW(rest, lr=preset.adam_rate, weight_decay=0.01, betas=(0.9, 0.95))]
+    return [
+        torch.optim.Muon(hidden, lr=preset.muon_rate, weight_decay=0.01),
+        torch.optim.AdamW(rest, lr=preset.adam_rate, weight_decay=0.01, betas=(0.9, 0.95)),
+    ]
 
 
-def train(name: str, model: LlamaForCausalLM, corpus: Corpus, steps: int, preset: Preset,
-          alignment: Alignment | None = None) -> float:
+def train(
+    name: str, model: LlamaForCausalLM, corpus: Corpus, steps: int, preset: Preset, alignment: Alignment | None = None
+) -> float:
     """Train in place; returns the last alignment error (0 where there is none)."""
     model.train()
     optimizers = optimizers_of(model, alignment, preset)
@@ -154,11 +180,12 @@ def train(name: str, model: LlamaForCausalLM, corpus: Corpus, steps: int, preset
     error = torch.zeros(())
     for step in bar:
         tokens = corpus.batch(preset.batch)  # [batch, block]
-        output = model(tokens, labels=tokens, output_hidden_states=alignment is not None, use_cache=False)
-        loss = output.loss
-        if alignment is not None:
-            error = alignment(tokens, output.hidden_states)
-            loss = loss + preset.alignment * error
+        with torch.autocast("cpu", torch.bfloat16, enabled=preset.autocast):
+            output = model(tokens, labels=tokens, output_hidden_states=alignment is not None, use_cache=False)
+            loss = output.loss
+            if alignment is not None:
+                error = alignment(tokens, output.hidden_states)
+                loss = loss + preset.alignment * error
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), preset.clip)
         for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
@@ -204,20 +231,25 @@ def main() -> None:
     parser.add_argument("--large-steps", type=int, help="instead of the preset's")
     parser.add_argument("--small-steps", type=int, help="instead of the preset's")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2, help="1 is faster where other work fills a core")
     arguments = parser.parse_args()
     preset = PRESETS[arguments.preset]
-    preset = replace(preset, large_steps=arguments.large_steps or preset.large_steps,
-                     small_steps=arguments.small_steps or preset.small_steps)
+    preset = replace(
+        preset,
+        large_steps=arguments.large_steps or preset.large_steps,
+        small_steps=arguments.small_steps or preset.small_steps,
+    )
     if bool(arguments.text) != (preset.pieces is not None):
-        parser.error("--text names the files of the books preset, and the demo preset takes none: "
-                     "add --text FILE... to books, drop it for demo")
+        parser.error(
+            "--text names the files of the books preset, and the demo preset takes none: "
+            "add --text FILE... to books, drop it for demo"
+        )
     torch.manual_seed(arguments.seed)
-    torch.set_num_threads(2)
+    torch.set_num_threads(arguments.threads)
 
     if preset.pieces is None:
         tokenizer = byte_tokenizer(preset.context)
-        corpus = demo_corpus(tokenizer, preset.block, preset.large_steps * preset.batch * preset.block,
-                             arguments.seed)
+        corpus = demo_corpus(tokenizer, preset.block, preset.large_steps * preset.batch * preset.block, arguments.seed)
     else:
         texts, ends = split_books([path.read_text(encoding="utf-8") for path in arguments.text])
         tokenizer = book_tokenizer(texts, preset.pieces, preset.context)
@@ -232,18 +264,29 @@ def main() -> None:
     small_config = llama_config(preset.small, preset, tokenizer)
     small, channels = prune(large, small_config, corpus.batch(preset.batch))
     alignment = Alignment(large.requires_grad_(False), small_config, channels)
-    error, small_seconds = measured(
-        lambda: train("small", small, corpus, preset.small_steps, preset, alignment))
+    error, small_seconds = measured(lambda: train("small", small, corpus, preset.small_steps, preset, alignment))
     small_losses = validation_losses(small, corpus, preset.batch)
 
-    report = {"preset": arguments.preset, "seed": arguments.seed, "threads": torch.get_num_threads(),
-              "python": platform.python_version(), "torch": torch.__version__,
-              "transformers": transformers.__version__, "settings": asdict(preset)}
-    for name, model, losses, seconds in (("large", large, large_losses, large_seconds),
-                                         ("small", small, small_losses, small_seconds)):
+    report = {
+        "preset": arguments.preset,
+        "seed": arguments.seed,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "settings": asdict(preset),
+    }
+    for name, model, losses, seconds in (
+        ("large", large, large_losses, large_seconds),
+        ("small", small, small_losses, small_seconds),
+    ):
         saved = save(model, tokenizer, arguments.output / name)
-        report[name] = {"parameters": saved.num_parameters(), "seconds": seconds, "loss": losses,
-                        "loss_of_bfloat16_copy": validation_losses(saved, corpus, preset.batch)}
+        report[name] = {
+            "parameters": saved.num_parameters(),
+            "seconds": seconds,
+            "loss": losses,
+            "loss_of_bfloat16_copy": validation_losses(saved, corpus, preset.batch),
+        }
     report["alignment_error"] = round(error, 4)
     print(json.dumps(report))
 

@@ -37,8 +37,7 @@ def spread(groups: Tensor, size: int) -> Tensor:
 
 
 @torch.no_grad()
-def prune(large: LlamaForCausalLM, small_config: LlamaConfig,
-          tokens: Tensor) -> tuple[LlamaForCausalLM, Tensor]:
+def prune(large: LlamaForCausalLM, small_config: LlamaConfig, tokens: Tensor) -> tuple[LlamaForCausalLM, Tensor]:
     """A new model of `small_config` with the strongest parts of `large`, and the channels it kept.
 
     Heads go by whole key-value groups, so the head size and the query heads per key-value head must be equal
@@ -50,7 +49,8 @@ def prune(large: LlamaForCausalLM, small_config: LlamaConfig,
     if (config.head_dim, group_size) != (small_config.head_dim, small_group_size):
         raise ValueError(
             f"head size and query heads per key-value head are {config.head_dim}, {group_size} in the large "
-            f"model and {small_config.head_dim}, {small_group_size} in the small one: make them equal")
+            f"model and {small_config.head_dim}, {small_group_size} in the small one: make them equal"
+        )
     channels = strongest(channel_energy(large, tokens), small_config.hidden_size)
     small = LlamaForCausalLM(small_config)
     take(small.model.embed_tokens, large.model.embed_tokens, columns=channels)
@@ -65,8 +65,9 @@ def prune(large: LlamaForCausalLM, small_config: LlamaConfig,
     return small, channels
 
 
-def prune_attention(target: torch.nn.Module, source: torch.nn.Module, channels: Tensor,
-                    small_config: LlamaConfig, group_size: int) -> None:
+def prune_attention(
+    target: torch.nn.Module, source: torch.nn.Module, channels: Tensor, small_config: LlamaConfig, group_size: int
+) -> None:
     """Keep the key-value groups whose output weights are largest."""
     group_rows = group_size * small_config.head_dim
     norms = source.o_proj.weight.square().sum(0).view(-1, group_rows).sum(1)  # [groups]
@@ -79,16 +80,21 @@ def prune_attention(target: torch.nn.Module, source: torch.nn.Module, channels: 
 
 def prune_feed_forward(target: torch.nn.Module, source: torch.nn.Module, channels: Tensor) -> None:
     """Keep the units whose gate, up and down weights are largest."""
-    norms = (source.gate_proj.weight.norm(dim=1) * source.up_proj.weight.norm(dim=1)
-             * source.down_proj.weight.norm(dim=0))
+    norms = (
+        source.gate_proj.weight.norm(dim=1) * source.up_proj.weight.norm(dim=1) * source.down_proj.weight.norm(dim=0)
+    )
     units = strongest(norms, target.gate_proj.out_features)
     take(target.gate_proj, source.gate_proj, units, channels)
     take(target.up_proj, source.up_proj, units, channels)
     take(target.down_proj, source.down_proj, channels, units)
 
 
-def take(target: torch.nn.Module, source: torch.nn.Module, rows: Tensor | Sequence[int] | None = None,
-         columns: Tensor | Sequence[int] | None = None) -> None:
+def take(
+    target: torch.nn.Module,
+    source: torch.nn.Module,
+    rows: Tensor | Sequence[int] | None = None,
+    columns: Tensor | Sequence[int] | None = None,
+) -> None:
     """Copy the chosen rows and columns of a weight; None takes all."""
     weight = source.weight if rows is None else source.weight[rows]
     target.weight.copy_(weight if columns is None else weight[:, columns])

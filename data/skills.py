@@ -3,10 +3,9 @@
     python data/skills.py --output DIR [--train 1200 --heldout 960 --seed 0]
 
 writes `train.json` and `heldout.json` in Alpaca's schema (instruction, input, output) plus `task`.
-Every skill is one function from input to answer, so any prediction can be graded by exact match.
-About a fifth of all inputs, chosen by a hash of skill and input, is held out from fine-tuning *and* from
-pretraining. `notation_stream` is what the demo anchors are pretrained on: 19 of the skills in a terse notation
-(`rev table -> elbat`), never in the words of an instruction.
+Every skill is one function from input to answer, so any prediction can be graded by exact match. About a fifth of
+all inputs, chosen by a hash of skill and input, is held out from fine-tuning *and* from pretraining. The demo anchors
+learn 19 of the skills from `notation_stream`, as terse lines (`rev table -> elbat`), never in the instructions' words.
 """
 
 from __future__ import annotations
@@ -22,18 +21,16 @@ from pathlib import Path
 
 HELDOUT_PERCENT = 20
 MAX_DRAWS_PER_ROW = 2_000
-
-WORDS = """apple arm baby bag ball bank bean bear bed bell belt berry bike bird boat body bone book boot bowl
-box brick brush bus bush cake camp candle cap car card castle cat chair cherry city class clock cloud coat
-coin cook copy corn cow cup daisy dance desk dish dog doll door dream dress drum duck eagle ear egg engine
-fairy farm fence field finger flag flame flower fly forest fork fox frog fruit game garden gate ghost gift
-girl glass glove goat grape guitar hammer hand hat hill hook horse house ice island jar jelly judge key king
-kiss kite lady lake lamp leg lemon letter lily lion lock lunch map market mask match melon mirror monkey moon
-mug nail neck needle nest net night nose nut ocean orange owl page party peach pen penny pepper piano pig
-pillow pipe plane plant plate pocket pond pony poppy pot queen rabbit rain ranch ring river road rock roof
-room rope rose ruby school seed shell ship shirt shoe sink skirt sky snail soap sock song spider spoon spy
-star stone story street sun table tail tank taxi tent tiger toy train tray tree truck tulip turtle valley
-village violin wall watch wave wheel whale window wing witch wolf wood worm zebra""".split()
+WORDS = """apple arm baby bag ball bank bean bear bed bell belt berry bike bird boat body bone book boot bowl box
+brick brush bus bush cake camp candle cap car card castle cat chair cherry city class clock cloud coat coin cook copy
+corn cow cup daisy dance desk dish dog doll door dream dress drum duck eagle ear egg engine fairy farm fence field
+finger flag flame flower fly forest fork fox frog fruit game garden gate ghost gift girl glass glove goat grape guitar
+hammer hand hat hill hook horse house ice island jar jelly judge key king kiss kite lady lake lamp leg lemon letter
+lily lion lock lunch map market mask match melon mirror monkey moon mug nail neck needle nest net night nose nut ocean
+orange owl page party peach pen penny pepper piano pig pillow pipe plane plant plate pocket pond pony poppy pot queen
+rabbit rain ranch ring river road rock roof room rope rose ruby school seed shell ship shirt shoe sink skirt sky snail
+soap sock song spider spoon spy star stone story street sun table tail tank taxi tent tiger toy train tray tree truck
+tulip turtle valley village violin wall watch wave wheel whale window wing witch wolf wood worm zebra""".split()
 
 Draw = Callable[[random.Random], str]
 Answer = Callable[[str], str]
@@ -154,9 +151,11 @@ skill("max", "max", numbers, "Which is largest?", "Find the biggest one.")(lambd
 skill("min", "min", numbers, "Which is smallest?", "Find the lowest one.")(lambda text: str(min(ints(text))))
 skill("double", None, below(500), "Double the number.", "What is twice this?")(lambda row: str(2 * int(row)))
 skill("sort", "srt", digits, "Sort the digits.", "Put them in order.", "Order them upwards.")(
-    lambda text: " ".join(sorted(text.split())))
+    lambda text: " ".join(sorted(text.split()))
+)
 skill("sort_descending", None, digits, "Sort downwards.", "Largest comes first.")(
-    lambda text: " ".join(sorted(text.split(), reverse=True)))
+    lambda text: " ".join(sorted(text.split(), reverse=True))
+)
 skill("add", "add", sum_of_two, "Add the numbers.", "What is the sum?")(lambda text: str(sum(ints(text))))
 
 
@@ -226,7 +225,9 @@ def vowels(text: str) -> str:
 
 
 skill("parity", None, below(1000), "Is it odd or even?", "Tell odd from even.")(
-    lambda text: "odd" if int(text) % 2 else "even")
+    lambda text: "odd" if int(text) % 2 else "even"
+)
+
 
 @skill("next_letter", None, letters, "Shift every letter.", "Move each letter on.")
 def next_letter(text: str) -> str:
@@ -237,8 +238,8 @@ def next_letter(text: str) -> str:
 
 
 def is_heldout(name: str, text: str) -> bool:
-    """Whether input `text` of skill `name` is kept from pretraining and fine-tuning."""
-    return int(hashlib.sha256(f"{name}\n{text}".encode()).hexdigest(), 16) % 100 < HELDOUT_PERCENT
+    """Whether input `text` of skill `name` is kept from pretraining; the committed anchors depend on this rule."""
+    return int(hashlib.sha256(f"{name}\n{text}".encode()).hexdigest()[:16], 16) % 100 < HELDOUT_PERCENT
 
 
 def draw_input(task: Skill, heldout: bool, rng: random.Random) -> str:
@@ -255,27 +256,27 @@ def make_rows(count: int, heldout: bool, seed: int) -> list[dict[str, str]]:
     """
     if count % len(SKILLS):
         raise ValueError(f"{count} rows cannot be shared equally by {len(SKILLS)} skills: ask for a multiple")
-    rows: list[dict[str, str]] = []
+    per_skill, rows = count // len(SKILLS), []
     for task in SKILLS.values():
         rng = random.Random(f"{seed}/{task.name}/{heldout}")
         inputs: dict[str, None] = {}
         for _ in range(MAX_DRAWS_PER_ROW * count):
-            if len(inputs) == count // len(SKILLS):
+            if len(inputs) == per_skill:
                 break
             inputs[draw_input(task, heldout, rng)] = None
         else:
-            raise ValueError(f"skill {task.name!r} has only {len(inputs)} inputs with {heldout=}, "
-                             f"{count // len(SKILLS)} were asked: ask for fewer rows")
-        rows += [{"instruction": rng.choice(task.wordings), "input": text, "output": task.answer(text),
-                  "task": task.name} for text in inputs]
+            raise ValueError(f"{task.name!r} has {len(inputs)} inputs with {heldout=}, not {per_skill}: ask for fewer")
+        rows += [
+            {"instruction": rng.choice(task.wordings), "input": text, "output": task.answer(text), "task": task.name}
+            for text in inputs
+        ]
     random.Random(f"{seed}/{heldout}").shuffle(rows)
     return rows
 
 
 def notation_stream(seed: int, heldout: bool = False) -> Iterator[str]:
     """Endless few-shot documents for pretraining, each a few lines `rev table -> elbat` of one skill."""
-    rng = random.Random(f"{seed}/notation/{heldout}")
-    known = [task for task in SKILLS.values() if task.notation]
+    rng, known = random.Random(f"{seed}/notation/{heldout}"), [task for task in SKILLS.values() if task.notation]
     while True:
         task = rng.choice(known)
         inputs = [draw_input(task, heldout, rng) for _ in range(rng.randrange(2, 6))]

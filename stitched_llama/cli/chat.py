@@ -98,9 +98,8 @@ class Chat:
         """The conversation as tokens; its oldest turns are dropped once it no longer fits the model's context."""
         room = self.model.config.max_position_embeddings - self.settings.get("max_new_tokens", 0)
         while True:
-            encoded = self.tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-            )
+            text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            encoded = self.tokenizer(text, return_tensors="pt")  # with BOS, as in training
             if encoded["input_ids"].shape[1] <= room or len(messages) == 1:
                 device = self.model.device
                 return {name: encoded[name].to(device) for name in ("input_ids", "attention_mask")}

@@ -155,6 +155,7 @@ def _report(
             with_first[str(junction)].add(predicted[mask.to(y.device)], y[mask.to(y.device)])
             without[str(junction)].add(predicted[rest.to(y.device)], y[rest.to(y.device)])
         labels = batch["input_ids"].masked_fill(~mask, -100)
+        labels[:, 1:].masked_fill_(~mask[:, :-1], -100)  # nothing is predicted from padding
         tokens = int((labels[:, 1:] != -100).sum())
         for key, total in totals.items():
             total[0] += float(model(**batch, labels=labels, stitch_id=key, use_cache=False).loss) * tokens

@@ -1,15 +1,18 @@
 """What every stitched configuration holds, whatever its family."""
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 
+from stitched_llama.bundles import CONFIG, recover
 from stitched_llama.pst import PSTConfig
 from stitched_llama.space import Precision, StitchSpace, anchor_spec
 
-_NOT_KEPT = ("_name_or_path", "transformers_version", "quantization_config", "dtype")
+_NOT_KEPT = ("_name_or_path", "transformers_version", "quantization_config")
 
 
 @strict
@@ -51,6 +54,20 @@ class StitchedConfig(PreTrainedConfig):
         config.space_digest = config.stitch_space().digest
         return config
 
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """As Transformers has it, for what the Auto classes pass: `anchors` and `attn_implementation` go on to the
+        model, and a save that was interrupted is finished before its `config.json` is taken."""
+        folder = Path(kwargs.get("name_or_path") or "")
+        if kwargs.get("name_or_path") and (folder / CONFIG).is_file():
+            recover(folder)
+            config_dict = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        if not kwargs.get("return_unused_kwargs"):
+            return super().from_dict(config_dict, **kwargs)
+        kept = {name: kwargs.pop(name) for name in ("anchors", "attn_implementation") if name in kwargs}
+        config, unused = super().from_dict(config_dict, **kwargs)
+        return config, unused | kept
+
     def stitch_space(self, precision: Precision = Precision()) -> StitchSpace:
         """The space this configuration describes, built anew.
 
@@ -69,6 +86,14 @@ class StitchedConfig(PreTrainedConfig):
             pairs=self.pairs,
             precision=precision,
         )
+
+    def precision(self, dtype: Any = None, quantization_config: Any = None) -> Precision:
+        """In which form the weights will be held when the anchors are loaded with these options."""
+        if dtype in (None, "auto"):
+            dtype = self.anchor_configs[-1].get("dtype") or "float32"
+        flags = {"8bit": "load_in_8bit", "4bit": "load_in_4bit"}
+        wanted = [name for name, flag in flags.items() if getattr(quantization_config, flag, False)]
+        return Precision(str(dtype).removeprefix("torch."), wanted[0] if wanted else None)
 
     def anchor_config(self, index: int) -> PreTrainedConfig:
         """The configuration object of anchor number `index`."""

@@ -13,9 +13,19 @@ from safetensors import safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import cached_file
+from transformers.utils.hub import extract_commit_hash
 
 from stitched_llama.anchors import FAMILIES, Family
-from stitched_llama.bundles import CONFIG, GENERATION, TABLE, WEIGHTS, fingerprint_files, fingerprint_tensors, part_of
+from stitched_llama.bundles import (
+    CONFIG,
+    GENERATION,
+    TABLE,
+    WEIGHTS,
+    fingerprint_files,
+    fingerprint_tensors,
+    part_of,
+    read_header,
+)
 from stitched_llama.space import AnchorSpec, Stitch, anchor_spec
 
 _INDEX = "model.safetensors.index.json"
@@ -62,8 +72,8 @@ def weight_files(name_or_path: str, needed: "_Needed | None" = None, **hub: Any)
     weights = cached_file(name_or_path, WEIGHTS, **quiet, **hub)
     if weights is None:
         raise ValueError(f"{name_or_path} has no {WEIGHTS}: only safetensors weights are read; convert it first")
-    with safe_open(weights, framework="pt") as file:
-        return {tensor: Path(weights) for tensor in file.keys() if needed is None or needed(tensor)}
+    header, _ = read_header(Path(weights))
+    return {tensor: Path(weights) for tensor in header if needed is None or needed(tensor)}
 
 
 class _Needed:
@@ -164,14 +174,18 @@ def reference_to(model: PreTrainedModel) -> dict[str, Any]:
     for path in set(files.values()):
         with safe_open(path, framework="pt") as file:
             for tensor in (t for t in file.keys() if t in own and own[t].is_floating_point()):
-                row = file.get_slice(tensor)[:1].to(own[tensor].dtype)
-                if own[tensor].shape[0] and not torch.equal(row, own[tensor][:1].cpu()):
+                if not torch.equal(file.get_tensor(tensor).to(own[tensor].dtype), own[tensor].cpu()):
                     files = {}
                     break
     if not files:
         return {"name_or_path": None, "revision": None, "fingerprint": fingerprint_in_memory(model)}
-    revision = getattr(model.config, "_commit_hash", None)
+    revision = commit_of(files)
     return {"name_or_path": name, "revision": revision, "fingerprint": fingerprint_files(sorted(set(files.values())))}
+
+
+def commit_of(files: Mapping[str, Path]) -> str | None:
+    """The Hub commit that cached files belong to; None for a local folder."""
+    return extract_commit_hash(str(next(iter(files.values()))), None) if files else None
 
 
 def check_fingerprint(name: str, index: int, recorded: Mapping[str, str], found: Mapping[str, str]) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from stitched_llama.anchors import FAMILIES
 from stitched_llama.layers import StitchingLayer
@@ -110,8 +111,8 @@ class StitchedPreTrainedModel(BundleMixin, PreTrainedModel):
         It shares every weight; its config and generation config are its own.
         """
         stitch = self.choose(budget) if budget is not None else self.stitch(stitch_id)
+        maybe_install_capturing_hooks(self)  # once for all views: they share the blocks
         view = copy.copy(self)
-        view.__dict__ = {**self.__dict__}
         view.config, view.generation_config = copy.deepcopy(self.config), copy.deepcopy(self.generation_config)
         view.config.default_stitch_id = stitch.key
         view.pinned_key = stitch.key
@@ -157,11 +158,11 @@ class StitchedPreTrainedModel(BundleMixin, PreTrainedModel):
         """The named trainable tensors that lie on one stitch's route."""
         stitch = self.stitch(stitch_id)
         prefixes = [f"stitching_layers.{junction.layer}." for junction in stitch.junctions]
-        prefixes.append(f"stitch_bias.vectors.{stitch.key}")
         modules = {id(self.families[a].blocks(self.anchors[a])[b]) for a, b in stitch.blocks()}
         prefixes += [f"{name}." for name, module in self.named_modules() if id(module) in modules]
         named = [(name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad]
-        return [(name, parameter) for name, parameter in named if name.startswith(tuple(prefixes))]
+        bias = f"stitch_bias.vectors.{stitch.key}"  # not a prefix: a key may begin another's
+        return [(name, parameter) for name, parameter in named if name == bias or name.startswith(tuple(prefixes))]
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any):
         """Refused: every anchor has its own embedding and head.

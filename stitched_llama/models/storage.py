@@ -25,7 +25,7 @@ from stitched_llama.pst import is_low_rank
 from stitched_llama.space import StitchTable, anchor_spec
 
 from .card import model_card
-from .loading import bundle_folder, check_tokenizers, load_anchor, load_anchors, reference_to
+from .loading import bundle_folder, check_tokenizers, commit_of, load_anchor, load_anchors, reference_to, weight_files
 
 _HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 _LOAD = ("dtype", "quantization_config", "device_map", "max_memory", "offload_folder", "attn_implementation")
@@ -67,7 +67,7 @@ class BundleMixin:
             if isinstance(name, str):
                 spec = anchor_spec(anchor_config.to_dict())
                 model, fingerprint = load_anchor(name, anchor_config, spec, index, None, **load, **hub)
-                revision = getattr(model.config, "_commit_hash", None) or hub.get("revision")
+                revision = commit_of(weight_files(name, **hub)) or hub.get("revision")
                 references.append({"name_or_path": name, "revision": revision, "fingerprint": fingerprint})
             else:
                 model = name
@@ -106,7 +106,8 @@ class BundleMixin:
             if not hasattr(config, key):
                 raise TypeError(f"from_pretrained got an unknown argument {key!r}")
             setattr(config, key, kwargs.pop(key))
-        space, table = config.stitch_space(), StitchTable.from_dict(bundle.table)
+        precision = config.precision(load.get("dtype"), load.get("quantization_config"))
+        space, table = config.stitch_space(precision), StitchTable.from_dict(bundle.table)
         if space.digest != bundle.table["space_digest"]:
             raise ValueError(
                 f"{name} was trained in space {bundle.table['space_digest']}, its config describes {space.digest}: "
@@ -221,7 +222,7 @@ class BundleMixin:
         layers = {junction.layer for stitch in routes for junction in stitch.junctions}
         blocks = {block for stitch in routes for block in stitch.blocks()}
         own = {}
-        for name, tensor in self.state_dict(keep_vars=True).items():
+        for name, tensor in self.named_parameters():
             head, *rest = name.split(".")
             if head == "stitching_layers" and rest[0] in layers:
                 keep = True

@@ -12,7 +12,6 @@ from .bias import StitchBias, install_bias_hooks
 from .config import PSTConfig
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a line at import, and for every 8-bit matmul, otherwise
-from peft import LoraConfig, inject_adapter_in_model  # noqa: E402
 
 
 def attach_pst(
@@ -25,6 +24,8 @@ def attach_pst(
     Raises:
         ValueError: a rank that does not fit.
     """
+    from peft import inject_adapter_in_model  # late: peft imports the Auto classes, which import us
+
     ranks, stitching_ranks = config.ranks(space), config.stitching_ranks(space)
     for module in (anchors, stitching_layers):
         module.requires_grad_(False)
@@ -54,6 +55,8 @@ def is_low_rank(name: str) -> bool:
     return ".lora_A." in name or ".lora_B." in name
 
 
-def _lora(rank: int, names: list[str], config: PSTConfig) -> LoraConfig:
+def _lora(rank: int, names: list[str], config: PSTConfig):
+    from peft import LoraConfig
+
     # alpha = rank: scale 1 (DESIGN section 7)
     return LoraConfig(r=rank, lora_alpha=rank, target_modules=names, lora_dropout=config.dropout)

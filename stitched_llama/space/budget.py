@@ -66,8 +66,10 @@ class Budget:
 def format_count(number: float) -> str:
     """`6906982400` as `6.91B`: a budget that `Budget.parse` reads."""
     for unit, size in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("K", 10**3)):
-        if number >= size:
-            return f"{number / size:.3g}{unit}" if number < 1000 * size else f"{number / size:.0f}{unit}"
+        if float(f"{number / size:.3g}") >= 1:
+            return (
+                f"{number / size:.3g}{unit}" if float(f"{number / size:.3g}") < 1000 else f"{number / size:.0f}{unit}"
+            )
     return f"{number:.0f}"
 
 

@@ -55,13 +55,15 @@ class StitchTable:
         """Keys a budget may choose from, ascending in parameters.
 
         The Pareto front of the deciding metric; before any evaluation the most important stitch of each interval and
-        the anchors; before any training the anchors alone, as nothing is known of the others.
+        the anchors; before any training the anchors alone, as nothing is known of the others. Where none of these is
+        among `stitches`, all of them.
         """
         stitches = list(stitches)
         if self.metric is not None:
-            return pareto_front(stitches, self.metrics[self.metric], higher_is_better(self.metric))
+            front = pareto_front(stitches, self.metrics[self.metric], higher_is_better(self.metric))
+            return front or [stitch.key for stitch in stitches]
         chosen = set(best_of_intervals(stitches, self.importance, self.interval_count))
-        return [stitch.key for stitch in stitches if stitch.key in chosen or stitch.is_anchor]
+        return [s.key for s in stitches if s.key in chosen or s.is_anchor] or [s.key for s in stitches]
 
     def choose(
         self, space: StitchSpace, budget: Any, context_tokens: int = 0, keys: Iterable[str] | None = None
@@ -94,7 +96,9 @@ class StitchTable:
     def _quality(self, stitch: Stitch) -> tuple[float, int]:
         if self.metric is None:
             return 0.0, stitch.params
-        value = self.metrics[self.metric][stitch.key]
+        value = self.metrics[self.metric].get(stitch.key)
+        if value is None:
+            return float("-inf"), stitch.params
         return (value if higher_is_better(self.metric) else -value), stitch.params
 
     def to_rows(self, stitches: Iterable[Stitch]) -> list[dict[str, Any]]:

@@ -43,7 +43,17 @@ class StitchTrainer(Trainer):
             raise ValueError(f"{self.args.n_gpu} GPUs in one process: start with `accelerate launch`, one process each")
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError("FSDP and DeepSpeed are not supported: the trained parts are small, use plain DDP")
+        if self.args.world_size > 1 and not self.args.average_tokens_across_devices:
+            raise ValueError(
+                "average_tokens_across_devices is off: ranks would weigh their tokens differently, switch it on"
+            )
         model = self.model
+        if self.args.device.type == "cpu" and any(
+            getattr(anchor, "is_loaded_in_4bit", False) for anchor in model.anchors
+        ):
+            raise ValueError(
+                "anchors in 4 bits cannot be trained on a CPU (bitsandbytes): load them in 8 bits, or use a GPU"
+            )
         self.importance = Importance(self.args.importance, self.args.eta)
         self.importance.averages.update(model.table.importance)
         self.stitches = [model.space[key] for key in model.keys]
@@ -222,6 +232,9 @@ class StitchTrainer(Trainer):
         self.importance.averages = {
             row["key"]: row["importance"] for row in bundle.table["stitches"] if "importance" in row
         }
+
+    def _load_best_model(self) -> None:
+        self.model.load_bundle(Bundle.open(self.state.best_model_checkpoint))
 
 
 def find_checkpoint(resume: str | None, output_dir: str) -> str | None:

@@ -41,8 +41,9 @@ class StitchedLlamaConfig(StitchedConfig):
         space = self.stitch_space()
         largest = self.anchor_config(-1)
         self.num_hidden_layers = max(stitch.depth for stitch in space)
-        for name in ("vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim"):
+        for name in ("vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads"):
             setattr(self, name, getattr(largest, name))
+        self.head_dim = getattr(largest, "head_dim", None) or largest.hidden_size // largest.num_attention_heads
         lengths = [self.anchor_config(i).max_position_embeddings for i in range(len(self.anchor_configs))]
         self.max_position_embeddings = min(lengths)
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):

@@ -8,8 +8,12 @@ from transformers import GenerationMixin
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
+from transformers.models.mistral.modeling_mistral import MistralAttention, MistralDecoderLayer
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2DecoderLayer
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3DecoderLayer
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
-from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY, capture_outputs
+from transformers.utils.output_capturing import capture_outputs
 
 from stitched_llama.anchors import DecoderContext
 from stitched_llama.space import Stitch
@@ -17,6 +21,9 @@ from stitched_llama.space import Stitch
 from ..modeling_base import StitchedPreTrainedModel
 from ..route import walk
 from .configuration_stitched_llama import StitchedLlamaConfig
+
+_BLOCKS = [LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer]
+_ATTENTIONS = [LlamaAttention, MistralAttention, Qwen2Attention, Qwen3Attention]
 
 
 class StitchedLlamaForCausalLM(StitchedPreTrainedModel, GenerationMixin):
@@ -30,7 +37,8 @@ class StitchedLlamaForCausalLM(StitchedPreTrainedModel, GenerationMixin):
     """
 
     config_class = StitchedLlamaConfig
-    _no_split_modules = ["LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"]
+    _no_split_modules = [block.__name__ for block in _BLOCKS]
+    _can_record_outputs = {"hidden_states": _BLOCKS, "attentions": _ATTENTIONS}
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -45,7 +53,6 @@ class StitchedLlamaForCausalLM(StitchedPreTrainedModel, GenerationMixin):
         if len(implementations) > 1:
             raise ValueError(f"anchors run with different attention implementations {sorted(implementations)}: load both with one attn_implementation")  # fmt: skip
         config._attn_implementation = implementations.pop()
-        _CAN_RECORD_REGISTRY[self] = self.anchors[0]._can_record_outputs
 
     def get_input_embeddings(self):
         return self.anchors[0].get_input_embeddings()

@@ -1,0 +1,171 @@
+"""Bundles: what comes back, byte for byte, whole or for one size, and what of the anchors is in them (nothing)."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import FAMILIES, fresh, ids_like, randomise, spread
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+from stitched_llama import PSTConfig, StitchedLlamaForCausalLM
+from stitched_llama.bundles import CARD, CONFIG, GENERATION, TABLE, WEIGHTS
+from stitched_llama.cli import main
+from stitched_llama.training import pico_anchor
+
+FILES = {CONFIG, WEIGHTS, TABLE, CARD, GENERATION}
+IDS = ids_like(2, 11)
+load = StitchedLlamaForCausalLM.from_pretrained
+
+
+@torch.no_grad()
+def logits(model, key=None):
+    return model(IDS, stitch_id=key).logits
+
+
+def assert_equal(one, other, keys=None):
+    for key in keys or one.keys:
+        assert torch.equal(logits(one, key), logits(other, key)), key
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+def tensors(folder):
+    with safe_open(Path(folder) / WEIGHTS, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_stitch_reloads_and_is_saved_again_as_the_same_bytes(family, stitched, tmp_path, tokenizer):
+    model = stitched(family, pst=True)
+    model.save_pretrained(tmp_path / "one")
+    assert set(contents(tmp_path / "one")) == FILES
+    tokenizer.save_pretrained(tmp_path / "one")
+    for number, loader in enumerate((StitchedLlamaForCausalLM, AutoModelForCausalLM)):
+        again = loader.from_pretrained(tmp_path / "one")
+        assert type(again) is StitchedLlamaForCausalLM
+        assert not again.training
+        assert again.table == model.table
+        assert_equal(again, model)
+        again.save_pretrained(tmp_path / f"again{number}")
+        for name, raw in contents(tmp_path / f"again{number}").items():
+            assert raw == (tmp_path / "one" / name).read_bytes(), name
+    assert again.trainable_parameters() == model.trainable_parameters()
+    assert AutoConfig.from_pretrained(tmp_path / "one").stitch_space().digest == model.space.digest
+    assert AutoTokenizer.from_pretrained(tmp_path / "one").get_vocab() == tokenizer.get_vocab()
+
+
+def test_before_pst_too(anchors, tmp_path):
+    model = fresh(anchors["unequal"])
+    model.save_pretrained(tmp_path)
+    assert_equal(load(tmp_path), model)
+    assert all(name.startswith("stitching_layers.") for name in tensors(tmp_path))
+
+
+def test_nothing_of_the_anchors_is_in_it(made, bundle):
+    found = tensors(bundle)
+    stitching = sum(layer.params for layer in made.space.stitching_layers.values())
+    assert sum(t.numel() for t in found.values()) == stitching + sum(made.trainable_parameters().values())
+    owners = {name.split(".")[0] for name in found}
+    assert owners == {"anchors", "stitching_layers", "stitch_bias"}
+    assert all("lora_" in name for name in found if name.startswith("anchors."))
+    assert not any(".default." in name or "base_layer" in name for name in found)
+    assert not [path for path in bundle.iterdir() if path.suffix in (".bin", ".pt", ".pkl", ".py")]
+    assert json.loads((bundle / CONFIG).read_text())["anchors"][0]["name_or_path"].endswith("unequal0")
+
+
+def test_anchors_may_be_objects(anchors, tmp_path):
+    objects = [LlamaForCausalLM.from_pretrained(folder) for folder in anchors["unequal"]]
+    model = fresh(objects, PSTConfig(rank=2))
+    model.save_pretrained(tmp_path / "known")  # they still equal their files
+    assert_equal(load(tmp_path / "known"), model)
+
+    def nameless():
+        return [spread(pico_anchor(*shape, vocab_size=260)) for shape in ((32, 3, 4, 2), (48, 5, 6, 3))]
+
+    model = fresh(nameless(), PSTConfig(rank=2))
+    model.save_pretrained(tmp_path / "nameless")
+    with pytest.raises(ValueError, match=r"does not know where anchor 0 lies: pass anchors="):
+        load(tmp_path / "nameless")
+    with pytest.raises(ValueError, match="1 anchors given, the bundle has 2"):
+        load(tmp_path / "nameless", anchors=nameless()[:1])
+    assert_equal(load(tmp_path / "nameless", anchors=nameless()), model)
+    changed = nameless()
+    with torch.no_grad():
+        changed[1].model.layers[2].mlp.up_proj.weight[0, 0] += 1
+    with pytest.raises(ValueError, match="anchor 1 changed: model.layers.2 "):
+        load(tmp_path / "nameless", anchors=changed)
+
+
+def test_an_object_that_was_changed_is_not_taken_for_its_files(anchors, tmp_path):
+    objects = [LlamaForCausalLM.from_pretrained(folder) for folder in anchors["unequal"]]
+    with torch.no_grad():
+        objects[1].model.layers[3].mlp.up_proj.weight[5, 5] += 1
+    model = fresh(objects, PSTConfig(rank=2))
+    model.save_pretrained(tmp_path)
+    try:
+        again = load(tmp_path)
+    except ValueError:
+        return  # told: it does not know where these weights lie
+    assert_equal(again, model)
+
+
+@pytest.mark.parametrize("loader", [StitchedLlamaForCausalLM, AutoModelForCausalLM])
+def test_anchors_may_lie_elsewhere(loader, made, bundle, anchors, tmp_path):
+    moved = [str(shutil.copytree(folder, tmp_path / f"moved{n}")) for n, folder in enumerate(anchors["unequal"])]
+    content = json.loads((bundle / CONFIG).read_text())
+    for anchor in content["anchors"]:
+        anchor["name_or_path"] = str(tmp_path / "gone")
+    (bundle / CONFIG).write_text(json.dumps(content))
+    with pytest.raises(OSError, match="anchor 0 of the bundle, .*gone"):
+        load(bundle)
+    assert_equal(loader.from_pretrained(bundle, anchors=moved), made)
+
+
+@pytest.mark.parametrize("loader", [StitchedLlamaForCausalLM, AutoModelForCausalLM])
+def test_options_of_loading_reach_the_anchors(loader, made, bundle):
+    again = loader.from_pretrained(bundle, dtype=torch.bfloat16, attn_implementation="eager", default_stitch_id=0)
+    assert {p.dtype for p in again.anchors.parameters() if not p.requires_grad} == {torch.bfloat16}
+    assert {anchor.config._attn_implementation for anchor in again.anchors} == {"eager"}
+    assert torch.equal(logits(again), logits(again, "0[0:3]"))
+    assert again.space[0].weight_bytes == 2 * again.space[0].params
+
+
+def test_the_card_names_anchors_and_published_sizes(made, bundle):
+    card = (bundle / CARD).read_text()
+    assert card.startswith("---\nlibrary_name: transformers\n")
+    assert "unequal0" in card
+    rows = [line for line in card.splitlines() if line.startswith("| ") and "`" in line]
+    assert [row.split(" | ")[0].strip("| ") for row in rows] == ["0", "2", "5"]
+
+
+def test_command_shows_and_verifies(made, bundle, capsys):
+    assert main(["bundle", "show", str(bundle)]) == 0
+    shown = capsys.readouterr().out
+    assert all(key in shown for key in made.keys)
+    assert "unequal1" in shown
+    assert shown.count("yes") == 3
+    assert main(["bundle", "show", str(bundle), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["space_digest"] == made.space.digest
+    assert main(["bundle", "verify", str(bundle)]) == 0
+    assert "all tensors of 6 stitches there" in capsys.readouterr().out
+    raw = bytearray((bundle / WEIGHTS).read_bytes())
+    raw[-3] ^= 1
+    (bundle / WEIGHTS).write_bytes(raw)
+    assert main(["bundle", "verify", str(bundle), "--no-anchors"]) == 2
+    assert "SHA-256" in capsys.readouterr().err
+    assert main(["bundle", "show", str(bundle / "none")]) == 2
+    assert "none is not a bundle" in capsys.readouterr().err
+
+
+def test_loading_changes_nothing_on_disk(made, bundle):
+    before = contents(bundle)
+    load(bundle)
+    load(bundle, stitch_id=1)
+    assert contents(bundle) == before
+    randomise(made, 1).save_pretrained(bundle)
+    assert contents(bundle)[WEIGHTS] != before[WEIGHTS]

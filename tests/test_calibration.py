@@ -1,0 +1,228 @@
+"""Calibration: what is fitted to what, on which tokens, and what is told about it."""
+
+import pytest
+import torch
+from conftest import FAMILIES, fresh, ids_like, spread
+from test_least_squares import direct
+
+from stitched_llama import PSTConfig, StitchedLlamaForCausalLM
+from stitched_llama.training import pico_anchor
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*junctions do not fit:UserWarning")  # random anchors never do
+FAMILY_OPTIONS = [
+    ("unequal", {}),
+    ("unequal", {"direction": "slow-to-fast"}),
+    ("equal", {"kernel_size": 2}),
+    ("three", {}),
+]
+
+
+def padded_batches(count=5, rows=6, tokens=20):
+    """Batches with padding on the left and on the right."""
+    batches = []
+    for seed in range(count):
+        mask = torch.ones(rows, tokens, dtype=torch.long)
+        mask[0, -7:] = 0
+        mask[1, :5] = 0
+        ids = ids_like(rows, tokens, seed).masked_fill(mask == 0, 0)
+        batches.append({"input_ids": ids, "attention_mask": mask})
+    return batches
+
+
+def collected(model, junction, batches):
+    """All rows of X and Y of a junction, padding left out, in float64."""
+    x, y = [], []
+    for batch in batches:
+        kept = batch["attention_mask"].bool()
+        x.append(model.block_outputs(junction.head, **batch)[junction.head_stop][kept])
+        y.append(model.block_outputs(junction.tail, **batch)[junction.tail_start][kept])
+    return torch.cat(x).double(), torch.cat(y).double()
+
+
+def test_block_outputs_are_what_enters_each_block(stitched):
+    model, batch = stitched("unequal"), padded_batches(1)[0]
+    kept = batch["attention_mask"].bool()
+    for number, anchor in enumerate(model.anchors):
+        found = model.block_outputs(number, **batch)
+        entered = []
+        hooks = [
+            block.register_forward_pre_hook(lambda module, args, entered=entered: entered.append(args[0]))
+            for block in anchor.model.layers
+        ]
+        with torch.no_grad():
+            anchor(**batch, use_cache=False)
+        for hook in hooks:
+            hook.remove()
+        assert len(found) == len(entered) + 1
+        for one, other in zip(found, entered):
+            torch.testing.assert_close(one[kept], other[kept])
+        torch.testing.assert_close(found[0], anchor.model.embed_tokens(batch["input_ids"]).detach())
+
+
+@pytest.mark.parametrize(("family", "options"), FAMILY_OPTIONS)
+@pytest.mark.parametrize("shared", ["joint", "mean"])
+def test_stitching_layers_are_the_least_squares_on_collected_activations(family, options, shared, anchors):
+    model, batches = fresh(anchors[family], **options), padded_batches()
+    report = model.calibrate(batches, ridge=1e-10, shared=shared, progress=False)
+    assert report.rows == 5 * (6 * 20 - 12)
+    by_layer = {}
+    for junction in model.space.junctions:
+        by_layer.setdefault(junction.layer, []).append(collected(model, junction, batches))
+    assert set(by_layer) == set(model.stitching_layers)
+    for name, pairs in by_layer.items():
+        solutions = [direct(*pair) for pair in pairs]
+        if shared == "joint":
+            solutions = [direct(*(torch.cat(side) for side in zip(*pairs)))]
+        for found, wanted in zip(model.stitching_layers[name].linear.parameters(), zip(*solutions)):
+            torch.testing.assert_close(found.double(), torch.stack(wanted).mean(0), atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize(("family", "options"), [FAMILY_OPTIONS[2], ("equal", {"direction": "slow-to-fast"})])
+def test_a_junction_into_block_0_aims_at_the_embedding(family, options, anchors):
+    model, batches = fresh(anchors[family], **options), padded_batches()
+    into_first = [junction for junction in model.space.junctions if junction.tail_start == 0]
+    assert into_first
+    junction, batch = into_first[0], batches[0]
+    _, y = collected(model, junction, [batch])
+    kept = batch["attention_mask"].bool()
+    embedded = model.anchors[junction.tail].model.embed_tokens(batch["input_ids"])[kept]
+    torch.testing.assert_close(y.float(), embedded.detach())
+
+
+def test_padding_is_left_out_whatever_stands_there(anchors):
+    batches = padded_batches()
+    plain, noisy = fresh(anchors["unequal"]), fresh(anchors["unequal"])
+    report = plain.calibrate(batches, progress=False)
+    for batch in batches:
+        padding = batch["attention_mask"] == 0
+        batch["input_ids"][padding] = ids_like(6, 20, 99)[padding]
+    again = noisy.calibrate(batches, progress=False)
+    for one, other in zip(plain.stitching_layers.parameters(), noisy.stitching_layers.parameters()):
+        torch.testing.assert_close(one, other)
+    assert again.loss == pytest.approx(report.loss)
+    assert again.r2 == pytest.approx(report.r2)
+
+
+def test_inverse_norm_weights_rows_by_their_target(anchors):
+    model, batches = fresh(anchors["unequal"]), padded_batches()
+    model.calibrate(batches, ridge=1e-10, row_weights="inverse_norm", progress=False)
+    for name, layer in model.stitching_layers.items():
+        served = [junction for junction in model.space.junctions if junction.layer == name]
+        x, y = (torch.cat(side) for side in zip(*(collected(model, junction, batches) for junction in served)))
+        weight, bias = direct(x, y, 1 / y.square().mean(1))
+        torch.testing.assert_close(layer.linear.weight.double(), weight, atol=1e-4, rtol=1e-3)
+        assert not torch.allclose(weight, direct(x, y)[0], atol=1e-3)
+
+
+def test_report_is_complete_and_measured_on_batches_kept_out(anchors):
+    model, batches = fresh(anchors["three"], **FAMILIES["three"][1]), padded_batches(9)
+    report = model.calibrate(batches, progress=False)
+    names = {str(junction) for junction in model.space.junctions}
+    assert set(report.r2) == set(report.r2_with_first) == names
+    assert set(report.loss) == {s.key for s in model.space}
+    assert report.held_out
+    assert report.rows == 8 * (6 * 20 - 12)
+    key, junction = model.keys[2], model.space.junctions[0]
+    x, y = collected(model, junction, batches[7:8])
+    predicted = model.stitching_layers[junction.layer](x.float()).double()
+    wanted = 1 - (y - predicted).square().sum() / (y - y.mean(0)).square().sum()
+    assert report.r2_with_first[str(junction)] == pytest.approx(float(wanted), abs=1e-4)
+    mask = batches[7]["attention_mask"]
+    labels = batches[7]["input_ids"].masked_fill(mask == 0, -100)
+    labels[:, 1:][mask[:, :-1] == 0] = -100  # nothing is predicted from padding
+    with torch.no_grad():
+        loss = model(**batches[7], labels=labels, stitch_id=key).loss
+    assert report.loss[key] == pytest.approx(float(loss), rel=1e-5)
+    assert model.table.metrics["loss_before"] == report.loss
+    assert all(name in str(report) for name in (*names, *report.loss))
+    assert not fresh(anchors["unequal"]).calibrate(padded_batches(3), progress=False).held_out
+
+
+def test_first_token_is_told_apart(anchors):
+    model, batch = fresh(anchors["unequal"]), {"input_ids": ids_like(16, 30)}
+    for anchor in model.anchors:  # the first token's activation, blown up, as in real LLaMAs
+        anchor.model.embed_tokens.weight.data[7] *= 300
+    batch["input_ids"][:, 0] = 7
+    report = model.calibrate([batch], progress=False)
+    for name, value in report.r2.items():
+        assert report.r2_with_first[name] > value + 0.15, name
+
+
+@torch.no_grad()
+def rotated_twin(small, rotation):
+    """`small` in rotated coordinates, with a block that does nothing after the first: 3 blocks become 4."""
+    large = spread(pico_anchor(32, 4, 4, 2, vocab_size=260))
+    for name, parameter in large.named_parameters():
+        source = name
+        if name.startswith("model.layers."):
+            number, rest = name.removeprefix("model.layers.").split(".", 1)
+            source = f"model.layers.{max(0, int(number) - 1)}.{rest}"
+        value = small.get_parameter(source)
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            value = torch.zeros_like(value) if ".layers.1." in name else rotation.T @ value
+        elif value.ndim > 1:
+            value = value @ rotation
+        parameter.copy_(value)
+    return large
+
+
+def test_calibrating_joins_anchors_that_are_linear_images_of_each_other():
+    """RMSNorm does not see a rotation, so after the fit every stitch must compute what both anchors do."""
+    small = spread(pico_anchor(32, 3, 4, 2, vocab_size=260))
+    for name, parameter in small.named_parameters():
+        if "norm" in name:
+            parameter.data.fill_(1)
+    rotation = torch.linalg.qr(torch.randn(32, 32, generator=torch.Generator().manual_seed(1)))[0]
+    torch.manual_seed(0)
+    model = StitchedLlamaForCausalLM.from_anchors([small, rotated_twin(small, rotation)])
+    batch = {"input_ids": ids_like(8, 30)}
+
+    @torch.no_grad()
+    def gaps():
+        plain = model(**batch, stitch_id="0[0:3]").logits
+        return {s.key: float((model(**batch, stitch_id=s.key).logits - plain).abs().max()) for s in model.space}
+
+    before = gaps()
+    assert before["1[0:4]"] < 1e-3
+    assert len(before) == 5
+    assert min(gap for key, gap in before.items() if ">" in key) > 0.5
+    report = model.calibrate([batch], ridge=1e-10, progress=False)
+    assert min(report.r2.values()) > 0.9999
+    assert max(gaps().values()) < 0.01
+    assert max(report.loss.values()) - min(report.loss.values()) < 0.01
+    for layer in model.stitching_layers.values():
+        torch.testing.assert_close(layer.linear.weight, rotation.T, atol=1e-3, rtol=1e-2)
+
+
+@pytest.mark.filterwarnings("error:.*junctions do not fit:UserWarning")
+def test_poor_fit_and_few_tokens_warn(anchors):
+    with pytest.warns(UserWarning, match=r"junctions do not fit.*worst is 0\[:"):
+        fresh(anchors["unequal"]).calibrate(padded_batches(3), progress=False)
+    with pytest.warns(UserWarning, match="24 tokens for the 32 features of stitching layer 0_1_"):
+        fresh(anchors["unequal"]).calibrate([{"input_ids": ids_like(2, 12)}], progress=False)
+
+
+@pytest.mark.filterwarnings("ignore:.*the ridge decides:UserWarning")
+def test_refused_calibrations(anchors):
+    model = fresh(anchors["unequal"])
+    for options, named in (({"shared": "sum"}, "'sum'"), ({"row_weights": "big"}, "'big'")):
+        with pytest.raises(ValueError, match=named):
+            model.calibrate(padded_batches(1), **options)
+    with pytest.raises(ValueError, match="no batches"):
+        model.calibrate([], progress=False)
+    nothing = {"input_ids": ids_like(2, 5), "attention_mask": torch.zeros(2, 5, dtype=torch.long)}
+    with pytest.raises(ValueError, match="no activations|not padding"):
+        model.calibrate([nothing], progress=False)
+    model.attach_pst(PSTConfig(rank=2))
+    with pytest.raises(ValueError, match="before attach_pst"):
+        model.calibrate(padded_batches(1))
+
+
+def test_calibrate_leaves_mode_and_anchors_as_they_were(anchors):
+    model = fresh(anchors["unequal"])
+    before = {name: tensor.clone() for name, tensor in model.anchors.state_dict().items()}
+    model.train()
+    model.calibrate(iter(padded_batches(2)), progress=False)
+    assert model.training
+    for name, tensor in model.anchors.state_dict().items():
+        assert torch.equal(tensor, before[name]), name

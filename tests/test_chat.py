@@ -1,0 +1,194 @@
+"""Conversations: turns, streaming, a change of size in the middle, errors that keep the size."""
+
+import pytest
+import torch
+from conftest import fresh
+
+from stitched_llama import PSTConfig
+from stitched_llama.cli import main
+from stitched_llama.cli.chat import PAPER, Chat, converse, list_sizes
+from stitched_llama.training import template
+
+SETTINGS = {"max_new_tokens": 8, "do_sample": False}
+
+
+@pytest.fixture
+def chatty(tokenizer):
+    chatty = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer, **tokenizer.special_tokens_map)
+    chatty.chat_template = template("short").chat
+    return chatty
+
+
+@pytest.fixture
+def chat(stitched, chatty):
+    model = stitched("unequal", pst=True)
+    return Chat(model, chatty, model.space[2], **SETTINGS)
+
+
+def answer(chat, prompt, stitch_id):
+    inputs = chat.tokenizer(prompt, return_tensors="pt")
+    tokens = chat.model.generate(
+        input_ids=inputs.input_ids,
+        attention_mask=inputs.attention_mask,
+        stitch_id=stitch_id,
+        pad_token_id=0,
+        **SETTINGS,
+    )
+    return chat.tokenizer.decode(tokens[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+
+
+def test_pieces_join_to_the_greedy_answer_and_turns_build_on_each_other(chat):
+    pieces = list(chat.ask("hello"))
+    first = answer(chat, "hello\n> ", 2)
+    assert "".join(pieces) == first
+    assert chat.messages == [{"role": "user", "content": "hello"}, {"role": "assistant", "content": first.strip()}]
+    second = "".join(chat.ask("more"))
+    assert second == answer(chat, f"hello\n> {first.strip()}\nmore\n> ", 2)
+    assert len(chat.messages) == 4
+
+
+def test_size_changes_in_the_middle(chat):
+    first = "".join(chat.ask("hello")).strip()
+    assert chat.resize("#4").stitch_id == 4
+    assert "".join(chat.ask("more")) == answer(chat, f"hello\n> {first}\nmore\n> ", 4)
+    assert chat.resize("#0[0:3]").stitch_id == 0
+    largest = chat.model.space.anchor_stitch(-1)
+    assert chat.resize(f" {largest.params} ") == largest
+    assert answer(chat, "hello\n> ", 2) != answer(chat, "hello\n> ", 4)
+
+
+@pytest.mark.parametrize(
+    ("size", "reason"), [("#99", "ids are 0"), ("3", "too small"), ("big", "cannot be read"), ("", "cannot be read")]
+)
+def test_an_error_keeps_the_size_and_the_conversation(size, reason, chat):
+    list(chat.ask("hello"))
+    messages = list(chat.messages)
+    with pytest.raises(ValueError, match=reason):
+        chat.resize(size)
+    assert chat.stitch.stitch_id == 2
+    assert chat.messages == messages
+
+
+def test_a_failure_while_answering_reaches_the_reader(chat, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(type(chat.model), "generate", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        list(chat.ask("hello"))
+    assert chat.messages == []
+
+
+def test_paper_settings_answer_in_one_piece(chat):
+    chat.settings |= PAPER
+    assert PAPER == {"num_beams": 4, "do_sample": True, "top_p": 0.75}
+    torch.manual_seed(0)
+    (piece,) = chat.ask("hello")
+    assert chat.messages[-1]["content"] == piece.strip()
+
+
+def test_overflow_drops_the_oldest_turns(chat, monkeypatch):
+    monkeypatch.setattr(chat.model.config, "max_position_embeddings", 100)
+    seen = []
+    generate = type(chat.model).generate
+    monkeypatch.setattr(
+        type(chat.model), "generate", lambda self, *a, **k: seen.append(k["input_ids"]) or generate(self, *a, **k)
+    )
+    for number in range(9):
+        list(chat.ask(f"turn {number} " + "x" * 12))
+    lengths = [ids.shape[1] for ids in seen]
+    assert max(lengths) <= 100 - SETTINGS["max_new_tokens"]
+    assert lengths[0] < lengths[1] < lengths[2]
+    text = chat.tokenizer.decode(seen[-1][0])
+    assert "turn 0" not in text
+    assert text.startswith("turn ")
+    assert "turn 8" in text
+    assert [m["role"] for m in chat.messages] == ["user", "assistant"] * (len(chat.messages) // 2)
+
+
+def test_prompts_are_tokenised_as_in_training(chat):
+    """A tokenizer that puts BOS first, as LLaMA's does: training sees BOS, so chat must give it."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = chat.tokenizer
+    backend = type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
+    backend.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    chat.tokenizer = type(tokenizer)(tokenizer_object=backend, **tokenizer.special_tokens_map)
+    chat.tokenizer.chat_template = tokenizer.chat_template
+    inputs = chat._inputs([{"role": "user", "content": "hello"}])
+    assert inputs["input_ids"][0].tolist() == chat.tokenizer(template("short").render("hello")).input_ids
+    assert inputs["attention_mask"].shape == inputs["input_ids"].shape
+
+
+def test_a_tokenizer_without_chat_template_is_refused(stitched, tokenizer):
+    with pytest.raises(ValueError, match="no chat template"):
+        Chat(stitched("unequal"), tokenizer, stitched("unequal").space[0])
+
+
+def test_sizes_are_the_published_ones_and_the_current_one(chat):
+    lines = list_sizes(chat.model, chat.stitch).splitlines()
+    assert [line.split()[-1] for line in lines] == ["0[0:3]", chat.stitch.key, "1[0:5]"]
+    assert [line.startswith("->") for line in lines] == [False, True, False]
+
+
+def test_commands_of_the_conversation(chat, monkeypatch, capsys):
+    lines = iter(["", "hello", "/sizes", "/size #4", "/size 3", "/what", "/reset", "/quit", "never read"])
+    monkeypatch.setattr("builtins.input", lambda prompt="": next(lines))
+    wanted = answer(chat, "hello\n> ", 2)
+    converse(chat)
+    told = capsys.readouterr().out
+    assert told.startswith(wanted)
+    assert "->" in told
+    assert "stitch 4 (" in told
+    assert "too small" in told
+    assert "unknown command /what" in told
+    assert "forgotten" in told
+    assert chat.stitch.stitch_id == 4
+    assert chat.messages == []
+    assert next(lines) == "never read"
+
+
+def test_end_of_input_ends_the_conversation(chat, monkeypatch):
+    def end(prompt=""):
+        raise EOFError
+
+    monkeypatch.setattr("builtins.input", end)
+    assert converse(chat) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ([], "stitch 5 (1[0:5])"),
+        (["--stitch-id", "2"], "stitch 2 ("),
+        (["--budget", "1B"], "stitch 5 ("),
+        (["--paper", "--stitch-id", "0"], "stitch 0 ("),
+        (["--temperature", "0.7", "--top-p", "0.9"], "stitch 5 ("),
+    ],
+)
+def test_command_line(options, told, anchors, chatty, tmp_path, monkeypatch, capsys):
+    fresh(anchors["unequal"], PSTConfig(rank=2)).save_pretrained(tmp_path)
+    chatty.save_pretrained(tmp_path)
+    lines = iter(["hello", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda prompt="": next(lines))
+    assert main(["chat", str(tmp_path), "--max-new-tokens", "4", *options]) == 0
+    shown = capsys.readouterr().out
+    assert told in shown.splitlines()[0]
+    assert len(shown.splitlines()) >= 2
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--budget", "3"], "too small"),
+        (["--budget", "1B", "--stitch-id", "1"], "both given"),
+        (["--stitch-id", "77"], "ids are 0"),
+    ],
+)
+def test_command_line_errors_are_one_line(options, told, anchors, chatty, tmp_path, capsys):
+    fresh(anchors["unequal"]).save_pretrained(tmp_path)
+    chatty.save_pretrained(tmp_path)
+    assert main(["chat", str(tmp_path), *options]) == 2
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("stitched-llama:")]
+    assert len(error) == 1
+    assert told in error[0]

@@ -1,0 +1,104 @@
+"""Rooms import downwards only; importing is cheap; the Auto classes know us whatever is imported first."""
+
+import ast
+import sys
+
+import pytest
+from conftest import ROOT, python
+
+PACKAGE = ROOT / "stitched_llama"
+FLOORS = {
+    "space": 1, "layers": 1, "sampling": 2, "anchors": 2, "pst": 2, "bundles": 2, "models": 3, "training": 4, "cli": 5,
+}  # fmt: skip
+SAME_FLOOR = {("pst", "anchors")}
+ROOMS = [pytest.param(room, id=room) for room in FLOORS]
+
+
+def imports(path):
+    """(absolute module name, line, whether it stands at module level) of every import in a file."""
+    package = ["stitched_llama", *path.relative_to(PACKAGE).parent.parts]
+    tree = ast.parse(path.read_text())
+    top = {id(node) for node in tree.body}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno, id(node) in top) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            yield module, node.lineno, id(node) in top
+            if module == "stitched_llama":
+                yield from ((f"stitched_llama.{alias.name}", node.lineno, id(node) in top) for alias in node.names)
+
+
+def test_docstring_lists_every_room_with_its_floor():
+    found = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").is_file()}
+    lines = [line.split() for line in ast.get_docstring(ast.parse((PACKAGE / "__init__.py").read_text())).splitlines()]
+    told = {words[0]: int(words[1]) for words in lines if len(words) > 2 and words[1].isdecimal()}
+    assert told == FLOORS
+    assert found == set(FLOORS)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_room_imports_only_lower_rooms(room):
+    seen = 0
+    for path in (PACKAGE / room).rglob("*.py"):
+        for module, line, _ in imports(path):
+            if not module.startswith("stitched_llama."):
+                continue
+            target = module.split(".")[1]
+            seen += 1
+            allowed = target == room or FLOORS.get(target, 9) < FLOORS[room] or (room, target) in SAME_FLOOR
+            assert allowed, f"{path.relative_to(ROOT)}:{line}: {room} ({FLOORS[room]}) imports {module}"
+    assert seen, "no import of this package found: is the reader of imports broken?"
+
+
+@pytest.mark.parametrize("room", ["space", "sampling"])
+def test_room_of_the_standard_library_only(room):
+    for path in (PACKAGE / room).rglob("*.py"):
+        for module, line, at_top in imports(path):
+            name = module.split(".")[0]
+            lazy_hub = name == "huggingface_hub" and not at_top
+            assert name in sys.stdlib_module_names or name == "stitched_llama" or lazy_hub, f"{path}:{line}: {module}"
+
+
+def test_layers_import_torch_only():
+    for path in (PACKAGE / "layers").rglob("*.py"):
+        names = {module.split(".")[0] for module, *_ in imports(path)}
+        assert names <= set(sys.stdlib_module_names) | {"torch", "stitched_llama"}, path
+
+
+@pytest.mark.parametrize(
+    "module", ["stitched_llama", "stitched_llama.space", "stitched_llama.sampling", "stitched_llama.cli"]
+)
+def test_import_is_cheap(module):
+    code = f"import sys, {module}; print([m for m in ('torch', 'transformers', 'numpy', 'huggingface_hub') if m in sys.modules])"
+    assert python("-c", code).stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    "order", ["stitched_llama, transformers", "transformers, stitched_llama", "stitched_llama, peft"]
+)
+def test_auto_classes_know_us_in_either_import_order(order):
+    code = (
+        f"import {order}\n"
+        "from transformers import AutoConfig, AutoModelForCausalLM\n"
+        "config = AutoConfig.for_model('stitched_llama')\n"
+        "print(type(config).__name__, AutoModelForCausalLM._model_mapping[type(config)].__name__)"
+    )
+    assert python("-c", code).stdout.split() == ["StitchedLlamaConfig", "StitchedLlamaForCausalLM"]
+
+
+@pytest.mark.parametrize("room", ["anchors", "pst", "training"])
+def test_any_room_can_be_the_first_import(room):
+    python(
+        "-c",
+        f"import stitched_llama.{room}; from transformers import AutoModelForCausalLM; from stitched_llama import PSTConfig",
+    )
+
+
+def test_every_public_name_resolves():
+    import stitched_llama
+
+    assert all(getattr(stitched_llama, name) is not None for name in stitched_llama.__all__)
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = stitched_llama.no_such_name

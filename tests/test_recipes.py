@@ -1,0 +1,97 @@
+"""Recipes as users start them: the smoke run end to end, the chat over its bundle, and no recipe is imported."""
+
+import json
+import runpy
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, python
+
+from stitched_llama import StitchedLlamaForCausalLM
+
+RECIPES = sorted(path.name for path in (ROOT / "recipes").glob("*.py"))
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    """The smoke run, started as the README says."""
+    folder = tmp_path_factory.mktemp("smoke")
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    done = python(
+        *launch, "recipes/finetune_alpaca.py", "--smoke", "--output_dir", folder, "--report_to", "tensorboard"
+    )
+    return folder, done.stdout
+
+
+def test_smoke_leaves_bundle_plot_table_and_row(smoke):
+    folder, told = smoke
+    assert (folder / "stitches.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "stitches.png").stat().st_size > 10_000
+    row = json.loads((folder / "result.json").read_text())
+    keys = [stitch["key"] for stitch in row["table"]["stitches"]]
+    assert len(keys) == 6
+    assert row["steps"] == 12
+    assert row["held_out_rows"] == 16
+    assert row["train_rows"] == 288 - 16
+    for stitch in row["table"]["stitches"]:
+        assert set(stitch["metrics"]) == {"loss", "loss_before", "exact_match", "exact_match_before"}, stitch["key"]
+        assert stitch["metrics"]["loss"] < stitch["metrics"]["loss_before"]
+    assert row["table"]["metric"] == "loss"
+    assert any(stitch["published"] for stitch in row["table"]["stitches"])
+    assert set(row["calibration"]["loss"]) == set(keys)
+    assert row["calibration"]["r2"]
+    assert len(row["samples"]) == 3
+    assert all(sample["answers"] for sample in row["samples"])
+    table = (folder / "table.txt").read_text()
+    assert all(key in table and key in told for key in keys)
+    assert "trainable params" in told
+    assert list(folder.rglob("events.out.tfevents.*")), "nothing for TensorBoard"
+    assert {path.name for path in folder.glob("checkpoint-*")} == {"checkpoint-6", "checkpoint-12"}
+
+
+def test_smoke_bundle_loads_in_the_8_bits_it_was_trained_in(smoke):
+    model = StitchedLlamaForCausalLM.from_pretrained(smoke[0] / "bundle")
+    assert model.table.metric == "loss"
+    assert set(model.table.metrics["loss"]) == set(model.keys)
+    assert set(model.table.importance) <= set(model.keys)
+    assert model.table.importance
+    assert {path.name for path in (smoke[0] / "bundle").iterdir()} >= {
+        "tokenizer.json",
+        "chat_template.jinja",
+        "README.md",
+    }
+
+
+def test_chat_recipe_talks_over_the_bundle(smoke):
+    lines = "hello\n/sizes\n/size 1M\n/size 3\nagain\n/quit\nnever\n"
+    done = subprocess.run(
+        [sys.executable, "recipes/chat.py", str(smoke[0] / "bundle"), "--max-new-tokens", "5"],
+        input=lines, capture_output=True, text=True, cwd=ROOT, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    told = done.stdout.splitlines()
+    assert "/size 12B" in told[0]
+    assert any(line.startswith("-> ") for line in told)
+    assert sum(" parameters, stitch " in line for line in told) == 2
+    assert any("too small" in line for line in told)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_refuses_to_be_imported(name):
+    with pytest.raises(ImportError, match="run or copied, not imported"):
+        runpy.run_path(str(ROOT / "recipes" / name), run_name="recipe")
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_short_and_opens_with_its_command(name):
+    text = (ROOT / "recipes" / name).read_text()
+    assert len(text.splitlines()) < 200
+    assert f"recipes/{name}" in text.split('"""')[1]
+
+
+def test_the_recipe_says_that_it_needs_two_anchors(tmp_path):
+    done = python("recipes/finetune_alpaca.py", "--anchors", "one", "--output_dir", tmp_path, check=False)
+    assert done.returncode != 0
+    assert "--anchors SMALL LARGE is needed: two or more" in done.stderr

@@ -1,0 +1,254 @@
+"""Whole runs: accumulation, resume, ranks, checkpoints, logs, and every option once."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import ROOT, python, spread
+from safetensors import safe_open
+from transformers import BitsAndBytesConfig
+
+from runs import dataset, evaluated, stitched_model, trained, trainer
+from stitched_llama import StitchTrainingArguments
+from stitched_llama.bundles import Bundle
+from stitched_llama.sampling import SCHEMES, SCORES
+from stitched_llama.training import find_checkpoint, pico_anchor
+
+
+def run(folders, output, seed=0, resume=None, **options):
+    made = trainer(stitched_model(folders, seed), output, **options)
+    made.train(resume_from_checkpoint=resume)
+    return made
+
+
+def assert_close(one, other, **tolerance):
+    assert set(one) == set(other)
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], **tolerance, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.fixture(scope="module")
+def whole(anchors, tmp_path_factory):
+    """Six steps of eight rows without a break, a checkpoint every three."""
+    return run(anchors["unequal"], tmp_path_factory.mktemp("whole"), max_steps=6, save_strategy="steps", save_steps=3)
+
+
+def test_training_changes_trained_parts_and_never_the_anchors(whole, anchors):
+    before = stitched_model(anchors["unequal"])
+    start, end = dict(before.named_parameters()), dict(whole.model.named_parameters())
+    for name in start:
+        if not start[name].requires_grad:
+            assert torch.equal(start[name], end[name]), name
+    drawn = set(whole.importance.visits)
+    for key in before.keys:
+        name = f"stitch_bias.vectors.{key}"
+        assert torch.equal(start[name], end[name]) == (key not in drawn | {"1[0:5]"}), (
+            "a stitch that was not drawn drifted"
+        )
+    assert sum(whole.importance.visits.values()) == 6
+    assert len(drawn) > 1
+    assert all(
+        not torch.equal(start[n], end[n])
+        for n, p in before.named_parameters()
+        if p.requires_grad and n.startswith("anchors.1")
+    )
+
+
+def test_training_lowers_the_loss(anchors, tmp_path):
+    made = trainer(stitched_model(anchors["unequal"]), tmp_path, max_steps=40, learning_rate=2e-2, sampling="uniform")
+    before = evaluated(made.model)["loss"]
+    made.train()
+    after = evaluated(made.model)["loss"]
+    assert sum(after.values()) < 0.9 * sum(before.values())
+    assert all(after[key] < before[key] for key in after)
+
+
+@pytest.mark.parametrize("distillation", ["hard", "soft"])
+def test_accumulation_of_8_times_1_equals_1_times_8(distillation, anchors, tmp_path):
+    one, eight = (
+        run(anchors["unequal"], tmp_path / str(size), per_device_train_batch_size=size, distillation=distillation)
+        for size in (8, 1)
+    )
+    assert (one.args.gradient_accumulation_steps, eight.args.gradient_accumulation_steps) == (1, 8)
+    assert_close(trained(one.model), trained(eight.model), atol=2e-4, rtol=1e-3)
+    assert one.importance.visits == eight.importance.visits
+    assert one.importance.averages == pytest.approx(eight.importance.averages, rel=1e-3)
+    for left, right in zip(one.state.log_history, eight.state.log_history):
+        for name in left:
+            if name.startswith("loss"):
+                assert left[name] == pytest.approx(right[name], rel=1e-3), name
+
+
+def test_activation_checkpointing_changes_nothing(anchors, tmp_path):
+    plain, checked = (run(anchors["unequal"], tmp_path / str(on), activation_checkpointing=on) for on in (False, True))
+    assert_close(trained(plain.model), trained(checked.model), atol=1e-4, rtol=1e-3)
+
+
+def test_resume_continues_bit_for_bit(whole, anchors, tmp_path):
+    shutil.copytree(f"{whole.args.output_dir}/checkpoint-3", tmp_path / "checkpoint-3")
+    resume = find_checkpoint("auto", str(tmp_path))
+    again = run(anchors["unequal"], tmp_path, seed=9, resume=resume, max_steps=6, save_strategy="steps", save_steps=3)
+    assert again.state.global_step == 6
+    assert_close(trained(again.model), trained(whole.model), atol=0, rtol=0)
+    assert again.importance.averages == whole.importance.averages
+    for name in ("model.safetensors", "stitches.json"):
+        wanted = (ROOT / whole.args.output_dir / "checkpoint-6" / name).read_bytes()
+        assert (tmp_path / "checkpoint-6" / name).read_bytes() == wanted, name
+
+
+def test_a_checkpoint_holds_trained_parts_only(whole):
+    with safe_open(f"{whole.args.output_dir}/checkpoint-3/model.safetensors", "pt") as file:
+        names = list(file.keys())
+    assert names
+    assert all("lora_" in n or n.startswith(("stitching_layers.", "stitch_bias.")) for n in names)
+    content = json.loads(open(f"{whole.args.output_dir}/checkpoint-3/stitches.json").read())
+    assert any("importance" in row for row in content["stitches"])
+
+
+def test_find_checkpoint_skips_damaged_ones(whole, tmp_path):
+    folder = tmp_path / "runs"
+    for number in (3, 6):
+        shutil.copytree(f"{whole.args.output_dir}/checkpoint-{number}", folder / f"checkpoint-{number}")
+    shutil.copytree(folder / "checkpoint-3", folder / "checkpoint-best")
+    assert find_checkpoint("auto", str(folder)) == str(folder / "checkpoint-6")
+    weights = folder / "checkpoint-6" / "model.safetensors"
+    raw = weights.read_bytes()
+    weights.write_bytes(raw[:-9])
+    assert find_checkpoint("auto", str(folder)) == str(folder / "checkpoint-3")
+    with pytest.raises(ValueError, match="checkpoint-6 holds no whole checkpoint"):
+        find_checkpoint(str(folder / "checkpoint-6"), str(folder))
+    weights.write_bytes(raw)
+    assert find_checkpoint(str(folder / "checkpoint-6"), "elsewhere") == str(folder / "checkpoint-6")
+    (folder / "checkpoint-6" / "optimizer.pt").unlink()
+    (folder / "checkpoint-3" / "trainer_state.json").unlink()
+    assert find_checkpoint("auto", str(folder)) is None
+    assert find_checkpoint("auto", str(tmp_path / "none")) is None
+    assert find_checkpoint(None, str(folder)) is None
+
+
+def test_the_best_checkpoint_comes_back_at_the_end(anchors, tmp_path):
+    made = run(
+        anchors["unequal"], tmp_path, max_steps=4, save_strategy="steps", save_steps=2, eval_strategy="steps", eval_steps=2,
+        load_best_model_at_end=True, metric_for_best_model="loss", greater_is_better=True, learning_rate=3e-2,
+    )  # fmt: skip
+    assert made.state.best_model_checkpoint.endswith("checkpoint-2"), "the test needs a best one that is not the last"
+    twin = stitched_model(anchors["unequal"])
+    twin.load_bundle(Bundle.open(tmp_path / "checkpoint-2"))
+    assert_close(trained(made.model), trained(twin), atol=0, rtol=0)
+
+
+def test_logs_tell_the_teacher_and_each_interval(whole):
+    logs = [entry for entry in whole.state.log_history if "loss" in entry]
+    assert len(logs) == 6
+    assert all("loss_teacher" in entry for entry in logs)
+    intervals = {name for entry in logs for name in entry if name.startswith("loss_interval_")}
+    assert intervals
+    assert intervals <= {f"loss_interval_{i}" for i in range(3)}
+    assert all(0 < entry[name] < 50 for entry in logs for name in entry if name.startswith("loss"))
+    assert all(sum(name.startswith("loss_interval_") for name in entry) == 1 for entry in logs)
+
+
+def test_evaluation_in_training_reports_anchors_and_middles(whole):
+    metrics = whole.evaluate()
+    found = evaluated(whole.model)
+    for key in ("0[0:3]", "1[0:5]"):
+        number = whole.model.space[key].stitch_id
+        assert metrics[f"eval_loss_stitch_{number}"] == pytest.approx(found["loss"][key], rel=1e-4)
+        assert metrics[f"eval_exact_match_stitch_{number}"] == found["exact_match"][key]
+    rated = [value for name, value in metrics.items() if name.startswith("eval_loss_stitch_")]
+    assert metrics["eval_loss"] == pytest.approx(sum(rated) / len(rated))
+    assert len(rated) < len(whole.model.keys)
+
+
+OPTIONS = [{"importance": score, "sampling": scheme, "sampling_warmup": 0.0} for score, scheme in zip(SCORES, SCHEMES)]
+OPTIONS += [
+    {"distillation": "soft"},
+    {"distillation": "none"},
+    {"bf16": True},
+    {"optim": "adamw_torch", "weight_decay": 0.1},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(map(str, options.values())))
+def test_every_option_runs(options, anchors, tmp_path):
+    made = run(anchors["unequal"], tmp_path, **options)
+    assert made.state.global_step == 4
+    assert sum(made.importance.visits.values()) == 4
+    weights, start = trained(made.model), trained(stitched_model(anchors["unequal"]))
+    assert all(tensor.isfinite().all() and tensor.dtype == torch.float32 for tensor in weights.values())
+    assert any(not torch.equal(weights[name], start[name]) for name in weights)
+    assert len(SCORES) == len(SCHEMES)  # or the pairs above leave one out
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"distillation": "warm"}, "'warm' is unknown"),
+        ({"distillation_weight": 2.0}, "distillation_weight is 2.0"),
+        ({"global_batch_size": 10, "per_device_train_batch_size": 4}, "global_batch_size 10 is no multiple of 4"),
+    ],
+)
+def test_arguments_that_cannot_work_are_named(options, named, tmp_path):
+    with pytest.raises(ValueError, match=named):
+        StitchTrainingArguments(output_dir=str(tmp_path), use_cpu=True, **options)
+
+
+def test_settings_the_trainer_cannot_use_are_named(anchors, tmp_path, stitched):
+    for options, named in (({"importance": "luck"}, "'luck'"), ({"eta": 1.5}, "eta is 1.5")):
+        with pytest.raises(ValueError, match=named):
+            trainer(stitched("unequal", True), tmp_path, **options)
+    model = stitched_model(anchors["unequal"])
+    model.save_pretrained(tmp_path / "bundle")
+    with pytest.raises(ValueError, match="the largest anchor is the teacher and was not loaded"):
+        trainer(type(model).from_pretrained(tmp_path / "bundle", stitch_id=0), tmp_path)
+
+
+def test_defaults_are_the_papers(tmp_path):
+    arguments = StitchTrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    assert arguments.gradient_accumulation_steps * arguments.per_device_train_batch_size == 128
+    assert (arguments.num_train_epochs, arguments.eta, arguments.interval_count) == (10, 0.9, 6)
+    assert (arguments.distillation, arguments.distillation_weight) == ("hard", 0.5)
+    assert len(dataset()) == 32
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantised_anchors_train_after_an_evaluation_or_are_refused(bits, tmp_path):
+    """bitsandbytes packs 4-bit weights for a CPU with AVX512-BF16 in evaluation; no gradient passes through those."""
+    settings = BitsAndBytesConfig(load_in_8bit=True) if bits == 8 else BitsAndBytesConfig(load_in_4bit=True)
+    folders = [str(tmp_path / name) for name in ("small", "large")]
+    for number, folder in enumerate(folders):
+        spread(pico_anchor(64 * (number + 1), 2 + number, 4, 2, vocab_size=260)).save_pretrained(folder)
+    weights = []
+    for evaluate in (False, True):
+        model = stitched_model(folders, quantization_config=settings)
+        if evaluate:
+            evaluated(model)
+        try:
+            made = trainer(model, tmp_path, max_steps=1)
+            made.train()
+        except ValueError as error:
+            assert bits == 4, error  # noqa: PT017
+            assert "4 bit" in str(error)  # noqa: PT017
+            return
+        weights.append(trained(model))
+    assert_close(*weights, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_two_ranks_equal_one_process_on_the_same_global_batch(checkpointing, anchors, tmp_path):
+    options = {"per_device_train_batch_size": 4, "activation_checkpointing": checkpointing}
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", ROOT / "tests" / "runs.py"]
+    python(*command, tmp_path, json.dumps(anchors["unequal"]), json.dumps(options), ACCELERATE_USE_CPU="1")
+    ranks = [torch.load(tmp_path / f"rank{number}.pt") for number in (0, 1)]
+    assert [rank["world"] for rank in ranks] == [2, 2], "torchrun started one process"
+    one = run(anchors["unequal"], tmp_path / "one", **options)
+    for rank in ranks:
+        assert rank["visits"] == one.importance.visits
+        assert rank["averages"] == pytest.approx(one.importance.averages, rel=1e-3)
+        assert_close(rank["weights"], trained(one.model), atol=2e-4, rtol=1e-3)
+        for name, values in evaluated(one.model).items():
+            assert rank["found"][name] == pytest.approx(values, abs=1e-3), name
+    assert_close(ranks[0]["weights"], ranks[1]["weights"], atol=0, rtol=0)
+    assert ranks[0]["found"] == ranks[1]["found"]
+    assert ranks[0]["averages"] == ranks[1]["averages"]
