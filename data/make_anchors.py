@@ -79,9 +79,9 @@ PRESETS = {
     "books": Preset(
         large=Size(width=384, depth=8, heads=12, key_value_heads=6, head_size=32, units=768),
         small=Size(width=192, depth=5, heads=6, key_value_heads=3, head_size=32, units=384),
-        large_steps=400,
-        small_steps=250,
-        batch=16,
+        large_steps=1400,
+        small_steps=400,
+        batch=8,
         block=256,
         context=1024,
         muon_rate=0.02,

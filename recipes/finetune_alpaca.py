@@ -29,6 +29,7 @@ from stitched_llama.training import (
     read_rows,
     sample_budgets,
     smoke_anchors,
+    spearman,
     split_rows,
     template,
 )
@@ -143,16 +144,18 @@ def main() -> None:
     plot_stitches(model.space, model.table, output / "stitches.png", alone=baselines, title=title)
     text = format_table(model.space, model.table)
     (output / "table.txt").write_text(text + "\n")
+    sizes = [stitch.params for stitch in model.space]
+    orders = {name: spearman(sizes, [values[s.key] for s in model.space]) for name, values in after.items()}
     samples = sample_budgets(model, tokenizer, prompt, eval_set.rows[:3], args.budgets, max_new_tokens=48)
     print(
-        text,
+        f"{text}\nSpearman of parameters and " + ", ".join(f"{name}: {value:.2f}" for name, value in orders.items()),
         *(f"\n{s['prompt']!r}\n" + "\n".join(f"  {size}: {a!r}" for size, a in s["answers"].items()) for s in samples),
     )
     row = provenance() | {
         "anchors": args.anchors, "data": args.data, "train_rows": len(train_set), "held_out_rows": len(eval_set),
         "steps": trained.global_step, "train_seconds": round(trained.metrics["train_runtime"], 1),
         "seconds": round(time.time() - start, 1), "seed": training.seed, "trainable": model.trainable_parameters(),
-        "calibration": asdict(calibration), "baselines": baselines, "samples": samples,
+        "calibration": asdict(calibration), "spearman": orders, "baselines": baselines, "samples": samples,
         "table": model.table.to_dict(model.space),
     }  # fmt: skip
     (output / "result.json").write_text(json.dumps(row, indent=1) + "\n")

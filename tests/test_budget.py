@@ -59,12 +59,13 @@ def test_formatted_counts_are_short_and_read_back(number):
             continue  # "999B" reads as billions of parameters: no budget is so small
         budget = Budget.parse(text)
         assert budget.kind == kind, text
-        assert budget.limit == pytest.approx(number, rel=0.01), text
+        assert number <= budget.limit <= 1.001 * number + 1, text  # shown sizes can be asked for
         assert "e" not in text
 
 
 def test_format_as_documented():
-    assert (format_count(6906982400), format_bytes(12e9)) == ("6.91B", "12GB")
+    assert (format_count(6906982400), format_bytes(12e9)) == ("6.907B", "12GB")
+    assert (format_count(729312), format_count(99_999), format_count(999_999_999)) == ("729.4K", "100K", "1B")
 
 
 def quality(space, seed):
@@ -142,7 +143,7 @@ def test_before_any_training_only_anchors_are_published(llamas):
 def test_too_small_a_budget_names_the_smallest_size_and_its_need(llamas):
     table = StitchTable().with_metrics("loss", {"0[0:26]>1[33:40]": 1.0, "1[0:40]": 0.5})
     number = llamas["0[0:26]>1[33:40]"].stitch_id
-    with pytest.raises(ValueError, match=rf"'6B' is too small.*stitch {number} \(0\[0:26\]>1\[33:40\]\).*7\.8B params"):
+    with pytest.raises(ValueError, match=rf"'6B' is too small.*stitch {number} \(0\[0:26\]>1\[33:40\]\).*7\.799B params"):
         table.choose(llamas, "6B")
     with pytest.raises(ValueError, match="GB memory bytes with 1000 tokens"):
         table.choose(llamas, "1GB", context_tokens=1000)

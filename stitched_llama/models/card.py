@@ -26,7 +26,7 @@ def model_card(anchors: list[dict], stitches: list[Stitch], table: StitchTable) 
                 f"| {stitch.stitch_id} | `{stitch.key}` | {format_count(stitch.params)} | {size} | {' '.join(values)}"
             )
     middle = published[len(published) // 2]
-    budget = format_count(next(stitch.params for stitch in stitches if stitch.key == middle) * 1.02)
+    budget = format_count(next(stitch.params for stitch in stitches if stitch.key == middle))
     return "\n".join(
         [
             *head, "---", "", "# Stitched LLaMA bundle", "",

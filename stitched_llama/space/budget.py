@@ -1,7 +1,9 @@
 """Budgets: what a user can afford, read from text such as `9B`, `12GB` or `8 GMACs`."""
 
+import math
 import re
 from dataclasses import dataclass
+from decimal import Decimal
 
 from .stitch import Stitch
 
@@ -9,6 +11,7 @@ _DECIMAL = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9, "t": 10**12}
 _BYTES = {unit + "b": 1000**i for i, unit in enumerate(("", "k", "m", "g", "t"))} | {
     unit + "ib": 1024**i for i, unit in enumerate(("", "k", "m", "g", "t")) if unit
 }
+_LARGEST_FIRST = (("T", 10**12), ("B", 10**9), ("M", 10**6), ("K", 10**3))
 _TIMES = ("ms", "s", "tok/s", "tokens/s")
 _EXAMPLES = "examples: '9B' or 9e9 (parameters), '12GB' (weights and KV cache), '8 GMACs' (a token)"
 
@@ -40,17 +43,17 @@ class Budget:
         match = re.fullmatch(r"([0-9][0-9_,]*\.?[0-9]*(?:[eE][+-]?[0-9]+)?)\s*([a-zA-Z/]*)", text)
         if not match or isinstance(budget, bool):
             raise ValueError(f"budget {text!r} cannot be read; {_EXAMPLES}")
-        number, unit = float(match[1].replace(",", "").replace("_", "")), match[2].lower()
+        number, unit = Decimal(match[1].replace(",", "").replace("_", "")), match[2].lower()
         if unit in _TIMES:
             raise ValueError(f"budget {text!r} is a time: that needs a profile of the device; {_EXAMPLES}")
         if number <= 0:
             raise ValueError(f"budget {text!r} is not above zero; {_EXAMPLES}")
         if unit.endswith("macs") and unit[:-4] in _DECIMAL:
-            return cls("macs_per_token", number * _DECIMAL[unit[:-4]], text)
+            return cls("macs_per_token", float(number * _DECIMAL[unit[:-4]]), text)
         if unit in _DECIMAL:  # "b" alone is billions of parameters, not bytes
-            return cls("params", number * _DECIMAL[unit], text)
+            return cls("params", float(number * _DECIMAL[unit]), text)
         if unit in _BYTES:
-            return cls("memory_bytes", number * _BYTES[unit], text)
+            return cls("memory_bytes", float(number * _BYTES[unit]), text)
         raise ValueError(f"budget {text!r} has the unknown unit {match[2]!r}; {_EXAMPLES}")
 
     def cost_of(self, stitch: Stitch, context_tokens: int = 0) -> float:
@@ -64,13 +67,12 @@ class Budget:
 
 
 def format_count(number: float) -> str:
-    """`6906982400` as `6.91B`: a budget that `Budget.parse` reads."""
-    for unit, size in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("K", 10**3)):
-        if float(f"{number / size:.3g}") >= 1:
-            return (
-                f"{number / size:.3g}{unit}" if float(f"{number / size:.3g}") < 1000 else f"{number / size:.0f}{unit}"
-            )
-    return f"{number:.0f}"
+    """`6906982400` as `6.907B`: four digits, rounded up, so that as a budget it pays for what it describes."""
+    number = math.ceil(number)
+    step = 10 ** max(0, len(str(number)) - 4)
+    number = -(-number // step) * step
+    unit, size = next((pair for pair in _LARGEST_FIRST if number >= pair[1]), ("", 1))
+    return f"{number / size:.3f}".rstrip("0").rstrip(".") + unit
 
 
 def format_bytes(number: float) -> str:

@@ -19,6 +19,8 @@ def plot_stitches(
 ) -> None:
     """Draws each metric against parameters: every stitch, anchors starred, the published front as a line.
 
+    A `{metric}_before` in the table is told in the legend, as a range.
+
     Args:
         alone: anchor key -> metric -> value of that anchor tuned alone, drawn as diamonds.
         title: of the whole figure.
@@ -33,21 +35,11 @@ def plot_stitches(
     from matplotlib.ticker import FuncFormatter
 
     metrics = [name for name in metrics if name in table.metrics]
-    figure, axes = plt.subplots(1, len(metrics), figsize=(6.5 * len(metrics), 4.6), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(1, len(metrics), figsize=(6.5 * len(metrics), 5), squeeze=False, layout="constrained")
     published = set(table.published(space))
     for axis, name in zip(axes[0], metrics):
         scale = 100 if name != "loss" else 1
         values = {key: value * scale for key, value in table.metrics[name].items()}
-        before = table.metrics.get(f"{name}_before", {})
-        if before:
-            rated = [s for s in space if s.key in before]
-            axis.plot(
-                [s.params for s in rated],
-                [before[s.key] * scale for s in rated],
-                ".",
-                color="0.75",
-                label="before training",
-            )
         inner = [s for s in space if s.key in values and not s.is_anchor]
         axis.plot([s.params for s in inner], [values[s.key] for s in inner], "o", color="tab:blue", label="stitch")
         front = [s for s in space if s.key in values and s.key in published]
@@ -81,7 +73,10 @@ def plot_stitches(
         )
         axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_count(value)))
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+        before = [value * scale for value in table.metrics.get(f"{name}_before", {}).values()]
+        if before:  # in words: drawn to scale they would flatten what training reached
+            axis.plot([], [], " ", label=f"before training: {min(before):.3g} to {max(before):.3g}")
+        axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3, frameon=False)
     figure.suptitle(title)
     write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=130, format=Path(path).suffix[1:] or "png"))
     plt.close(figure)

@@ -20,14 +20,13 @@ def sample_budgets(
     budgets: Sequence[Any] = (),
     max_new_tokens: int = 64,
 ) -> list[dict[str, Any]]:
-    """Greedy answers to the rows' prompts at each budget; by default the smallest, middle and largest published size.
+    """Greedy answers to the rows' prompts at each budget; by default the smallest size, the largest, and halfway.
 
-    Returns one `{"prompt", "wanted", "answers": {size: text}}` a row.
+    Returns one `{"prompt", "wanted", "answers": {"budget: stitch": text}}` a row.
     """
     if not budgets:
-        published = model.published
-        spread = sorted({0, len(published) // 2, len(published) - 1})
-        budgets = [published[i].params for i in spread]
+        low, high = model.published[0].params, model.published[-1].params
+        budgets = [format_count(low), format_count((low + high) // 2), format_count(high)]
     samples = []
     model.eval()
     for row in rows:
@@ -47,6 +46,6 @@ def sample_budgets(
                     pad_token_id=pad_token_id(tokenizer),
                 )
             answer = tokenizer.decode(tokens[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
-            answers[f"{format_count(stitch.params)} (stitch {stitch.stitch_id})"] = answer
+            answers[f"{budget}: stitch {stitch.stitch_id}, {format_count(stitch.params)}"] = answer
         samples.append({"prompt": text, "wanted": row.output, "answers": answers})
     return samples
