@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import FAMILIES, fresh, ids_like
+from tiny_runs import stitched_model, trainer
 from transformers import TrainerCallback
 
-from runs import stitched_model, trainer
 from stitched_llama import PSTConfig
 from stitched_llama.training import evaluate_stitches, response_scores, spearman
 

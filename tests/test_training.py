@@ -7,9 +7,9 @@ import pytest
 import torch
 from conftest import ROOT, python, spread
 from safetensors import safe_open
+from tiny_runs import dataset, evaluated, stitched_model, trained, trainer
 from transformers import BitsAndBytesConfig
 
-from runs import dataset, evaluated, stitched_model, trained, trainer
 from stitched_llama import StitchTrainingArguments
 from stitched_llama.bundles import Bundle
 from stitched_llama.sampling import SCHEMES, SCORES

@@ -159,7 +159,7 @@ def _read(files: Mapping[str, Path]) -> dict[str, Any]:
 def fingerprint_in_memory(model: PreTrainedModel) -> dict[str, str]:
     """Digests of the parts of an anchor that was handed over as an object."""
     tied = set(model.all_tied_weights_keys)
-    return fingerprint_tensors({name: t for name, t in model.state_dict().items() if name not in tied})
+    return fingerprint_tensors({name: t for name, t in model.named_parameters() if name not in tied})
 
 
 def reference_to(model: PreTrainedModel) -> dict[str, Any]:
@@ -170,7 +170,7 @@ def reference_to(model: PreTrainedModel) -> dict[str, Any]:
         files = weight_files(name) if name else {}
     except (ValueError, OSError):
         files = {}
-    own = model.state_dict()
+    own = dict(model.named_parameters())
     for path in set(files.values()):
         with safe_open(path, framework="pt") as file:
             for tensor in (t for t in file.keys() if t in own and own[t].is_floating_point()):
