@@ -104,10 +104,10 @@ def main(folders, output):
     """In a process whose HF_ENDPOINT is the server: pushes anchors and a bundle, loads them, prints what it found."""
     import torch
     from conftest import ids_like
+    from tiny_runs import stitched_model
     from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
     import stitched_llama
-    from runs import stitched_model
 
     names = ["someone/small", "someone/large"]
     for name, folder in zip(names, folders):

@@ -143,7 +143,9 @@ def test_before_any_training_only_anchors_are_published(llamas):
 def test_too_small_a_budget_names_the_smallest_size_and_its_need(llamas):
     table = StitchTable().with_metrics("loss", {"0[0:26]>1[33:40]": 1.0, "1[0:40]": 0.5})
     number = llamas["0[0:26]>1[33:40]"].stitch_id
-    with pytest.raises(ValueError, match=rf"'6B' is too small.*stitch {number} \(0\[0:26\]>1\[33:40\]\).*7\.799B params"):
+    with pytest.raises(
+        ValueError, match=rf"'6B' is too small.*stitch {number} \(0\[0:26\]>1\[33:40\]\).*7\.799B params"
+    ):
         table.choose(llamas, "6B")
     with pytest.raises(ValueError, match="GB memory bytes with 1000 tokens"):
         table.choose(llamas, "1GB", context_tokens=1000)

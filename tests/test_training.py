@@ -238,7 +238,7 @@ def test_quantised_anchors_train_after_an_evaluation_or_are_refused(bits, tmp_pa
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_two_ranks_equal_one_process_on_the_same_global_batch(checkpointing, anchors, tmp_path):
     options = {"per_device_train_batch_size": 4, "activation_checkpointing": checkpointing}
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", ROOT / "tests" / "runs.py"]
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", ROOT / "tests" / "tiny_runs.py"]
     python(*command, tmp_path, json.dumps(anchors["unequal"]), json.dumps(options), ACCELERATE_USE_CPU="1")
     ranks = [torch.load(tmp_path / f"rank{number}.pt") for number in (0, 1)]
     assert [rank["world"] for rank in ranks] == [2, 2], "torchrun started one process"
