@@ -79,7 +79,7 @@ def test_default_draws_by_softmax_of_z_scores_with_a_floor(three):
     scores, deviation = [0.0, 1.0, 2.0], math.sqrt(2 / 3)
     z = [(score - 1) / deviation for score in scores]
     total = sum(map(math.exp, z))
-    wanted = [0.2 / 3 + 0.8 * math.exp(one) / total for one in z]
+    wanted = [0.5 / 3 + 0.5 * math.exp(one) / total for one in z]
     assert shares(three, scores) == pytest.approx(wanted, abs=0.03)
     without = [math.exp(one) / total for one in z]
     assert shares(three, scores, floor=0.0) == pytest.approx(without, abs=0.03)

@@ -36,8 +36,8 @@ class StitchSampler:
     scheme: str = "importance"
     interval_count: int = 6
     warmup_steps: int = 0
-    floor: float = 0.2
-    anchor_share: float = 0.15
+    floor: float = 0.5
+    anchor_share: float = 0.1
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -28,8 +28,8 @@ class StitchTrainingArguments(TrainingArguments):
     eta: float = field(default=0.9, metadata={"help": "Momentum of the importance averages."})
     interval_count: int = field(default=6, metadata={"help": "Cost intervals to draw from."})
     sampling_warmup: float = field(default=0.1, metadata={"help": "Share of all steps drawn uniformly at first."})
-    floor: float = field(default=0.2, metadata={"help": "Share of an interval's draws spread evenly."})
-    anchor_share: float = field(default=0.15, metadata={"help": "Share of draws for anchors other than the largest."})
+    floor: float = field(default=0.5, metadata={"help": "Share of an interval's draws spread evenly."})
+    anchor_share: float = field(default=0.1, metadata={"help": "Share of draws for anchors other than the largest."})
     distillation: str = field(
         default="hard", metadata={"help": f"Student's teacher signal: {', '.join(DISTILLATIONS)}."}
     )
