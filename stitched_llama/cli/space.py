@@ -34,11 +34,11 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps([stitch.to_dict() for stitch in space], indent=2))
         return 0
-    print(f"{'id':>3}  {'key':<28} {'params':>8} {'MACs/token':>10} {'weights':>8} {'KV/token':>8}")
+    print(f"{'id':>3}  {'key':<28} {'params':>8} {'MACs/' + space.anchors[0].unit:>10} {'weights':>8} {'KV/token':>8}")
     for stitch in space:
         print(
             f"{stitch.stitch_id:>3}  {stitch.key:<28} {format_count(stitch.params):>8} "
-            f"{format_count(stitch.macs_per_token):>10} {format_bytes(stitch.weight_bytes):>8} "
+            f"{format_count(stitch.macs):>10} {format_bytes(stitch.weight_bytes):>8} "
             f"{format_bytes(stitch.kv_bytes_per_token):>8}" + ("  anchor" if stitch.is_anchor else "")
         )
     layers = space.stitching_layers.values()

@@ -10,7 +10,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from stitched_llama.bundles import CONFIG, recover
 from stitched_llama.pst import PSTConfig
-from stitched_llama.space import Precision, StitchSpace, anchor_spec
+from stitched_llama.space import Precision, StitchSpace, anchor_specs
 
 _NOT_KEPT = ("_name_or_path", "transformers_version", "quantization_config")
 
@@ -79,7 +79,7 @@ class StitchedConfig(PreTrainedConfig):
                 f"{type(self).__name__} names no anchors: build it with from_anchor_configs([small, large])"
             )
         return StitchSpace(
-            [anchor_spec(config) for config in self.anchor_configs],
+            anchor_specs(self.anchor_configs),
             kernel_size=self.kernel_size,
             stride=self.stride,
             direction=self.direction,

@@ -1,6 +1,9 @@
 """The space of stitches and their costs: plain values, standard library only (a Hub id needs huggingface_hub).
 
-spec      sizes of an anchor from its config.json
+spec      what a space knows of an anchor
+decoders  specs of LLaMA-like decoders
+images    specs of image classifiers
+families  which family reads which config.json
 configs   reads config.json from a folder or the Hub
 rules     which blocks may be joined
 stitch    segments, junctions, stitches
@@ -16,13 +19,15 @@ from .configs import read_config
 from .cost import Precision
 from .frontier import best_of_intervals, intervals, pareto_front
 from .space import StitchSpace
-from .spec import AnchorSpec, Part, anchor_spec
+from .families import anchor_spec, anchor_specs
+from .spec import AnchorSpec, Feature, Part
 from .stitch import Junction, Segment, Stitch, StitchingLayerSpec
 from .table import StitchTable, higher_is_better
 
 __all__ = [
     "AnchorSpec",
     "Budget",
+    "Feature",
     "Junction",
     "Part",
     "Precision",
@@ -32,6 +37,7 @@ __all__ = [
     "StitchTable",
     "StitchingLayerSpec",
     "anchor_spec",
+    "anchor_specs",
     "best_of_intervals",
     "format_bytes",
     "format_count",

@@ -13,7 +13,7 @@ _BYTES = {unit + "b": 1000**i for i, unit in enumerate(("", "k", "m", "g", "t"))
 }
 _LARGEST_FIRST = (("T", 10**12), ("B", 10**9), ("M", 10**6), ("K", 10**3))
 _TIMES = ("ms", "s", "tok/s", "tokens/s")
-_EXAMPLES = "examples: '9B' or 9e9 (parameters), '12GB' (weights and KV cache), '8 GMACs' (a token)"
+_EXAMPLES = "examples: '9B' or 9e9 (parameters), '12GB' (weights and KV cache), '8 GMACs' (a token or image)"
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Budget:
     """An upper limit on one cost.
 
     Attributes:
-        kind: `"params"`, `"memory_bytes"` (weights and the KV cache of the context) or `"macs_per_token"`.
+        kind: `"params"`, `"memory_bytes"` (weights and the KV cache of the context) or `"macs"`.
         limit: in units of that cost.
         text: as the user wrote it.
     """
@@ -49,7 +49,7 @@ class Budget:
         if number <= 0:
             raise ValueError(f"budget {text!r} is not above zero; {_EXAMPLES}")
         if unit.endswith("macs") and unit[:-4] in _DECIMAL:
-            return cls("macs_per_token", float(number * _DECIMAL[unit[:-4]]), text)
+            return cls("macs", float(number * _DECIMAL[unit[:-4]]), text)
         if unit in _DECIMAL:  # "b" alone is billions of parameters, not bytes
             return cls("params", float(number * _DECIMAL[unit]), text)
         if unit in _BYTES:

@@ -18,7 +18,7 @@ class Precision:
     Attributes:
         dtype: of everything that is not quantised, and of the KV cache.
         quantization: `None`, `"8bit"` (LLM.int8) or `"4bit"` (NF4), of the blocks' linear layers.
-        context_tokens: tokens attended to, for `macs_per_token`; 0 leaves attention over the context out.
+        context_tokens: tokens attended to, for the MACs of a token; 0 leaves attention over the context out.
     """
 
     dtype: str = "bfloat16"
@@ -46,7 +46,7 @@ class Precision:
 @dataclass(frozen=True)
 class Cost:
     params: int
-    macs_per_token: int
+    macs: int
     weight_bytes: int
     kv_bytes_per_token: int
 
@@ -59,16 +59,16 @@ def route_cost(
 ) -> Cost:
     """Cost of one route as deployed: embedding of the first anchor, blocks, stitching layers, head of the last."""
     first, last = anchors[segments[0].anchor], anchors[segments[-1].anchor]
-    blocks = [part for s in segments for part in anchors[s.anchor].blocks[s.start : s.stop]]
+    blocks = [part for s in segments for part in anchors[s.anchor].run(s.start, s.stop)]
     number = BYTES_PER_NUMBER[precision.dtype]
     params = macs = weight = 0
     for part in (first.embedding, *blocks, last.head):
         params += part.params
-        macs += part.macs_per_token + part.macs_per_context_token * precision.context_tokens
+        macs += part.macs + part.macs_per_context_token * precision.context_tokens
         weight += precision.weight_bytes(part)
     for layer in stitching_layers:
         params += layer.params
-        macs += layer.in_width * layer.out_width
+        macs += layer.macs
         weight += layer.params * number
     if last.tied and segments[0].anchor == segments[-1].anchor:
         params -= last.embedding.params

@@ -1,6 +1,9 @@
-"""Which blocks may be joined: the pairing rules of SN-Net and ESTA, on depths alone."""
+"""Which blocks may be joined: the pairing rules of SN-Net and ESTA, on depths and resolutions alone."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from .spec import Feature
 
 
 @dataclass(frozen=True)
@@ -12,28 +15,50 @@ class Pairing:
     layer: int
 
 
-def pairings(head_depth: int, tail_depth: int, kernel_size: int, stride: int) -> list[Pairing]:
-    """All routes from one anchor to another.
+def pairings(leaves: Sequence[Feature], enters: Sequence[Feature], kernel_size: int, stride: int) -> list[Pairing]:
+    """All routes from one anchor, whose blocks leave `leaves`, to another, whose blocks are entered by `enters`.
 
-    Equal depth: paired stitching with sliding windows (SN-Net, section 3.3). Unequal depth: nearest-depth map
-    (ESTA, section 5.2 with 32 and 40 blocks); a wider kernel slides over the mapped positions.
+    Features meet only at equal resolution. Where as many blocks leave a resolution as are entered at it: paired
+    stitching with sliding windows (SN-Net, section 3.3). Else: nearest-depth map (ESTA, section 5.2 with 32 and 40
+    blocks); a wider kernel slides over the mapped positions. A decoder and a plain ViT have one resolution, a staged
+    family one a stage; a stage of fewer blocks than the kernel is one window.
 
     Raises:
-        ValueError: a depth below 2, or a kernel or stride outside the shallower anchor.
+        ValueError: a depth below 2, a kernel or stride outside the shallower anchor, or no resolution in common.
     """
-    shallow = min(head_depth, tail_depth)
+    shallow = min(len(leaves), len(enters))
     if shallow < 2:
         raise ValueError(f"an anchor of {shallow} block cannot be stitched: at least 2 are needed")
-    if not 1 <= kernel_size <= shallow or not 1 <= stride <= shallow:
+    stages = [(_at(leaves, grid), _at(enters, grid)) for grid in dict.fromkeys(feature.grid for feature in leaves)]
+    stages = [(heads, tails) for heads, tails in stages if heads and tails]
+    if not stages:
         raise ValueError(
-            f"kernel_size {kernel_size} and stride {stride} must lie in 1..{shallow} (blocks of the shallower anchor)"
+            f"no junction is possible: blocks of the first anchor leave {', '.join(_distinct(leaves))}, and those of the "
+            f"second are entered at {', '.join(_distinct(enters))}; choose anchors with a resolution in common"
         )
-    if head_depth == tail_depth:
-        return _windows(head_depth, kernel_size, stride)
-    return _nearest_depth(head_depth, tail_depth, kernel_size, stride)
+    widest = max(min(len(heads), len(tails)) for heads, tails in stages)
+    if not 1 <= kernel_size <= widest or not 1 <= stride <= widest:
+        raise ValueError(
+            f"kernel_size {kernel_size} and stride {stride} must lie in 1..{widest} (blocks of the shallower anchor)"
+        )
+    found = []
+    for heads, tails in stages:
+        shallow = min(len(heads), len(tails))
+        rule = _windows if len(heads) == len(tails) else _nearest_depth
+        for pair in rule(len(heads), len(tails), min(kernel_size, shallow), min(stride, shallow)):
+            found.append(Pairing(heads[pair.head_stop - 1] + 1, tails[pair.tail_start], heads[0] + pair.layer))
+    return found
 
 
-def _windows(depth: int, kernel_size: int, stride: int) -> list[Pairing]:
+def _at(features: Sequence[Feature], grid: tuple[int, int] | None) -> list[int]:
+    return [index for index, feature in enumerate(features) if feature.grid == grid]
+
+
+def _distinct(features: Sequence[Feature]) -> list[str]:
+    return list(dict.fromkeys(map(str, features)))
+
+
+def _windows(depth: int, _: int, kernel_size: int, stride: int) -> list[Pairing]:
     """In each window every (a, b) gives `head[0:a+1] > tail[b:]`; the first window that names a pair owns it."""
     found: dict[tuple[int, int], Pairing] = {}
     for layer, first in enumerate(range(0, depth - kernel_size + 1, stride)):

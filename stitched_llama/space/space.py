@@ -9,12 +9,17 @@ from typing import Any
 
 from .configs import read_config
 from .cost import Precision, route_cost
+from .families import anchor_specs
 from .rules import Pairing, pairings
-from .spec import AnchorSpec, anchor_spec
+from .spec import AnchorSpec
 from .stitch import Junction, Segment, Stitch, StitchingLayerSpec, route_key
 
 DIRECTIONS = ("fast-to-slow", "slow-to-fast", "both")
 PAIRS = ("nearest", "any", "chain")
+_REMEDIES = {
+    "vocab_size": "stitches need one tokenizer",
+    "num_labels": "give num_labels, and each anchor gets a new head",
+}
 
 
 class StitchSpace:
@@ -60,7 +65,7 @@ class StitchSpace:
     def from_configs(cls, configs: Sequence[str | Mapping[str, Any]], **options: Any) -> "StitchSpace":
         """A space from `config.json` alone: each a folder, a Hub id, or the fields themselves. No weights are read."""
         fields = [read_config(config) if isinstance(config, str) else config for config in configs]
-        return cls([anchor_spec(config) for config in fields], **options)
+        return cls(anchor_specs(fields), **options)
 
     def _ordered_pairs(self) -> list[tuple[int, int]]:
         """(head, tail) anchors that may be joined."""
@@ -73,13 +78,14 @@ class StitchSpace:
         ]
 
     def _pairings(self, head: int, tail: int) -> list[Pairing]:
-        depths = self.anchors[head].depth, self.anchors[tail].depth
-        return pairings(*depths, self.options["kernel_size"], self.options["stride"])
+        leaves, enters = self.anchors[head].leaves, self.anchors[tail].enters
+        return pairings(leaves, enters, self.options["kernel_size"], self.options["stride"])
 
     def _junction(self, head: int, tail: int, pairing: Pairing) -> Junction:
         name = f"{head}_{tail}_{pairing.layer}"
-        widths = self.anchors[head].width, self.anchors[tail].width
-        self.stitching_layers.setdefault(name, StitchingLayerSpec(name, *widths))
+        before, after = self.anchors[head].leaves[pairing.head_stop - 1], self.anchors[tail].enters[pairing.tail_start]
+        layer = StitchingLayerSpec(name, before.width, after.width, after.positions)
+        self.stitching_layers.setdefault(name, layer)
         return Junction(name, head, pairing.head_stop, tail, pairing.tail_start)
 
     def _routes_over_two(self) -> list:
@@ -112,7 +118,7 @@ class StitchSpace:
         for segments, junctions in routes:
             layers = [self.stitching_layers[junction.layer] for junction in junctions]
             cost = route_cost(self.anchors, segments, layers, self.precision)
-            stitches.append(Stitch(-1, route_key(segments), segments, junctions, **asdict(cost)))
+            stitches.append(Stitch(-1, route_key(segments), segments, junctions, **asdict(cost), unit=self.anchors[0].unit))
         stitches.sort(key=lambda stitch: (stitch.params, stitch.key))
         return tuple(replace(stitch, stitch_id=i) for i, stitch in enumerate(stitches))
 
@@ -165,7 +171,7 @@ class StitchSpace:
     def digest(self) -> str:
         """SHA-256 over the anchors' shapes, the options and the keys in order: what a `stitch_id` depends on."""
         content = {
-            "anchors": [[a.family, a.width, a.depth, a.vocab_size, a.params] for a in self.anchors],
+            "anchors": [[a.family, a.width, a.depth, a.contract, a.params] for a in self.anchors],
             "options": self.options,
             "keys": [stitch.key for stitch in self],
         }
@@ -181,8 +187,13 @@ def _check_anchors(anchors: Sequence[AnchorSpec]) -> None:
                 f"anchors in the wrong order: anchor {i} has {small.params:,} parameters and anchor {i + 1} has "
                 f"{large.params:,}; name them from small to large"
             )
-        if small.vocab_size != large.vocab_size:
+        for name, value in small.contract.items():
+            if name in large.contract and large.contract[name] != value:
+                raise ValueError(
+                    f"anchors do not belong together: {name} is {value} in anchor {i} ({small.family}) and "
+                    f"{large.contract[name]} in anchor {i + 1} ({large.family}); {_REMEDIES.get(name, 'choose equal ones')}"
+                )
+        if small.unit != large.unit:
             raise ValueError(
-                f"anchors do not belong together: anchor {i} has a vocabulary of {small.vocab_size} and anchor {i + 1} "
-                f"of {large.vocab_size}; stitches need one tokenizer"
+                f"anchors do not belong together: {small.family} reads {small.unit}s, {large.family} {large.unit}s"
             )

@@ -38,15 +38,23 @@ class Junction:
 
 @dataclass(frozen=True)
 class StitchingLayerSpec:
-    """A linear map with bias between the residual streams of two anchors."""
+    """A linear map with bias between the residual streams of two anchors.
+
+    `positions` is how many places of an image it maps; 1 for a token.
+    """
 
     name: str
     in_width: int
     out_width: int
+    positions: int = 1
 
     @property
     def params(self) -> int:
         return self.in_width * self.out_width + self.out_width
+
+    @property
+    def macs(self) -> int:
+        return self.positions * self.in_width * self.out_width
 
 
 @dataclass(frozen=True)
@@ -58,9 +66,10 @@ class Stitch:
         key: readable and stable, such as `0[0:26]>1[33:40]`.
         segments, junctions: the route; there is one junction fewer than segments.
         params: blocks, embedding, final norm, head and stitching layers.
-        macs_per_token: multiply-accumulates for one token at the space's `context_tokens`.
+        macs: multiply-accumulates for one token at the space's `context_tokens`, or for one image.
         weight_bytes: bytes of `params` at the space's dtype and quantisation.
-        kv_bytes_per_token: bytes the KV cache grows by with each token.
+        kv_bytes_per_token: bytes the KV cache grows by with each token; 0 for images.
+        unit: what `macs` counts, `"token"` or `"image"`.
     """
 
     stitch_id: int
@@ -68,13 +77,19 @@ class Stitch:
     segments: tuple[Segment, ...]
     junctions: tuple[Junction, ...]
     params: int
-    macs_per_token: int
+    macs: int
     weight_bytes: int
     kv_bytes_per_token: int
+    unit: str = "token"
 
     @property
     def is_anchor(self) -> bool:
         return len(self.segments) == 1
+
+    @property
+    def macs_per_token(self) -> int:
+        """`macs`, by its name in the JSON of a decoder."""
+        return self.macs
 
     @property
     def depth(self) -> int:
@@ -87,15 +102,11 @@ class Stitch:
 
     def to_dict(self) -> dict[str, Any]:
         """The public JSON form."""
-        return {
-            "stitch_id": self.stitch_id,
-            "key": self.key,
-            "params": self.params,
-            "macs_per_token": self.macs_per_token,
-            "weight_bytes": self.weight_bytes,
-            "kv_bytes_per_token": self.kv_bytes_per_token,
-            "segments": [[segment.anchor, segment.start, segment.stop] for segment in self.segments],
-        }
+        costs = {"params": self.params, f"macs_per_{self.unit}": self.macs, "weight_bytes": self.weight_bytes}
+        if self.unit == "token":
+            costs["kv_bytes_per_token"] = self.kv_bytes_per_token
+        segments = [[segment.anchor, segment.start, segment.stop] for segment in self.segments]
+        return {"stitch_id": self.stitch_id, "key": self.key, **costs, "segments": segments}
 
 
 def route_key(segments: tuple[Segment, ...]) -> str:

@@ -1,0 +1,43 @@
+"""Which family reads which `config.json`."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from .decoders import LLAMA_LIKE, llama_spec
+from .images import convnext_spec, resnet_spec, swin_spec, vit_spec
+from .spec import AnchorSpec
+
+FAMILIES: dict[str, Callable[..., AnchorSpec]] = dict.fromkeys(LLAMA_LIKE, llama_spec) | {
+    "vit": vit_spec,
+    "deit": vit_spec,
+    "swin": swin_spec,
+    "convnext": convnext_spec,
+    "resnet": resnet_spec,
+}
+_IMAGE_SIZE = 224
+
+
+def anchor_spec(config: Mapping[str, Any], image_size: int | None = None) -> AnchorSpec:
+    """The spec of any supported family, chosen by `model_type`.
+
+    Args:
+        image_size: side of the image, for families whose config does not say it (ResNet).
+
+    Raises:
+        ValueError: the family is unknown, or a field is missing or impossible.
+    """
+    family = config.get("model_type", "?")
+    if family not in FAMILIES:
+        raise ValueError(f"model_type {family!r} is not supported; one of {', '.join(FAMILIES)} is needed")
+    if family not in LLAMA_LIKE and config.get("image_size") is None:
+        config = {**config, "image_size": image_size or _IMAGE_SIZE}
+    try:
+        return FAMILIES[family](config)
+    except KeyError as missing:
+        raise ValueError(f"the {family} config has no field {missing}") from None
+
+
+def anchor_specs(configs: Sequence[Mapping[str, Any]]) -> list[AnchorSpec]:
+    """The specs of anchors that belong together: one that does not say its image size takes the others'."""
+    sizes = [config["image_size"] for config in configs if config.get("image_size")]
+    return [anchor_spec(config, sizes[0] if sizes else None) for config in configs]
