@@ -1,4 +1,4 @@
-"""The contract of a family: four verbs that reach into a backbone from outside, so that no backbone is forked."""
+"""The contract of a family: verbs that reach into a backbone from outside, so that no backbone is forked."""
 
 from typing import Any, Protocol
 
@@ -8,24 +8,33 @@ from torch import Tensor, nn
 class Family(Protocol):
     """What the route walk asks of a family. Implementations hold no state.
 
-    `context` is what all blocks of one forward share (mask, positions, cache); a family defines its own.
+    `context` is what all blocks of one forward share (mask, positions, cache); a kind of family defines its own.
 
     Attributes:
-        blocks_module, embedding_modules, head_modules: where an anchor's parts lie, as its tensor names begin.
+        layout: how a feature lies: `"tokens"` [batch, places, width] or `"channels"` [batch, width, rows, columns].
+        head_modules: names of the modules after the last block, as tensor names begin.
     """
 
-    blocks_module: str
-    embedding_modules: tuple[str, ...]
+    layout: str
     head_modules: tuple[str, ...]
 
-    def blocks(self, anchor: nn.Module) -> nn.ModuleList:
-        """The anchor's blocks, in order."""
+    def auto_class(self) -> type:
+        """The Auto class that loads an anchor."""
 
-    def attention(self, block: nn.Module) -> nn.Module:
-        """The module of a block whose linear layers PST adapts."""
+    def block_names(self, anchor: nn.Module) -> list[str]:
+        """The module names of the anchor's blocks, in order."""
+
+    def adapted(self, block: nn.Module) -> nn.Module:
+        """The module of a block that takes its keywords and holds the layers PST adapts."""
 
     def embed(self, anchor: nn.Module, inputs: Tensor) -> Tensor:
         """Everything before the first block."""
+
+    def special_tokens(self, anchor: nn.Module) -> Tensor | None:
+        """[1, tokens, width]: the class and distillation tokens as they enter the first block; None without any."""
+
+    def approach(self, anchor: nn.Module, hidden: Tensor, block: int) -> Tensor:
+        """From what left the block before to what enters `block`: the downsampling between two stages, if any."""
 
     def run(self, anchor: nn.Module, hidden: Tensor, start: int, stop: int, slot: int, context: Any) -> Tensor:
         """Blocks `[start, stop)`; `slot` is the position of block `start` in the route."""

@@ -47,18 +47,30 @@ class SlotView:
 class LlamaFamily:
     """The verbs of `Family` for a `...ForCausalLM` of LLaMA blocks."""
 
+    layout = "tokens"
     blocks_module = "model.layers"
     embedding_modules = ("model.embed_tokens",)
     head_modules = ("model.norm", "lm_head")
 
-    def blocks(self, anchor: nn.Module) -> nn.ModuleList:
-        return anchor.model.layers
+    def auto_class(self) -> type:
+        from transformers import AutoModelForCausalLM
 
-    def attention(self, block: nn.Module) -> nn.Module:
+        return AutoModelForCausalLM
+
+    def block_names(self, anchor: nn.Module) -> list[str]:
+        return [f"{self.blocks_module}.{index}" for index in range(len(anchor.model.layers))]
+
+    def adapted(self, block: nn.Module) -> nn.Module:
         return block.self_attn
+
+    def special_tokens(self, anchor: nn.Module) -> Tensor | None:
+        return None
 
     def embed(self, anchor: nn.Module, inputs: Tensor) -> Tensor:
         return anchor.model.embed_tokens(inputs)
+
+    def approach(self, anchor: nn.Module, hidden: Tensor, block: int) -> Tensor:
+        return hidden
 
     def run(
         self, anchor: nn.Module, hidden: Tensor, start: int, stop: int, slot: int, context: DecoderContext

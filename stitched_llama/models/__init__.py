@@ -8,22 +8,48 @@ loading         anchors by reference, whole or only a route's blocks
 storage         from_anchors, from_pretrained, save_pretrained, push_to_hub
 card            the model card of a bundle
 llama           decoders of LLaMA blocks
+images          what every stitched image classifier is
+vit, swin, convnext, resnet   one image family each
 """
 
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification
 
 from .calibration import Calibration
 from .configuration import StitchedConfig
+from .convnext import StitchedConvNextConfig, StitchedConvNextForImageClassification
+from .images import StitchedForImageClassification, StitchedImageConfig
 from .llama import StitchedLlamaConfig, StitchedLlamaForCausalLM
 from .modeling_base import StitchedPreTrainedModel
+from .resnet import StitchedResNetConfig, StitchedResNetForImageClassification
+from .swin import StitchedSwinConfig, StitchedSwinForImageClassification
+from .vit import StitchedViTConfig, StitchedViTForImageClassification
 
-AutoConfig.register("stitched_llama", StitchedLlamaConfig, exist_ok=True)
-AutoModelForCausalLM.register(StitchedLlamaConfig, StitchedLlamaForCausalLM, exist_ok=True)
+_CLASSES = (
+    (AutoModelForCausalLM, StitchedLlamaForCausalLM),
+    (AutoModelForImageClassification, StitchedViTForImageClassification),
+    (AutoModelForImageClassification, StitchedSwinForImageClassification),
+    (AutoModelForImageClassification, StitchedConvNextForImageClassification),
+    (AutoModelForImageClassification, StitchedResNetForImageClassification),
+)
+for auto_class, model_class in _CLASSES:
+    config_class = model_class.config_class
+    AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+    auto_class.register(config_class, model_class, exist_ok=True)
 
 __all__ = [
     "Calibration",
     "StitchedConfig",
+    "StitchedConvNextConfig",
+    "StitchedConvNextForImageClassification",
+    "StitchedForImageClassification",
+    "StitchedImageConfig",
     "StitchedLlamaConfig",
     "StitchedLlamaForCausalLM",
     "StitchedPreTrainedModel",
+    "StitchedResNetConfig",
+    "StitchedResNetForImageClassification",
+    "StitchedSwinConfig",
+    "StitchedSwinForImageClassification",
+    "StitchedViTConfig",
+    "StitchedViTForImageClassification",
 ]

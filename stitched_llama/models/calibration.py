@@ -1,6 +1,5 @@
-"""Calibration: every stitching layer by least squares, in one pass over a few batches of unlabelled text."""
+"""Calibration: every stitching layer by least squares, in one pass over a few batches of unlabelled text or images."""
 
-import math
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -12,6 +11,8 @@ from tqdm.auto import tqdm
 
 from stitched_llama.layers import LeastSquares, Residual
 from stitched_llama.space import Junction
+
+from .route import junction_rows
 
 if TYPE_CHECKING:
     from .modeling_base import StitchedPreTrainedModel
@@ -25,10 +26,11 @@ class Calibration:
     """What calibration found, on batches that were kept out of the fit.
 
     Attributes:
-        r2: junction -> R2 of the predicted activations, the first token of each row left out.
+        r2: junction -> R2 of the predicted activations, the first token of each row (class tokens) left out.
         r2_with_first: the same with the first token, whose activation can be hundreds of times the others'.
-        loss: stitch key -> loss before any training, nats a token; the honest figure.
-        rows: tokens in the fit.
+        loss: stitch key -> loss before any training, nats a token or image; the honest figure. Empty for images
+            without labels.
+        rows: tokens or places in the fit.
         held_out: False when one batch had to serve both the fit and the report.
     """
 
@@ -60,7 +62,8 @@ def calibrate(
     Every eighth batch (eight at most) is kept out of the fit for the report. Memory is O(width^2) a stitching layer.
 
     Args:
-        batches: dicts of `input_ids` and optionally `attention_mask`, [batch, tokens] each.
+        batches: dicts of `input_ids` and optionally `attention_mask`, [batch, tokens] each; or of `pixel_values`
+            [batch, channels, height, width] and optionally `labels` [batch].
         ridge: relative to the mean variance of the head's features.
         shared: for a layer that serves several junctions, `"joint"` minimises the sum of their residuals, `"mean"`
             averages their separate solutions (SN-Net).
@@ -85,43 +88,41 @@ def calibrate(
     model.eval()
     with torch.no_grad():
         for number, batch in enumerate(tqdm(batches, desc="calibrate", disable=not progress)):
-            batch = {
-                name: tensor.to(model.device)
-                for name, tensor in batch.items()
-                if name in ("input_ids", "attention_mask")
-            }
+            batch = {name: batch[name].to(model.device) for name in model.calibration_inputs if name in batch}
             first_batch = batch if first_batch is None else first_batch
             if number % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1 and len(held_out) < _HELD_OUT_MOST:
                 held_out.append(batch)
                 continue
-            kept = _mask(batch).flatten().bool()
-            rows += int(kept.sum())
+            most = 0
             for junction, x, y in _activations(model, junctions, batch):
-                x, y = x.flatten(0, 1)[kept.to(x.device)], y.flatten(0, 1)[kept.to(y.device)]
+                kept, _ = model.row_masks(batch, junction, x)
+                x, y = x[kept.to(x.device)], y[kept.to(y.device)]
+                most = max(most, len(x))
                 name = (junction.layer, str(junction) if shared == "mean" else "")
                 if name not in sums:
                     sums[name] = LeastSquares(x.shape[1], y.shape[1], device=y.device)
                 weights = 1 / y.double().square().mean(1).clamp_min(1e-12) if row_weights == "inverse_norm" else None
                 sums[name].add(x, y, weights)
+            rows += most
         if first_batch is None:
-            raise ValueError("calibrate got no batches: pass dicts of input_ids and attention_mask")
+            raise ValueError(f"calibrate got no batches: pass dicts of {' and '.join(model.calibration_inputs)}")
         _solve(model, sums, rows, ridge)
         report = _report(model, junctions, held_out or [first_batch], rows, bool(held_out), progress)
     model.train(training)
-    model.table = model.table.with_metrics("loss_before", report.loss)
+    if report.loss:
+        model.table = model.table.with_metrics("loss_before", report.loss)
     _warn(report)
     return report
 
 
-def _mask(batch: dict[str, Tensor]) -> Tensor:
-    return batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
-
-
 def _activations(model: Any, junctions: list[Junction], batch: dict[str, Tensor]):
-    """Yields (junction, X, Y) with one forward of each anchor; X, Y: [batch, tokens, width]."""
+    """Yields (junction, X, Y) with one forward of each anchor; X, Y: [batch, places, width]."""
     outputs = [model.block_outputs(index, **batch) for index in range(len(model.anchors))]
+    families, specs = model.families, model.space.anchors
     for junction in junctions:
-        yield junction, outputs[junction.head][junction.head_stop], outputs[junction.tail][junction.tail_start]
+        x = junction_rows(families, specs, junction, outputs[junction.head].leaves[junction.head_stop - 1])
+        y = junction_rows(families, specs, junction, outputs[junction.tail].enters[junction.tail_start], tail=True)
+        yield junction, x, y
 
 
 def _solve(model: Any, sums: dict[tuple[str, str], LeastSquares], rows: int, ridge: float) -> None:
@@ -132,7 +133,7 @@ def _solve(model: Any, sums: dict[tuple[str, str], LeastSquares], rows: int, rid
         width = len(squares[0].x_sum)
         if rows <= width:
             warnings.warn(
-                f"{rows} tokens for the {width} features of stitching layer {layer}: the ridge decides; give more batches",
+                f"{rows} rows for the {width} features of stitching layer {layer}: the ridge decides; give more batches",
                 stacklevel=3,
             )
         solutions = [one.solve(ridge) for one in squares]
@@ -148,22 +149,19 @@ def _report(
     without = {str(j): Residual() for j in junctions}
     totals = {key: [0.0, 0] for key in model.keys}
     for batch in tqdm(batches, desc="report", disable=not progress):
-        mask = _mask(batch).bool()
-        rest = mask & (mask.cumsum(1) > 1)
         for junction, x, y in _activations(model, junctions, batch):
             predicted = model.stitching_layers[junction.layer](x).to(y.device)
-            with_first[str(junction)].add(predicted[mask.to(y.device)], y[mask.to(y.device)])
-            without[str(junction)].add(predicted[rest.to(y.device)], y[rest.to(y.device)])
-        labels = batch["input_ids"].masked_fill(~mask, -100)
-        labels[:, 1:].masked_fill_(~mask[:, :-1], -100)  # nothing is predicted from padding
-        tokens = int((labels[:, 1:] != -100).sum())
+            kept, rest = (mask.to(y.device) for mask in model.row_masks(batch, junction, x))
+            with_first[str(junction)].add(predicted[kept], y[kept])
+            without[str(junction)].add(predicted[rest], y[rest])
         for key, total in totals.items():
-            total[0] += float(model(**batch, labels=labels, stitch_id=key, use_cache=False).loss) * tokens
-            total[1] += tokens
+            loss, count = model.calibration_loss(batch, key)
+            total[0] += loss * count
+            total[1] += count
     return Calibration(
         r2={name: residual.r2 for name, residual in without.items()},
         r2_with_first={name: residual.r2 for name, residual in with_first.items()},
-        loss={key: total / tokens if tokens else math.nan for key, (total, tokens) in totals.items()},
+        loss={key: total / count for key, (total, count) in totals.items() if count},
         rows=rows,
         held_out=held_out,
     )

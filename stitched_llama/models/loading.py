@@ -11,11 +11,11 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
-from stitched_llama.anchors import FAMILIES, Family
+from stitched_llama.anchors import FAMILIES, Family, LlamaFamily
 from stitched_llama.bundles import (
     CONFIG,
     GENERATION,
@@ -79,7 +79,7 @@ def weight_files(name_or_path: str, needed: "_Needed | None" = None, **hub: Any)
 class _Needed:
     """Which tensors of an anchor a set of routes needs."""
 
-    def __init__(self, family: Family, spec: AnchorSpec, index: int, stitches: Iterable[Stitch]):
+    def __init__(self, family: LlamaFamily, spec: AnchorSpec, index: int, stitches: Iterable[Stitch]):
         routes = [stitch.segments for stitch in stitches]
         self.family = family
         self.blocks = {b for route in routes for s in route if s.anchor == index for b in range(s.start, s.stop)}
@@ -104,27 +104,58 @@ def load_anchor(
     Raises:
         ValueError: there are no safetensors weights, or a tensor is missing.
     """
-    needed = None if stitches is None else _Needed(FAMILIES[spec.family], spec, index, stitches)
+    family = FAMILIES[spec.family]
+    if not isinstance(family, LlamaFamily):
+        return _load_image_anchor(name_or_path, config, family, index, stitches, **options)
+    needed = None if stitches is None else _Needed(family, spec, index, stitches)
     if needed is not None and needed.all:
         needed = None
     files = weight_files(name_or_path, needed, **options)
     fingerprint = fingerprint_files(sorted(set(files.values())))
     if needed is None:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = family.auto_class().from_pretrained(
             name_or_path, use_safetensors=True, output_loading_info=True, **options
         )
     else:
         fingerprint = {part: digest for part, digest in fingerprint.items() if part in {part_of(t) for t in files}}
         options = {name: value for name, value in options.items() if name not in _HUB_OPTIONS}
-        model_class = _partial_class(AutoModelForCausalLM._model_mapping[type(config)], needed)
+        model_class = _partial_class(family.auto_class()._model_mapping[type(config)], needed)
         model, info = model_class.from_pretrained(
             None, config=config, state_dict=_read(files), output_loading_info=True, **options
         )
-    if info["missing_keys"]:
+    _check_whole(name_or_path, info["missing_keys"])
+    model.requires_grad_(False)
+    return model.eval(), fingerprint
+
+
+def _check_whole(name_or_path: str, missing: Iterable[str]) -> None:
+    if missing := sorted(missing):
         raise ValueError(
-            f"{name_or_path} lacks {len(info['missing_keys'])} tensors, the first is {min(info['missing_keys'])}: "
+            f"{name_or_path} lacks {len(missing)} tensors, the first is {missing[0]}: "
             "the checkpoint is incomplete, download it again"
         )
+
+
+def _load_image_anchor(
+    name_or_path: str, config: Any, family: Family, index: int, stitches: Iterable[Stitch] | None, **options: Any
+) -> tuple[PreTrainedModel, dict[str, str]]:
+    """An image anchor, read whole (older checkpoints name their tensors otherwise); blocks off every route are let go.
+
+    Its head is born anew where `config` has another number of classes than the checkpoint.
+    """
+    fingerprint = fingerprint_files(sorted(set(weight_files(name_or_path, **options).values())))
+    model, info = family.auto_class().from_pretrained(
+        name_or_path, config=config, use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True, **options
+    )
+    renewed = {name for name, *_ in info["mismatched_keys"]}
+    _check_whole(name_or_path, set(info["missing_keys"]) - renewed)
+    if wrong := sorted(name for name in renewed if not name.startswith(family.head_modules)):
+        raise ValueError(f"{name_or_path} and its config differ in the shape of {wrong[0]}: they do not belong together")
+    if stitches is not None:
+        used = {block for stitch in stitches for anchor, block in stitch.blocks() if anchor == index}
+        for number, name in enumerate(family.block_names(model)):
+            if number not in used:
+                model.set_submodule(name, nn.Identity())
     model.requires_grad_(False)
     return model.eval(), fingerprint
 

@@ -2,21 +2,28 @@
 
 import copy
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from stitched_llama.anchors import FAMILIES
 from stitched_llama.layers import StitchingLayer
-from stitched_llama.pst import PSTConfig, StitchBias, attach_pst
+from stitched_llama.pst import PSTConfig, StitchBias, attach_pst, is_low_rank
 from stitched_llama.space import Precision, Stitch, StitchTable
 
 from .calibration import Calibration, calibrate
 from .configuration import StitchedConfig
 from .storage import BundleMixin
+
+
+class BlockOutputs(NamedTuple):
+    """What enters and what leaves each block of an anchor, in the layout of its family."""
+
+    enters: list[Tensor]
+    leaves: list[Tensor]
 
 
 class StitchedPreTrainedModel(BundleMixin, PreTrainedModel):
@@ -45,7 +52,9 @@ class StitchedPreTrainedModel(BundleMixin, PreTrainedModel):
         self.families = [FAMILIES[spec.family] for spec in self.space.anchors]
         self.keys = [s.key for s in self.space] if config.keys is None else list(config.keys)
         if anchors is None:
-            anchors = [AutoModelForCausalLM.from_config(config.anchor_config(i)) for i in range(len(self.families))]
+            anchors = [
+                family.auto_class().from_config(config.anchor_config(i)) for i, family in enumerate(self.families)
+            ]
         self.anchors = nn.ModuleList(anchors)
         self.stitching_layers = nn.ModuleDict()
         for stitch in map(self.space.__getitem__, self.keys):
@@ -62,8 +71,8 @@ class StitchedPreTrainedModel(BundleMixin, PreTrainedModel):
 
     def _new_stitching_layer(self, junction) -> StitchingLayer:
         spec = self.space.stitching_layers[junction.layer]
-        blocks = self.families[junction.tail].blocks(self.anchors[junction.tail])
-        norm = next(p for p in blocks[junction.tail_start].parameters() if p.ndim == 1 and p.is_floating_point())
+        block = self.blocks(junction.tail)[junction.tail_start]
+        norm = next(p for p in block.parameters() if p.ndim == 1 and p.is_floating_point())
         return StitchingLayer(spec.in_width, spec.out_width, dtype=norm.dtype, device=norm.device)
 
     def _count_bytes_as_loaded(self) -> None:
@@ -73,6 +82,19 @@ class StitchedPreTrainedModel(BundleMixin, PreTrainedModel):
         dtype = str(next((layer.linear.weight.dtype for layer in self.stitching_layers.values()), self.dtype))
         precision = Precision(dtype.removeprefix("torch."), loaded[0] if loaded else None)
         self.space = self.space.with_precision(precision)
+
+    def blocks(self, anchor: int) -> list[nn.Module]:
+        """The blocks of an anchor, in order."""
+        names = self.families[anchor].block_names(self.anchors[anchor])
+        return [self.anchors[anchor].get_submodule(name) for name in names]
+
+    def block_prefix(self, anchor: int, block: int) -> str:
+        """How the names of a block's tensors begin in this model."""
+        return f"anchors.{anchor}.{self.families[anchor].block_names(self.anchors[anchor])[block]}."
+
+    def trained_heads(self, anchors: Iterable[int]) -> list[str]:
+        """How the names of the tensors of those anchors' heads begin, where heads train; none do by default."""
+        return []
 
     # ---- choosing a stitch
 
@@ -122,7 +144,19 @@ class StitchedPreTrainedModel(BundleMixin, PreTrainedModel):
 
     # ---- preparing for training
 
-    def calibrate(self, batches: Iterable[dict[str, torch.Tensor]], **options: Any) -> Calibration:
+    def _block_outputs(self, anchor: int, embedded: Tensor, context: Any) -> BlockOutputs:
+        """What enters and leaves each block of one anchor running alone from what its embedding gave."""
+        model, family, spec = self.anchors[anchor], self.families[anchor], self.space.anchors[anchor]
+        enters, leaves, hidden = [], [], embedded
+        for block in range(spec.depth):
+            if block:
+                hidden = family.approach(model, hidden, block)
+            enters.append(hidden)
+            hidden = family.run(model, hidden, block, block + 1, block, context)
+            leaves.append(hidden)
+        return BlockOutputs(enters, leaves)
+
+    def calibrate(self, batches: Iterable[dict[str, Tensor]], **options: Any) -> Calibration:
         """Initialises the stitching layers by least squares (see `calibration.calibrate`)."""
         return calibrate(self, batches, **options)
 
@@ -143,7 +177,9 @@ class StitchedPreTrainedModel(BundleMixin, PreTrainedModel):
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
                 part = name.split(".")[0]
-                counts["lora" if part == "anchors" else part] += parameter.numel()
+                if part == "anchors":
+                    part = "lora" if is_low_rank(name) else "heads"
+                counts[part] = counts.get(part, 0) + parameter.numel()
         return counts
 
     def print_trainable_parameters(self) -> None:
@@ -158,8 +194,8 @@ class StitchedPreTrainedModel(BundleMixin, PreTrainedModel):
         """The named trainable tensors that lie on one stitch's route."""
         stitch = self.stitch(stitch_id)
         prefixes = [f"stitching_layers.{junction.layer}." for junction in stitch.junctions]
-        modules = {id(self.families[a].blocks(self.anchors[a])[b]) for a, b in stitch.blocks()}
-        prefixes += [f"{name}." for name, module in self.named_modules() if id(module) in modules]
+        prefixes += [self.block_prefix(*block) for block in stitch.blocks()]
+        prefixes += self.trained_heads({stitch.segments[-1].anchor})
         named = [(name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad]
         bias = f"stitch_bias.vectors.{stitch.key}"  # not a prefix: a key may begin another's
         return [(name, parameter) for name, parameter in named if name == bias or name.startswith(tuple(prefixes))]

@@ -6,11 +6,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from stitched_llama.anchors import Family
-from stitched_llama.space import Stitch
+from stitched_llama.layers import from_rows, shared_rows, to_rows, with_own_tokens
+from stitched_llama.space import AnchorSpec, Junction, Stitch
 
 
 def walk(
     families: Sequence[Family],
+    specs: Sequence[AnchorSpec],
     anchors: Sequence[nn.Module],
     stitching_layers: Mapping[str, nn.Module],
     stitch: Stitch,
@@ -21,9 +23,37 @@ def walk(
     slot = 0
     for index, segment in enumerate(stitch.segments):
         if index:
-            hidden = stitching_layers[stitch.junctions[index - 1].layer](hidden)
+            junction = stitch.junctions[index - 1]
+            rows = junction_rows(families, specs, junction, hidden)
+            rows = stitching_layers[junction.layer](rows)
+            hidden = _enter(families, specs, anchors, junction, rows)
         hidden = families[segment.anchor].run(
             anchors[segment.anchor], hidden, segment.start, segment.stop, slot, context
         )
         slot += len(segment)
     return hidden
+
+
+def junction_rows(
+    families: Sequence[Family], specs: Sequence[AnchorSpec], junction: Junction, feature: Tensor, tail: bool = False
+) -> Tensor:
+    """The rows [batch, places, width] of a feature that a stitching layer maps, or maps to (`tail`)."""
+    leaves, enters = specs[junction.head].leaves[junction.head_stop - 1], specs[junction.tail].enters[junction.tail_start]
+    anchor, end = (junction.tail, enters) if tail else (junction.head, leaves)
+    shared = min(leaves.special_tokens, enters.special_tokens)
+    return shared_rows(to_rows(feature, families[anchor].layout), end.special_tokens, shared)
+
+
+def _enter(
+    families: Sequence[Family],
+    specs: Sequence[AnchorSpec],
+    anchors: Sequence[nn.Module],
+    junction: Junction,
+    rows: Tensor,
+) -> Tensor:
+    """Mapped rows as the tail's feature, its own special tokens filled in."""
+    leaves, enters = specs[junction.head].leaves[junction.head_stop - 1], specs[junction.tail].enters[junction.tail_start]
+    family, anchor = families[junction.tail], anchors[junction.tail]
+    if enters.special_tokens > leaves.special_tokens:
+        rows = with_own_tokens(rows, family.special_tokens(anchor), leaves.special_tokens)
+    return from_rows(rows, family.layout, enters.grid)

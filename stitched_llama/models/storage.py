@@ -22,10 +22,10 @@ from stitched_llama.bundles import (
     write_bundle,
 )
 from stitched_llama.pst import is_low_rank
-from stitched_llama.space import StitchTable, anchor_spec
+from stitched_llama.space import StitchTable
 
 from .card import model_card
-from .loading import bundle_folder, check_tokenizers, commit_of, load_anchor, load_anchors, reference_to, weight_files
+from .loading import bundle_folder, commit_of, load_anchor, load_anchors, reference_to, weight_files
 
 _HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 _LOAD = ("dtype", "quantization_config", "device_map", "max_memory", "offload_folder", "attn_implementation")
@@ -42,6 +42,12 @@ _IGNORED = (
 class BundleMixin:
     """`from_anchors`, `from_pretrained`, `save_pretrained` and `push_to_hub` of stitched models."""
 
+    config_fields: tuple[str, ...] = ()  # what from_anchors passes on to each anchor's config
+
+    @classmethod
+    def check_names(cls, names: Sequence[Any], **hub: Any) -> None:
+        """Refuses anchors that their configs alone do not tell apart; a kind of model says how."""
+
     @classmethod
     def from_anchors(cls, anchors: Sequence[Any], **how: Any):
         """A stitched model from two or more pretrained anchors, small to large, its stitching layers not yet calibrated.
@@ -55,17 +61,18 @@ class BundleMixin:
             ValueError: the anchors do not belong together or stand in the wrong order; both values are named.
         """
         space = {name: how.pop(name) for name in ("kernel_size", "stride", "direction", "pairs") if name in how}
+        fields = {name: how.pop(name) for name in cls.config_fields if name in how}
         load, hub = _take(how, _LOAD), _take(how, _HUB)
         if how:
             raise TypeError(f"from_anchors got unknown arguments {sorted(how)}")
         names = [os.fspath(a) if isinstance(a, os.PathLike) else a for a in anchors]
-        configs = [AutoConfig.from_pretrained(a, **hub) if isinstance(a, str) else a.config for a in names]
+        configs = [AutoConfig.from_pretrained(a, **fields, **hub) if isinstance(a, str) else a.config for a in names]
         config = cls.config_class.from_anchor_configs(configs, **space)
-        check_tokenizers(names, **hub)
+        cls.check_names(names, **hub)
         loaded, references = [], []
         for index, (name, anchor_config) in enumerate(zip(names, configs)):
             if isinstance(name, str):
-                spec = anchor_spec(anchor_config.to_dict())
+                spec = config.stitch_space().anchors[index]
                 model, fingerprint = load_anchor(name, anchor_config, spec, index, None, **load, **hub)
                 revision = commit_of(weight_files(name, **hub)) or hub.get("revision")
                 references.append({"name_or_path": name, "revision": revision, "fingerprint": fingerprint})
@@ -75,7 +82,8 @@ class BundleMixin:
             loaded.append(model)
         config.anchors = references
         stitched = cls(config, anchors=loaded)
-        stitched.generation_config = copy.deepcopy(loaded[-1].generation_config)
+        if stitched.can_generate():
+            stitched.generation_config = copy.deepcopy(loaded[-1].generation_config)
         return stitched.eval()
 
     @classmethod
@@ -162,7 +170,9 @@ class BundleMixin:
         keys = self.keys if stitches == "all" else [stitch.key for stitch in self.published]
         config.keys = None if len(keys) == len(self.space) else keys
         space = config.stitch_space()
-        texts = {CONFIG: config.to_json_string(), GENERATION: self.generation_config.to_json_string()}
+        texts = {CONFIG: config.to_json_string()}
+        if self.can_generate():
+            texts[GENERATION] = self.generation_config.to_json_string()
         texts[CARD] = model_card(config.anchors or [{}] * len(self.anchors), [space[key] for key in keys], self.table)
         write_bundle(
             save_directory, self._bundle_tensors(keys, stitching_dtype), self.table.to_dict(space, keys), texts
@@ -220,7 +230,8 @@ class BundleMixin:
         """What a bundle holds of this model, by the name it has there."""
         routes = [self.space[key] for key in keys]
         layers = {junction.layer for stitch in routes for junction in stitch.junctions}
-        blocks = {block for stitch in routes for block in stitch.blocks()}
+        blocks = tuple(self.block_prefix(*block) for block in {b for stitch in routes for b in stitch.blocks()})
+        heads = tuple(self.trained_heads({stitch.segments[-1].anchor for stitch in routes}))
         own = {}
         for name, tensor in self.named_parameters():
             head, *rest = name.split(".")
@@ -229,10 +240,9 @@ class BundleMixin:
             elif head == "stitch_bias":
                 keep = ".".join(rest[1:]) in keys
             elif head == "anchors" and is_low_rank(name):
-                prefix = f"{self.families[int(rest[0])].blocks_module}."
-                keep = (int(rest[0]), int(name.split(prefix)[1].split(".")[0])) in blocks
+                keep = name.startswith(blocks)
             else:
-                keep = False
+                keep = name.startswith(heads)
             if keep:
                 own[_bundle_name(name)] = tensor
         return own

@@ -30,13 +30,20 @@ def attach_pst(
     for module in (anchors, stitching_layers):
         module.requires_grad_(False)
     for anchor, spec, rank in zip(anchors, space.anchors, ranks):
-        names = [name for name, *_ in spec.blocks[0].adapted]
-        present = [block for block in FAMILIES[spec.family].blocks(anchor) if not isinstance(block, nn.Identity)]
-        if rank and present:
-            inject_adapter_in_model(_lora(rank, names, config), anchor)
+        family, targets, biased = FAMILIES[spec.family], [], []
+        for name, part in zip(family.block_names(anchor), spec.blocks):
+            block = anchor.get_submodule(name)
+            if isinstance(block, nn.Identity):  # not loaded
+                continue
+            layers = [layer for layer, *_ in part.adapted]
+            owner = next(path for path, module in block.named_modules() if module is family.adapted(block))
+            targets += [".".join(filter(None, (name, owner, layer))) for layer in layers]
+            biased.append((block, layers))
+        if rank and targets:
+            inject_adapter_in_model(_lora(rank, targets, config), anchor)
         if config.stitch_bias:
-            for block in present:
-                install_bias_hooks(FAMILIES[spec.family], block, names)
+            for block, layers in biased:
+                install_bias_hooks(family, block, layers)
     for name, layer in stitching_layers.items():
         if stitching_ranks[name]:
             inject_adapter_in_model(_lora(stitching_ranks[name], ["proj"], config), layer)

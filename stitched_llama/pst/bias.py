@@ -1,8 +1,8 @@
-"""The stitch-specific bias: one vector a stitch, sliced along its route, added to q, k, v and o.
+"""The stitch-specific bias: one vector a stitch, sliced along its route, added to the adapted layers (q, k, v, o).
 
 The slices travel as a keyword of each block, never as module state, so that recomputation under activation
-checkpointing sees the same slices as the forward did (DESIGN section 4). A hook of the attention module takes the
-keyword off and hands it to the hooks of its four linear layers through a thread-local, within that one call.
+checkpointing sees the same slices as the forward did (DESIGN section 4). A hook of the module that owns the adapted
+layers takes the keyword off and hands it to the hooks of those layers through a thread-local, within that one call.
 """
 
 import threading
@@ -43,11 +43,11 @@ class StitchBias(nn.Module):
 
 
 def install_bias_hooks(family: Family, block: nn.Module, names: Iterable[str]) -> None:
-    """Lets the attention of `block` take the keyword `stitch_bias`, a tensor for each linear layer in `names`."""
-    attention = family.attention(block)
-    attention.register_forward_pre_hook(_receive, with_kwargs=True)
+    """Lets a block take the keyword `stitch_bias`, a tensor for each layer in `names`."""
+    owner = family.adapted(block)
+    owner.register_forward_pre_hook(_receive, with_kwargs=True)
     for index, name in enumerate(names):
-        getattr(attention, name).register_forward_hook(partial(_add, index))
+        owner.get_submodule(name).register_forward_hook(partial(_add, index))
 
 
 def _receive(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -56,5 +56,7 @@ def _receive(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tu
 
 
 def _add(index: int, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-    slices = _call.slices
-    return output if slices is None else output + slices[index].to(device=output.device, dtype=output.dtype)
+    if _call.slices is None:
+        return output
+    own = _call.slices[index].to(device=output.device, dtype=output.dtype)
+    return output + (own[:, None, None] if isinstance(getattr(module, "base_layer", module), nn.Conv2d) else own)

@@ -34,7 +34,7 @@ class PSTConfig:
         if len(ranks) != count:
             raise ValueError(f"{len(ranks)} ranks {ranks} for {count} anchors: give one rank, or one for each anchor")
         for index, (rank, anchor) in enumerate(zip(ranks, space.anchors)):
-            narrowest = min(min(d_in, d_out) for _, d_in, d_out in anchor.blocks[0].adapted)
+            narrowest = min(min(d_in, d_out) for block in anchor.blocks for _, d_in, d_out in block.adapted)
             _check_rank(rank, narrowest, f"rank of anchor {index}")
         return ranks
 

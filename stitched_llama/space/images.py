@@ -37,7 +37,7 @@ def vit_spec(config: Config) -> AnchorSpec:
         blocks=(block,) * depth,
         enters=(feature,) * depth,
         leaves=(feature,) * depth,
-        contract=_contract(config) | {"patch_size": patch[0] if patch[0] == patch[1] else patch, "special_tokens": special},
+        contract=_contract(config),
         unit="image",
     )
 

@@ -1,5 +1,6 @@
 """Stitched decoders of LLaMA blocks: one forward for every size, `generate` with a size or a budget."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,9 +17,10 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from stitched_llama.anchors import DecoderContext
-from stitched_llama.space import Stitch
+from stitched_llama.space import Junction, Stitch
 
-from ..modeling_base import StitchedPreTrainedModel
+from ..loading import check_tokenizers
+from ..modeling_base import BlockOutputs, StitchedPreTrainedModel
 from ..route import walk
 from .configuration_stitched_llama import StitchedLlamaConfig
 
@@ -111,7 +113,8 @@ class StitchedLlamaForCausalLM(StitchedPreTrainedModel, GenerationMixin):
             stitch_bias=None if self.stitch_bias is None else self.stitch_bias(stitch.key),
             block_kwargs=kwargs,
         )
-        hidden = walk(self.families, self.anchors, self.stitching_layers, stitch, inputs_embeds, context)
+        specs = self.space.anchors
+        hidden = walk(self.families, specs, self.anchors, self.stitching_layers, stitch, inputs_embeds, context)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.families[last].head(self.anchors[last], hidden[:, kept])
         loss = None
@@ -119,18 +122,36 @@ class StitchedLlamaForCausalLM(StitchedPreTrainedModel, GenerationMixin):
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_kwargs)
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
 
+    @classmethod
+    def check_names(cls, names: Sequence[Any], **hub: Any) -> None:
+        check_tokenizers(names, **hub)
+
+    # ---- what calibration asks
+
+    calibration_inputs = ("input_ids", "attention_mask")
+
     @torch.no_grad()
-    def block_outputs(self, anchor: int, input_ids: Tensor, attention_mask: Tensor | None = None) -> list[Tensor]:
-        """Activations of one anchor running alone: `[i]` enters block i, `[-1]` leaves the last; no gradients.
+    def block_outputs(self, anchor: int, input_ids: Tensor, attention_mask: Tensor | None = None) -> BlockOutputs:
+        """Activations of one anchor running alone, no gradients.
 
         Shapes: input_ids and attention_mask [batch, tokens] -> each [batch, tokens, width].
         """
-        model, family = self.anchors[anchor], self.families[anchor]
-        outputs = [family.embed(model, input_ids)]
-        context = self._context(anchor, outputs[0], attention_mask)
-        for block in range(self.space.anchors[anchor].depth):
-            outputs.append(family.run(model, outputs[-1], block, block + 1, block, context))
-        return outputs
+        embeds = self.families[anchor].embed(self.anchors[anchor], input_ids)
+        return self._block_outputs(anchor, embeds, self._context(anchor, embeds, attention_mask))
+
+    def row_masks(self, batch: dict[str, Tensor], junction: Junction, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """[batch, tokens]: tokens that are not padding, and those of them that are not the first of their row."""
+        kept = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+        return kept, kept & (kept.cumsum(1) > 1)
+
+    def calibration_loss(self, batch: dict[str, Tensor], key: str) -> tuple[float, int]:
+        """Loss of next-token prediction, nats a token, and the tokens it is over; nothing is predicted from padding."""
+        mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+        labels = batch["input_ids"].masked_fill(~mask, -100)
+        labels[:, 1:].masked_fill_(~mask[:, :-1], -100)
+        count = int((labels[:, 1:] != -100).sum())
+        loss = float(self(**batch, labels=labels, stitch_id=key, use_cache=False).loss) if count else 0.0
+        return loss, count
 
     def _context(
         self,

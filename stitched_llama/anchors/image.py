@@ -1,0 +1,74 @@
+"""What the image families share: blocks in stages, run one by one with what lies between the stages."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+
+@dataclass
+class ImageContext:
+    """What all blocks of one forward share.
+
+    Attributes:
+        stitch_bias: for each slot the biases of the adapted layers; None without PST.
+    """
+
+    stitch_bias: Sequence[tuple[Tensor, ...]] | None = None
+
+
+class ImageFamily:
+    """The verbs of `Family` for a `...ForImageClassification`; a family says where its parts lie."""
+
+    layout = "channels"
+    head_modules: tuple[str, ...] = ("classifier",)
+
+    def auto_class(self) -> type:
+        from transformers import AutoModelForImageClassification
+
+        return AutoModelForImageClassification
+
+    def stages(self, anchor: nn.Module) -> list[tuple[str, nn.Module]]:
+        """Name and module of each list of blocks."""
+        raise NotImplementedError
+
+    def block_names(self, anchor: nn.Module) -> list[str]:
+        return [f"{name}.{index}" for name, blocks in self.stages(anchor) for index in range(len(blocks))]
+
+    def adapted(self, block: nn.Module) -> nn.Module:
+        return block
+
+    def special_tokens(self, anchor: nn.Module) -> Tensor | None:
+        return None
+
+    def between(self, anchor: nn.Module, stage: int, hidden: Tensor) -> Tensor:
+        """What lies before the first block of a stage, for a route that comes from the stage before."""
+        return hidden
+
+    def approach(self, anchor: nn.Module, hidden: Tensor, block: int) -> Tensor:
+        for stage, (_, blocks) in enumerate(self.stages(anchor)):
+            if block == 0:
+                return self.between(anchor, stage, hidden) if stage else hidden
+            block -= len(blocks)
+            if block < 0:
+                return hidden
+        return hidden
+
+    def classify(self, anchor: nn.Module, pooled: Tensor) -> Tensor:
+        """Logits [batch, classes] of pooled features [batch, width]; a head that trains is float32."""
+        return anchor.classifier(pooled.to(next(anchor.classifier.parameters()).dtype))
+
+    def step(self, block: nn.Module, hidden: Tensor, **extra: Any) -> Tensor:
+        """One block."""
+        return block(hidden, **extra)
+
+    def run(self, anchor: nn.Module, hidden: Tensor, start: int, stop: int, slot: int, context: ImageContext) -> Tensor:
+        blocks = [block for _, stage in self.stages(anchor) for block in stage]
+        for index in range(start, stop):
+            if index > start:
+                hidden = self.approach(anchor, hidden, index)
+            bias = context.stitch_bias
+            extra = {} if bias is None else {"stitch_bias": bias[slot + index - start]}
+            hidden = self.step(blocks[index], hidden, **extra)
+        return hidden

@@ -1,0 +1,34 @@
+"""How features lie, converted by name: `"tokens"` [batch, places, width] and `"channels"` [batch, width, rows, columns].
+
+A stitching layer maps rows [batch, places, width]. Class and distillation tokens stand in front of the places of a map:
+those that both sides have are mapped like any place, those that only the head has are dropped, those that only the tail
+has are the tail's own.
+"""
+
+import torch
+from torch import Tensor
+
+LAYOUTS = ("tokens", "channels")
+
+
+def to_rows(feature: Tensor, layout: str) -> Tensor:
+    """[batch, places, width] of a feature in either layout."""
+    return feature.flatten(2).transpose(1, 2) if layout == "channels" else feature
+
+
+def from_rows(rows: Tensor, layout: str, grid: tuple[int, int] | None) -> Tensor:
+    """A feature in `layout` of rows [batch, places, width]; `grid` is (height, width) of its map."""
+    return rows.transpose(1, 2).unflatten(2, grid) if layout == "channels" else rows
+
+
+def shared_rows(rows: Tensor, special: int, shared: int) -> Tensor:
+    """Rows with `special` tokens in front, cut down to the first `shared` of them and the map."""
+    return rows if special == shared else torch.cat([rows[:, :shared], rows[:, special:]], 1)
+
+
+def with_own_tokens(rows: Tensor, own: Tensor | None, shared: int) -> Tensor:
+    """Rows with `shared` special tokens in front, filled up with the tail's own [1, tokens, width] that follow those."""
+    if own is None or own.shape[1] == shared:
+        return rows
+    missing = own[:, shared:].expand(len(rows), -1, -1).to(rows.dtype)
+    return torch.cat([rows[:, :shared], missing, rows[:, shared:]], 1)

@@ -1,0 +1,163 @@
+"""What every stitched image classifier is, whatever its family; a family adds a name to each class."""
+
+from typing import Any
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import Tensor, nn
+from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention
+from transformers.utils.generic import can_return_tuple
+
+from stitched_llama.anchors import ImageContext
+from stitched_llama.pst import PSTConfig
+from stitched_llama.space import Junction
+
+from .configuration import StitchedConfig
+from .modeling_base import BlockOutputs, StitchedPreTrainedModel
+from .route import walk
+
+
+@strict
+class StitchedImageConfig(StitchedConfig):
+    """Configuration of a stitched image classifier; see `StitchedConfig` for its own fields.
+
+    Args:
+        train_head: the classifiers train with PST and lie in the bundle (ESTA section 5.1: a head for the new task).
+
+    The remaining fields describe it to Transformers and follow from the largest anchor.
+    """
+
+    image_size: int | list | None = None
+    num_channels: int = 3
+    hidden_size: int = 768
+    train_head: bool = True
+
+    def __post_init__(self, **kwargs: Any):
+        if self.anchor_configs:
+            largest = self.anchor_configs[-1]
+            for name in ("id2label", "label2id"):
+                if name in largest:
+                    kwargs.setdefault(name, largest[name])
+        super().__post_init__(**kwargs)
+        if self.anchor_configs:
+            spec = self.stitch_space().anchors[-1]
+            self.image_size, self.num_channels = spec.contract["image_size"], spec.contract["num_channels"]
+            self.hidden_size = spec.width
+
+
+class StitchedForImageClassification(StitchedPreTrainedModel):
+    """Every size between two or more frozen image classifiers.
+
+    Source: SN-Net section 3, ESTA section 5.1.
+    """
+
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    config_fields = ("num_labels", "id2label", "label2id")
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: Tensor,
+        labels: Tensor | None = None,
+        stitch_id: int | str | None = None,
+        **kwargs: Any,
+    ) -> ImageClassifierOutputWithNoAttention:
+        """Runs one stitch.
+
+        Args:
+            pixel_values: [batch, channels, height, width], as the anchors' image processor gives them.
+            labels: [batch] classes.
+            stitch_id: id or key; None takes the default of the configuration.
+
+        Returns:
+            `logits` [batch, classes], and `loss` where labels are given.
+
+        Raises:
+            ValueError: no such stitch, images of another size or channel count, or a label outside the classes.
+        """
+        stitch = self.stitch(self.pinned_key if self.pinned_key is not None else stitch_id)
+        self._check_images(pixel_values)
+        first, last = stitch.segments[0].anchor, stitch.segments[-1].anchor
+        dtype = next(p.dtype for p in self.anchors[first].parameters() if p.is_floating_point())
+        hidden = self.families[first].embed(self.anchors[first], pixel_values.to(dtype))
+        context = ImageContext(None if self.stitch_bias is None else self.stitch_bias(stitch.key))
+        hidden = walk(self.families, self.space.anchors, self.anchors, self.stitching_layers, stitch, hidden, context)
+        logits = self.families[last].head(self.anchors[last], hidden)
+        loss = None
+        if labels is not None:
+            self._check_labels(labels)
+            loss = self.loss_function(labels, logits, self.config)
+        return ImageClassifierOutputWithNoAttention(loss=loss, logits=logits)
+
+    def _check_images(self, pixel_values: Tensor) -> None:
+        size = self.config.image_size
+        wanted = [self.config.num_channels, *((size, size) if isinstance(size, int) else size)]
+        if list(pixel_values.shape[1:]) != wanted:
+            raise ValueError(
+                f"pixel_values have [channels, height, width] {list(pixel_values.shape[1:])}, these anchors take {wanted}: "
+                "prepare the images with the bundle's image processor"
+            )
+
+    def _check_labels(self, labels: Tensor) -> None:
+        if torch.compiler.is_compiling() or labels.is_floating_point():
+            return
+        lowest, highest = int(labels.min()), int(labels.max())
+        if lowest < 0 or highest >= self.config.num_labels:
+            raise ValueError(
+                f"label {lowest if lowest < 0 else highest} is outside the {self.config.num_labels} classes: give from_anchors "
+                "num_labels, or check the data"
+            )
+
+    def train(self, mode: bool = True):
+        """As Transformers has it; batch norms of the frozen anchors keep their running statistics."""
+        super().train(mode)
+        for module in self.anchors.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        return self
+
+    # ---- heads that train
+
+    def attach_pst(self, config: PSTConfig = PSTConfig()) -> None:
+        super().attach_pst(config)
+        if self.config.train_head:
+            for family, anchor in zip(self.families, self.anchors):
+                for name in family.head_modules:
+                    anchor.get_submodule(name).float().requires_grad_(True)
+
+    def trained_heads(self, anchors: Any) -> list[str]:
+        if self.config.pst is None or not self.config.train_head:
+            return []
+        return [f"anchors.{index}.{name}." for index in anchors for name in self.families[index].head_modules]
+
+    # ---- what calibration asks
+
+    calibration_inputs = ("pixel_values", "labels")
+
+    @torch.no_grad()
+    def block_outputs(self, anchor: int, pixel_values: Tensor, labels: Tensor | None = None) -> BlockOutputs:
+        """Activations of one anchor running alone, in its own layout; no gradients.
+
+        Shapes: pixel_values [batch, channels, height, width].
+        """
+        dtype = next(p.dtype for p in self.anchors[anchor].parameters() if p.is_floating_point())
+        embedded = self.families[anchor].embed(self.anchors[anchor], pixel_values.to(dtype))
+        return self._block_outputs(anchor, embedded, ImageContext())
+
+    def row_masks(self, batch: dict[str, Tensor], junction: Junction, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """[batch, places]: all of them, and those that are no class or distillation token."""
+        kept = torch.ones(rows.shape[:2], dtype=torch.bool, device=rows.device)
+        ends = self.space.anchors[junction.head], self.space.anchors[junction.tail]
+        special = min(ends[0].leaves[0].special_tokens, ends[1].enters[0].special_tokens)
+        rest = kept.clone()
+        rest[:, :special] = False
+        return kept, rest
+
+    def calibration_loss(self, batch: dict[str, Tensor], key: str) -> tuple[float, int]:
+        """Cross-entropy, nats an image, and the images it is over: none without labels."""
+        if "labels" not in batch:
+            return 0.0, 0
+        return float(self(**batch, stitch_id=key).loss), len(batch["labels"])
