@@ -2,7 +2,8 @@
 
     accelerate launch recipes/finetune_alpaca.py --anchors huggyllama/llama-7b huggyllama/llama-13b
 
-Both anchors stay resident: about 20 GB in 8 bits for 7B/13B, with activations 24 to 32 GB. Not measured at that size.
+Both anchors stay resident: about 20 GB in 8 bits for 7B/13B, with activations 24 to 32 GB, and 10 GB more while
+calibrating. Not measured at that size.
 `--smoke` does all of it on pico anchors in under a minute; `make demo` runs it on the anchors in `data/`.
 """
 
@@ -15,11 +16,20 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, BitsAndBytesConfig, HfArgumentParser, set_seed
 
-from stitched_llama import PSTConfig, StitchedLlamaForCausalLM, StitchTrainer, StitchTrainingArguments
+from stitched_llama import (
+    Budget,
+    PSTConfig,
+    StitchedLlamaForCausalLM,
+    StitchSpace,
+    StitchTable,
+    StitchTrainer,
+    StitchTrainingArguments,
+)
 from stitched_llama.training import (
     Collator,
     InstructionDataset,
     batches,
+    dump_record,
     evaluate_stitches,
     find_checkpoint,
     format_table,
@@ -44,7 +54,7 @@ class Arguments:
     eval_data: str | None = field(default=None, metadata={"help": "Held-out rows; by default split off the data."})
     eval_size: int = field(default=500, metadata={"help": "Held-out rows."})
     on_bad_row: str = field(
-        default="error", metadata={"help": "error or skip, for rows without instruction or output."}
+        default="skip", metadata={"help": "error or skip, for rows without instruction or output (Alpaca has 28)."}
     )
     template: str = field(default="alpaca", metadata={"help": "Prompt template: alpaca or short."})
     max_length: int = field(default=512, metadata={"help": "Tokens a row may have."})
@@ -80,6 +90,16 @@ def main() -> None:
     set_seed(training.seed)
     chief = training.process_index == 0
 
+    # What can be known to be wrong before hours are spent
+    checkpoint = find_checkpoint(args.resume, training.output_dir)
+    baselines = json.loads(Path(args.baselines).read_text()) if args.baselines else {}
+    pst = PSTConfig(rank=args.rank, stitching_rank=args.stitching_rank, stitch_bias=args.stitch_bias)
+    space = StitchSpace.from_configs(args.anchors, kernel_size=args.kernel_size, stride=args.stride)
+    pst.trainable_params(space)
+    for budget in map(Budget.parse, args.budgets):
+        if budget.kind != "memory_bytes":  # bytes are known once the anchors are loaded
+            StitchTable().choose(space, budget)
+
     # Data: rows, a held-out part, the published template, labels on the response
     prompt = template(args.template)
     tokenizer = AutoTokenizer.from_pretrained(args.anchors[0])
@@ -113,7 +133,7 @@ def main() -> None:
     )  # fmt: skip
     if chief:
         print(calibration)
-    model.attach_pst(PSTConfig(rank=args.rank, stitching_rank=args.stitching_rank, stitch_bias=args.stitch_bias))
+    model.attach_pst(pst)
     if chief:
         print(f"{len(train_set)} rows to train on, {len(eval_set)} held out, {len(model.space)} stitches")
         model.print_trainable_parameters()
@@ -127,7 +147,7 @@ def main() -> None:
         model=model, args=training, train_dataset=train_set, eval_dataset=eval_set, data_collator=collator,
         processing_class=tokenizer,
     )  # fmt: skip
-    trained = trainer.train(resume_from_checkpoint=find_checkpoint(args.resume, training.output_dir))
+    trained = trainer.train(resume_from_checkpoint=checkpoint)
     after = evaluate_stitches(model, held_out_batches, progress=chief, **ranks)
     for name, values in after.items():
         model.table = model.table.with_metrics(name, values, decides=name == "loss")
@@ -139,26 +159,25 @@ def main() -> None:
     bundle = output / "bundle"
     model.save_pretrained(bundle)
     tokenizer.save_pretrained(bundle)
-    baselines = json.loads(Path(args.baselines).read_text()) if args.baselines else {}
     title = f"{' and '.join(Path(a).name for a in args.anchors)}: every stitch, {trained.global_step} steps"
     plot_stitches(model.space, model.table, output / "stitches.png", alone=baselines, title=title)
     text = format_table(model.space, model.table)
     (output / "table.txt").write_text(text + "\n")
     sizes = [stitch.params for stitch in model.space]
     orders = {name: spearman(sizes, [values[s.key] for s in model.space]) for name, values in after.items()}
-    samples = sample_budgets(model, tokenizer, prompt, eval_set.rows[:3], args.budgets, max_new_tokens=48)
-    print(
-        f"{text}\nSpearman of parameters and " + ", ".join(f"{name}: {value:.2f}" for name, value in orders.items()),
-        *(f"\n{s['prompt']!r}\n" + "\n".join(f"  {size}: {a!r}" for size, a in s["answers"].items()) for s in samples),
-    )
+    print(f"{text}\nSpearman of parameters and " + ", ".join(f"{name}: {value:.2f}" for name, value in orders.items()))
     row = provenance() | {
         "anchors": args.anchors, "data": args.data, "train_rows": len(train_set), "held_out_rows": len(eval_set),
         "steps": trained.global_step, "train_seconds": round(trained.metrics["train_runtime"], 1),
         "seconds": round(time.time() - start, 1), "seed": training.seed, "trainable": model.trainable_parameters(),
-        "calibration": asdict(calibration), "spearman": orders, "baselines": baselines, "samples": samples,
+        "calibration": asdict(calibration), "spearman": orders, "baselines": baselines,
         "table": model.table.to_dict(model.space),
     }  # fmt: skip
-    (output / "result.json").write_text(json.dumps(row, indent=1) + "\n")
+    (output / "result.json").write_text(dump_record(row))
+    samples = sample_budgets(model, tokenizer, prompt, eval_set.rows[:3], args.budgets, max_new_tokens=48)
+    (output / "result.json").write_text(dump_record(row | {"samples": samples}))
+    for sample in samples:
+        print(f"\n{sample['prompt']!r}", *(f"  {size}: {a!r}" for size, a in sample["answers"].items()), sep="\n")
     print(f"{bundle}: the bundle; {output / 'stitches.png'}: the plot; {output / 'result.json'}: all figures")
 
 

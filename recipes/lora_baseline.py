@@ -37,6 +37,7 @@ class Arguments:
     data: str = field(default="tatsu-lab/alpaca", metadata={"help": "Hub id, or a JSON, JSONL or Parquet file."})
     eval_data: str | None = field(default=None, metadata={"help": "Held-out rows; by default split off the data."})
     eval_size: int = field(default=500, metadata={"help": "Held-out rows."})
+    on_bad_row: str = field(default="skip", metadata={"help": "error or skip, as finetune_alpaca.py has it."})
     template: str = field(default="alpaca", metadata={"help": "Prompt template: alpaca or short."})
     max_length: int = field(default=512, metadata={"help": "Tokens a row may have."})
     rank: int = field(default=16, metadata={"help": "LoRA rank on q, k, v, o."})
@@ -62,9 +63,9 @@ def main() -> None:
     args, training = HfArgumentParser((Arguments, StitchTrainingArguments)).parse_args_into_dataclasses()
     prompt, found = template(args.template), {}
     tokenizer = AutoTokenizer.from_pretrained(args.anchors[0])
-    rows = read_rows(args.data)
+    rows = read_rows(args.data, args.on_bad_row)
     if args.eval_data:
-        held_out = read_rows(args.eval_data)[: args.eval_size]
+        held_out = read_rows(args.eval_data, args.on_bad_row)[: args.eval_size]
     else:
         rows, held_out = split_rows(rows, args.eval_size, training.seed)
     train_set = InstructionDataset(rows, tokenizer, prompt, args.max_length)

@@ -31,7 +31,7 @@ def assert_equal(one, other, keys=None):
 
 
 def contents(folder):
-    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.is_file()}
 
 
 def tensors(folder):

@@ -34,8 +34,8 @@ def collected(model, junction, batches):
     x, y = [], []
     for batch in batches:
         kept = batch["attention_mask"].bool()
-        x.append(model.block_outputs(junction.head, **batch)[junction.head_stop][kept])
-        y.append(model.block_outputs(junction.tail, **batch)[junction.tail_start][kept])
+        x.append(model.block_outputs(junction.head, **batch).leaves[junction.head_stop - 1][kept])
+        y.append(model.block_outputs(junction.tail, **batch).enters[junction.tail_start][kept])
     return torch.cat(x).double(), torch.cat(y).double()
 
 
@@ -53,10 +53,10 @@ def test_block_outputs_are_what_enters_each_block(stitched):
             anchor(**batch, use_cache=False)
         for hook in hooks:
             hook.remove()
-        assert len(found) == len(entered) + 1
-        for one, other in zip(found, entered):
+        assert len(found.enters) == len(found.leaves) == len(entered)
+        for one, other in zip([*found.enters, *found.leaves], [*entered, *entered[1:]]):
             torch.testing.assert_close(one[kept], other[kept])
-        torch.testing.assert_close(found[0], anchor.model.embed_tokens(batch["input_ids"]).detach())
+        torch.testing.assert_close(found.enters[0], anchor.model.embed_tokens(batch["input_ids"]).detach())
 
 
 @pytest.mark.parametrize(("family", "options"), FAMILY_OPTIONS)
@@ -198,7 +198,7 @@ def test_calibrating_joins_anchors_that_are_linear_images_of_each_other():
 def test_poor_fit_and_few_tokens_warn(anchors):
     with pytest.warns(UserWarning, match=r"junctions do not fit.*worst is 0\[:"):
         fresh(anchors["unequal"]).calibrate(padded_batches(3), progress=False)
-    with pytest.warns(UserWarning, match="24 tokens for the 32 features of stitching layer 0_1_"):
+    with pytest.warns(UserWarning, match="24 rows for the 32 features of stitching layer 0_1_"):
         fresh(anchors["unequal"]).calibrate([{"input_ids": ids_like(2, 12)}], progress=False)
 
 

@@ -90,12 +90,12 @@ BAD = [
 @pytest.mark.parametrize("kind", ["json", "jsonl"])
 @pytest.mark.parametrize(("row", "reason"), BAD)
 def test_bad_row_is_named_by_file_and_row_or_skipped_and_counted(row, reason, kind, tmp_path, caplog):
-    path = write(tmp_path, kind, [*ROWS, row, *ROWS])
-    with pytest.raises(ValueError, match=rf"rows\.{kind}, row 3: {reason}.*--on_bad_row skip"):
+    path, place = write(tmp_path, kind, [*ROWS, row, *ROWS]), {"json": "row 3", "jsonl": "line 4"}[kind]
+    with pytest.raises(ValueError, match=rf"rows\.{kind}, {place}: {reason}.*--on_bad_row skip"):
         read_rows(path)
     with caplog.at_level(logging.WARNING):
         assert len(read_rows(path, on_bad_row="skip")) == 6
-    assert f"{path}: 1 of 7 rows skipped" in caplog.text
+    assert f"{path}: 1 of 7 rows skipped, the first is {place}" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -193,7 +193,7 @@ def test_anchors_that_do_not_belong_together_are_named(anchors, tmp_path, tokeni
         StitchedLlamaForCausalLM.from_anchors([large, small])
     with pytest.raises(ValueError, match="1 anchor given"):
         StitchedLlamaForCausalLM.from_anchors([small])
-    with pytest.raises(ValueError, match="vocabulary of 260 .* of 300"):
+    with pytest.raises(ValueError, match="vocab_size is 260 .* and 300 in"):
         StitchedLlamaForCausalLM.from_anchors([small, saved(tmp_path / "v", width=64, vocab_size=300)])
     with pytest.raises(TypeError, match="dtpye"):
         StitchedLlamaForCausalLM.from_anchors([small, large], dtpye="float32")
@@ -210,7 +210,7 @@ def test_anchors_that_do_not_belong_together_are_named(anchors, tmp_path, tokeni
     assert str(vocabulary["B"]) in str(error.value)
     (tmp_path / "gpt").mkdir()
     (tmp_path / "gpt" / "config.json").write_text('{"model_type": "gpt2"}')
-    with pytest.raises(ValueError, match="'gpt2' is not built of LLaMA blocks; one of llama"):
+    with pytest.raises(ValueError, match="'gpt2' is not supported; one of llama"):
         StitchedLlamaForCausalLM.from_anchors([small, str(tmp_path / "gpt")])
 
 

@@ -174,7 +174,8 @@ def test_configuration_objects_folders_and_json_agree(family, tied, tmp_path):
     from transformers import AutoConfig
 
     fields = [config(family, 16 * n, n + 1, 4, 32, vocab=64, head_dim=8, tie_word_embeddings=tied) for n in (1, 2)]
-    objects = [AutoConfig.for_model(**{**one, "sliding_window": None}) for one in fields]
+    fields = [{**one, "sliding_window": None} for one in fields]
+    objects = [AutoConfig.for_model(**one) for one in fields]
     for number, one in enumerate(objects):
         one.save_pretrained(tmp_path / str(number))
     digest = space(*fields).digest

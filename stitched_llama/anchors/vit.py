@@ -36,4 +36,3 @@ class ViTFamily(ImageFamily):
 
     def head(self, anchor: nn.Module, hidden: Tensor) -> Tensor:
         return self.classify(anchor, anchor.base_model.layernorm(hidden)[:, 0])
-

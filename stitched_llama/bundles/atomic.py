@@ -1,13 +1,14 @@
 """Writes a set of files so that a reader sees all of the old ones or all of the new ones, whenever the writer dies.
 
 New files are written and flushed into `.staged/`; a marker then says that the set is whole; only then are they renamed
-into place. Before the marker the old files stand untouched; after it `recover` finishes the renames.
+into place. Before the marker the old files stand untouched; after it `recover` finishes the renames. A reader that finds
+a stage without marker leaves it alone: its writer may be at work.
 """
 
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _STAGE, _MARKER = ".staged", "COMPLETE"
@@ -20,6 +21,7 @@ def staged_files(folder: str | Path) -> Iterator[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     recover(folder)
     stage = folder / _STAGE
+    shutil.rmtree(stage, ignore_errors=True)  # of a writer that died
     stage.mkdir()
     try:
         yield stage
@@ -36,18 +38,18 @@ def staged_files(folder: str | Path) -> Iterator[Path]:
 
 
 def recover(folder: str | Path) -> None:
-    """Finishes or forgets a save that was interrupted; does nothing where there was none."""
+    """Finishes a save that was interrupted after its files were whole; does nothing else."""
     folder = Path(folder)
     stage = folder / _STAGE
-    if not stage.is_dir():
+    if not (stage / _MARKER).exists():
         return
-    if (stage / _MARKER).exists():
-        for path in sorted(stage.iterdir()):
-            if path.name != _MARKER:
+    for path in sorted(stage.iterdir()):
+        if path.name != _MARKER:
+            with suppress(FileNotFoundError):  # another process finishes the same save
                 os.replace(path, folder / path.name)
-        (stage / _MARKER).unlink()
-        _flush(folder)
-    shutil.rmtree(stage)
+    (stage / _MARKER).unlink(missing_ok=True)
+    _flush(folder)
+    shutil.rmtree(stage, ignore_errors=True)
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:

@@ -62,6 +62,15 @@ class Bundle:
             raise ValueError(
                 f"{folder}: {CONFIG} has space {ours} and {TABLE} has {theirs}: the files are of two bundles"
             )
+        if not isinstance(table.get("stitches"), list):
+            raise ValueError(
+                f"{folder / TABLE} has no list of stitches: the bundle is damaged, save or download it again"
+            )
+        for index, anchor in enumerate(config.get("anchors") or []):
+            if missing := {"name_or_path", "revision", "fingerprint"} - set(anchor):
+                raise ValueError(
+                    f"{folder / CONFIG}: anchor {index} has no {sorted(missing)[0]}: the bundle is damaged"
+                )
         header, _ = read_header(folder / WEIGHTS)
         return cls(folder, config, table, {name: tuple(info["shape"]) for name, info in header.items()})
 

@@ -71,8 +71,12 @@ def read_header(path: Path) -> tuple[dict, int]:
             header = json.loads(file.read(length))
         except (json.JSONDecodeError, UnicodeDecodeError):
             raise ValueError(f"{path} has no safetensors header: only safetensors weights are read") from None
-    header.pop("__metadata__", None)
-    needed = 8 + length + max((info["data_offsets"][1] for info in header.values()), default=0)
+    try:
+        header.pop("__metadata__", None)
+        needed = 8 + length + max((info["data_offsets"][1] for info in header.values()), default=0)
+        _ = [(info["dtype"], tuple(info["shape"])) for info in header.values()]
+    except (AttributeError, TypeError, KeyError, IndexError):
+        raise ValueError(f"{path} has a damaged safetensors header: copy or download it again") from None
     if needed > size:
         raise ValueError(
             f"{path} is truncated: {size} bytes where its header needs {needed}: copy or download it again"

@@ -6,6 +6,7 @@ chat    talk to a bundle at any size
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -26,7 +27,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns 2 and one line on stderr where the user can mend something."""
     options = build_parser().parse_args(arguments)
     try:
-        return options.run(options)
+        done = options.run(options)
+        sys.stdout.flush()
+        return done
+    except BrokenPipeError:  # the reader of our output left, `| head` say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ValueError, OSError) as error:
         print(f"stitched-llama: {error}", file=sys.stderr)
         return 2

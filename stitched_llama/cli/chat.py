@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--paper", action="store_true", help="the paper's generation: beam 4, top-p 0.75 (no streaming)"
     )
     parser.add_argument("--max-new-tokens", type=int, default=256)
-    parser.add_argument("--temperature", type=float, help="sample at this temperature (default: greedy)")
+    parser.add_argument("--temperature", type=float, help="sample at this temperature (default, and 0: greedy)")
     parser.add_argument("--top-p", type=float, help="sample from the top candidates of this probability")
     parser.add_argument("--load-in-8bit", action="store_true", help="anchors in 8 bits")
     parser.add_argument("--dtype", default="auto", help="of the anchors")
@@ -100,7 +100,13 @@ class Chat:
         while True:
             text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
             encoded = self.tokenizer(text, return_tensors="pt")  # with BOS, as in training
-            if encoded["input_ids"].shape[1] <= room or len(messages) == 1:
+            length = encoded["input_ids"].shape[1]
+            if length > room and len(messages) == 1:
+                raise ValueError(
+                    f"the message is {length} tokens long; {self.model.config.max_position_embeddings} of context less "
+                    f"{self.settings.get('max_new_tokens', 0)} for the answer leave {room}: shorten it, or --max-new-tokens"
+                )
+            if length <= room:
                 device = self.model.device
                 return {name: encoded[name].to(device) for name in ("input_ids", "attention_mask")}
             del messages[:2]
@@ -137,15 +143,35 @@ def run(options: argparse.Namespace) -> int:
         stitch = model.stitch(options.stitch_id)
     else:
         stitch = model.choose(options.budget) if options.budget is not None else model.published[-1]
-    settings: dict[str, Any] = {"max_new_tokens": options.max_new_tokens, "do_sample": False}
-    if options.paper:
-        settings |= PAPER
-    elif options.temperature is not None or options.top_p is not None:
-        settings |= {"do_sample": True, "temperature": options.temperature or 1.0, "top_p": options.top_p or 1.0}
+    settings = {"max_new_tokens": options.max_new_tokens, **sampling(options)}
     chat = Chat(model, AutoTokenizer.from_pretrained(options.bundle), stitch, **settings)
     print(f"{format_count(stitch.params)} parameters, stitch {stitch.stitch_id} ({stitch.key}); {HELP}")
     converse(chat)
     return 0
+
+
+def sampling(options: argparse.Namespace) -> dict[str, Any]:
+    """Settings of `generate` for how tokens are chosen; a temperature of 0 is greedy.
+
+    Raises:
+        ValueError: settings that exclude each other, or outside their range.
+    """
+    temperature, top_p = options.temperature, options.top_p
+    if options.paper:
+        if temperature is not None or top_p is not None:
+            raise ValueError("--paper sets beam 4 and top-p 0.75: leave --temperature and --top-p out")
+        return dict(PAPER)
+    if temperature is not None and temperature < 0:
+        raise ValueError(f"--temperature is {temperature}: 0 (greedy) or more is needed")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"--top-p is {top_p}: a share above 0, up to 1, is needed")
+    if temperature == 0 or (temperature is None and top_p is None):
+        return {"do_sample": False}
+    return {
+        "do_sample": True,
+        "temperature": 1.0 if temperature is None else temperature,
+        "top_p": 1.0 if top_p is None else top_p,
+    }
 
 
 def converse(chat: Chat) -> None:

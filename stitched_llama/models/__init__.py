@@ -9,7 +9,7 @@ storage         from_anchors, from_pretrained, save_pretrained, push_to_hub
 card            the model card of a bundle
 llama           decoders of LLaMA blocks
 images          what every stitched image classifier is
-vit, swin, convnext, resnet   one image family each
+vit, dinov2, swin, convnext, resnet, mobilenet_v2, mixed   one image family each
 """
 
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification
@@ -17,8 +17,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClas
 from .calibration import Calibration
 from .configuration import StitchedConfig
 from .convnext import StitchedConvNextConfig, StitchedConvNextForImageClassification
+from .dinov2 import StitchedDinov2Config, StitchedDinov2ForImageClassification
 from .images import StitchedForImageClassification, StitchedImageConfig
 from .llama import StitchedLlamaConfig, StitchedLlamaForCausalLM
+from .mixed import StitchedMixedConfig, StitchedMixedForImageClassification
+from .mobilenet_v2 import StitchedMobileNetV2Config, StitchedMobileNetV2ForImageClassification
 from .modeling_base import StitchedPreTrainedModel
 from .resnet import StitchedResNetConfig, StitchedResNetForImageClassification
 from .swin import StitchedSwinConfig, StitchedSwinForImageClassification
@@ -30,6 +33,9 @@ _CLASSES = (
     (AutoModelForImageClassification, StitchedSwinForImageClassification),
     (AutoModelForImageClassification, StitchedConvNextForImageClassification),
     (AutoModelForImageClassification, StitchedResNetForImageClassification),
+    (AutoModelForImageClassification, StitchedDinov2ForImageClassification),
+    (AutoModelForImageClassification, StitchedMobileNetV2ForImageClassification),
+    (AutoModelForImageClassification, StitchedMixedForImageClassification),
 )
 for auto_class, model_class in _CLASSES:
     config_class = model_class.config_class
@@ -41,6 +47,12 @@ __all__ = [
     "StitchedConfig",
     "StitchedConvNextConfig",
     "StitchedConvNextForImageClassification",
+    "StitchedDinov2Config",
+    "StitchedDinov2ForImageClassification",
+    "StitchedMobileNetV2Config",
+    "StitchedMobileNetV2ForImageClassification",
+    "StitchedMixedConfig",
+    "StitchedMixedForImageClassification",
     "StitchedForImageClassification",
     "StitchedImageConfig",
     "StitchedLlamaConfig",

@@ -61,6 +61,8 @@ def calibrate(
     The target of a junction into block b is the output of the large anchor's block b-1, its embedding for b = 0.
     Every eighth batch (eight at most) is kept out of the fit for the report. Memory is O(width^2) a stitching layer.
 
+    The sums stay where the tail's blocks lie: at 7B/13B with 32 stitching layers 9.7 GB of float64.
+
     Args:
         batches: dicts of `input_ids` and optionally `attention_mask`, [batch, tokens] each; or of `pixel_values`
             [batch, channels, height, width] and optionally `labels` [batch].
@@ -86,29 +88,33 @@ def calibrate(
     held_out, first_batch = [], None
     training, rows = model.training, 0
     model.eval()
-    with torch.no_grad():
-        for number, batch in enumerate(tqdm(batches, desc="calibrate", disable=not progress)):
-            batch = {name: batch[name].to(model.device) for name in model.calibration_inputs if name in batch}
-            first_batch = batch if first_batch is None else first_batch
-            if number % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1 and len(held_out) < _HELD_OUT_MOST:
-                held_out.append(batch)
-                continue
-            most = 0
-            for junction, x, y in _activations(model, junctions, batch):
-                kept, _ = model.row_masks(batch, junction, x)
-                x, y = x[kept.to(x.device)], y[kept.to(y.device)]
-                most = max(most, len(x))
-                name = (junction.layer, str(junction) if shared == "mean" else "")
-                if name not in sums:
-                    sums[name] = LeastSquares(x.shape[1], y.shape[1], device=y.device)
-                weights = 1 / y.double().square().mean(1).clamp_min(1e-12) if row_weights == "inverse_norm" else None
-                sums[name].add(x, y, weights)
-            rows += most
-        if first_batch is None:
-            raise ValueError(f"calibrate got no batches: pass dicts of {' and '.join(model.calibration_inputs)}")
-        _solve(model, sums, rows, ridge)
-        report = _report(model, junctions, held_out or [first_batch], rows, bool(held_out), progress)
-    model.train(training)
+    try:
+        with torch.no_grad():
+            for number, batch in enumerate(tqdm(batches, desc="calibrate", disable=not progress)):
+                batch = {name: batch[name].to(model.device) for name in model.calibration_inputs if name in batch}
+                first_batch = batch if first_batch is None else first_batch
+                if number % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1 and len(held_out) < _HELD_OUT_MOST:
+                    held_out.append(batch)
+                    continue
+                most = 0
+                for junction, x, y in _activations(model, junctions, batch):
+                    kept, _ = model.row_masks(batch, junction, x)
+                    x, y = x[kept.to(x.device)], y[kept.to(y.device)]
+                    most = max(most, len(x))
+                    name = (junction.layer, str(junction) if shared == "mean" else "")
+                    if name not in sums:
+                        sums[name] = LeastSquares(x.shape[1], y.shape[1], device=y.device)
+                    weights = (
+                        1 / y.double().square().mean(1).clamp_min(1e-12) if row_weights == "inverse_norm" else None
+                    )
+                    sums[name].add(x, y, weights)
+                rows += most
+            if first_batch is None:
+                raise ValueError(f"calibrate got no batches: pass dicts of {' and '.join(model.calibration_inputs)}")
+            _solve(model, sums, rows, ridge)
+            report = _report(model, junctions, held_out or [first_batch], rows, bool(held_out), progress)
+    finally:
+        model.train(training)
     if report.loss:
         model.table = model.table.with_metrics("loss_before", report.loss)
     _warn(report)

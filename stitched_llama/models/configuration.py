@@ -10,7 +10,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from stitched_llama.bundles import CONFIG, recover
 from stitched_llama.pst import PSTConfig
-from stitched_llama.space import Precision, StitchSpace, anchor_specs
+from stitched_llama.space import BYTES_PER_NUMBER, Precision, StitchSpace, anchor_specs
 
 _NOT_KEPT = ("_name_or_path", "transformers_version", "quantization_config")
 
@@ -92,8 +92,10 @@ class StitchedConfig(PreTrainedConfig):
         if dtype in (None, "auto"):
             dtype = self.anchor_configs[-1].get("dtype") or "float32"
         flags = {"8bit": "load_in_8bit", "4bit": "load_in_4bit"}
-        wanted = [name for name, flag in flags.items() if getattr(quantization_config, flag, False)]
-        return Precision(str(dtype).removeprefix("torch."), wanted[0] if wanted else None)
+        asked = quantization_config if isinstance(quantization_config, dict) else vars(quantization_config or object)
+        wanted = [name for name, flag in flags.items() if asked.get(flag) or asked.get(f"_{flag}")]
+        name = str(dtype).removeprefix("torch.")
+        return Precision(name if name in BYTES_PER_NUMBER else "float32", wanted[0] if wanted else None)
 
     def anchor_config(self, index: int) -> PreTrainedConfig:
         """The configuration object of anchor number `index`."""

@@ -78,7 +78,7 @@ class StitchedForImageClassification(StitchedPreTrainedModel):
         Raises:
             ValueError: no such stitch, images of another size or channel count, or a label outside the classes.
         """
-        stitch = self.stitch(self.pinned_key if self.pinned_key is not None else stitch_id)
+        stitch = self._pinned_or(stitch_id)
         self._check_images(pixel_values)
         first, last = stitch.segments[0].anchor, stitch.segments[-1].anchor
         dtype = next(p.dtype for p in self.anchors[first].parameters() if p.is_floating_point())

@@ -33,26 +33,49 @@ _HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_dow
 
 
 def check_tokenizers(names: Sequence[Any], **hub: Any) -> None:
-    """Refuses anchors whose tokenizers differ; says so where an anchor has none to compare.
+    """Refuses anchors whose tokenizers differ; warns where an anchor has none to compare. Loaded models have none.
 
     Raises:
-        ValueError: two anchors give different ids to the same piece.
+        ValueError: two anchors give different ids to the same piece, or read the same text as different pieces.
     """
-    vocabularies = []
+    tokenizers = []
     for name in names:
         if not isinstance(name, str):
             continue
         try:
-            vocabularies.append((name, AutoTokenizer.from_pretrained(name, **hub).get_vocab()))
-        except (OSError, ValueError, TypeError, KeyError, ImportError, AttributeError):
-            logging.getLogger(__name__).info("%s has no tokenizer to compare", name)
-    for (name, vocabulary), (other, theirs) in zip(vocabularies, vocabularies[1:]):
-        if vocabulary != theirs:
-            piece = min(p for p in vocabulary.keys() | theirs.keys() if vocabulary.get(p) != theirs.get(p))
-            raise ValueError(
-                f"anchors do not belong together: piece {piece!r} has id {vocabulary.get(piece)} in {name} and "
-                f"{theirs.get(piece)} in {other}; stitches need one tokenizer"
+            tokenizers.append((name, AutoTokenizer.from_pretrained(name, **hub)))
+        except (OSError, ValueError, TypeError, KeyError, ImportError, AttributeError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            logging.getLogger(__name__).warning(
+                "%s has no tokenizer that could be compared with the other anchors' (%s): make sure they are one",
+                name,
+                reason,
             )
+    for (name, ours), (other, theirs) in zip(tokenizers, tokenizers[1:]):
+        _check_pieces(name, ours.get_vocab(), other, theirs.get_vocab())
+        for special in ("bos_token_id", "eos_token_id"):
+            if getattr(ours, special) != getattr(theirs, special):
+                raise ValueError(
+                    f"anchors do not belong together: {special} is {getattr(ours, special)} in {name} and "
+                    f"{getattr(theirs, special)} in {other}; stitches need one tokenizer"
+                )
+        if ours(_PROBE).input_ids != theirs(_PROBE).input_ids:
+            raise ValueError(
+                f"anchors do not belong together: {name} and {other} read {_PROBE!r} as different ids though their pieces "
+                "are the same (prefix space or normalisation); stitches need one tokenizer"
+            )
+
+
+_PROBE = "hi  Ünïcode 你好 🦙\n\tdef f(x): return 1234567"
+
+
+def _check_pieces(name: str, vocabulary: dict[str, int], other: str, theirs: dict[str, int]) -> None:
+    if vocabulary != theirs:
+        piece = min(p for p in vocabulary.keys() | theirs.keys() if vocabulary.get(p) != theirs.get(p))
+        raise ValueError(
+            f"anchors do not belong together: piece {piece!r} has id {vocabulary.get(piece)} in {name} and "
+            f"{theirs.get(piece)} in {other}; stitches need one tokenizer"
+        )
 
 
 def weight_files(name_or_path: str, needed: "_Needed | None" = None, **hub: Any) -> dict[str, Path]:
@@ -119,6 +142,8 @@ def load_anchor(
     else:
         fingerprint = {part: digest for part, digest in fingerprint.items() if part in {part_of(t) for t in files}}
         options = {name: value for name, value in options.items() if name not in _HUB_OPTIONS}
+        if not files:  # not on any of these routes: no weight is left that could be quantised
+            options.pop("quantization_config", None)
         model_class = _partial_class(family.auto_class()._model_mapping[type(config)], needed)
         model, info = model_class.from_pretrained(
             None, config=config, state_dict=_read(files), output_loading_info=True, **options
@@ -145,12 +170,19 @@ def _load_image_anchor(
     """
     fingerprint = fingerprint_files(sorted(set(weight_files(name_or_path, **options).values())))
     model, info = family.auto_class().from_pretrained(
-        name_or_path, config=config, use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True, **options
+        name_or_path,
+        config=config,
+        use_safetensors=True,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+        **options,
     )
     renewed = {name for name, *_ in info["mismatched_keys"]}
     _check_whole(name_or_path, set(info["missing_keys"]) - renewed)
     if wrong := sorted(name for name in renewed if not name.startswith(family.head_modules)):
-        raise ValueError(f"{name_or_path} and its config differ in the shape of {wrong[0]}: they do not belong together")
+        raise ValueError(
+            f"{name_or_path} and its config differ in the shape of {wrong[0]}: they do not belong together"
+        )
     if stitches is not None:
         used = {block for stitch in stitches for anchor, block in stitch.blocks() if anchor == index}
         for number, name in enumerate(family.block_names(model)):
@@ -272,9 +304,12 @@ def load_anchors(
         ValueError: an anchor changed, or the bundle does not know where one lies.
         OSError: an anchor cannot be loaded.
     """
-    hub = {
-        name: value for name, value in hub.items() if name != "revision"
-    }  # the bundle's revision is not the anchors'
+    hub = {name: value for name, value in hub.items() if name != "revision"}  # the bundle's is not the anchors'
+    if not config.anchors:
+        raise ValueError(
+            "the bundle names no anchors, its model was not made by from_anchors: make it with from_anchors, then "
+            "save it again"
+        )
     if given is not None and len(given) != len(config.anchors):
         raise ValueError(f"{len(given)} anchors given, the bundle has {len(config.anchors)}")
     loaded = []
@@ -285,9 +320,10 @@ def load_anchors(
                 f"the bundle does not know where anchor {index} lies: pass anchors=[...] to from_pretrained"
             )
         if isinstance(source, PreTrainedModel):
-            check_fingerprint(
-                f"the given model {index}", index, reference["fingerprint"], fingerprint_in_memory(source)
-            )
+            found = reference_to(source)["fingerprint"]  # of its files where it still equals them
+            if found != reference["fingerprint"]:
+                found = fingerprint_in_memory(source)
+            check_fingerprint(f"the given model {index}", index, reference["fingerprint"], found)
             loaded.append(source)
             continue
         source = os.fspath(source)
@@ -299,7 +335,11 @@ def load_anchors(
         try:
             anchor, found = load_anchor(source, config.anchor_config(index), spec, index, stitches, **options)
         except OSError as error:
-            raise OSError(f"anchor {index} of the bundle, {source!r}, cannot be loaded: {error}") from error
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise OSError(
+                f"anchor {index} of the bundle, {source!r}, cannot be loaded: {reason}; where it lies elsewhere now, pass "
+                "anchors=[...] to from_pretrained"
+            ) from error
         check_fingerprint(source, index, reference["fingerprint"], found)
         loaded.append(anchor)
     return loaded

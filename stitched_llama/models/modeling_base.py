@@ -4,7 +4,6 @@ import copy
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
@@ -12,7 +11,7 @@ from transformers.utils.output_capturing import maybe_install_capturing_hooks
 from stitched_llama.anchors import FAMILIES
 from stitched_llama.layers import StitchingLayer
 from stitched_llama.pst import PSTConfig, StitchBias, attach_pst, is_low_rank
-from stitched_llama.space import Precision, Stitch, StitchTable
+from stitched_llama.space import BYTES_PER_NUMBER, Precision, Stitch, StitchTable
 
 from .calibration import Calibration, calibrate
 from .configuration import StitchedConfig
@@ -80,8 +79,9 @@ class StitchedPreTrainedModel(BundleMixin, PreTrainedModel):
         flags = {"8bit": "is_loaded_in_8bit", "4bit": "is_loaded_in_4bit"}
         loaded = [name for name, flag in flags.items() if any(getattr(a, flag, False) for a in self.anchors)]
         dtype = str(next((layer.linear.weight.dtype for layer in self.stitching_layers.values()), self.dtype))
-        precision = Precision(dtype.removeprefix("torch."), loaded[0] if loaded else None)
-        self.space = self.space.with_precision(precision)
+        name = dtype.removeprefix("torch.")
+        if name in BYTES_PER_NUMBER:  # float64 has no place in a budget
+            self.space = self.space.with_precision(Precision(name, loaded[0] if loaded else None))
 
     def blocks(self, anchor: int) -> list[nn.Module]:
         """The blocks of an anchor, in order."""
@@ -141,6 +141,16 @@ class StitchedPreTrainedModel(BundleMixin, PreTrainedModel):
         return view
 
     pinned_key: str | None = None
+
+    def _pinned_or(self, stitch_id: int | str | None) -> Stitch:
+        """The stitch of a call; a view runs its own, as assisted generation hands the main model's keyword on to it."""
+        return self.stitch(stitch_id if self.pinned_key is None else self.pinned_key)
+
+    def to(self, *args: Any, **kwargs: Any):
+        """As Transformers has it; the space then counts bytes in the new dtype."""
+        moved = super().to(*args, **kwargs)
+        moved._count_bytes_as_loaded()
+        return moved
 
     # ---- preparing for training
 

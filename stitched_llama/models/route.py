@@ -38,7 +38,10 @@ def junction_rows(
     families: Sequence[Family], specs: Sequence[AnchorSpec], junction: Junction, feature: Tensor, tail: bool = False
 ) -> Tensor:
     """The rows [batch, places, width] of a feature that a stitching layer maps, or maps to (`tail`)."""
-    leaves, enters = specs[junction.head].leaves[junction.head_stop - 1], specs[junction.tail].enters[junction.tail_start]
+    leaves, enters = (
+        specs[junction.head].leaves[junction.head_stop - 1],
+        specs[junction.tail].enters[junction.tail_start],
+    )
     anchor, end = (junction.tail, enters) if tail else (junction.head, leaves)
     shared = min(leaves.special_tokens, enters.special_tokens)
     return shared_rows(to_rows(feature, families[anchor].layout), end.special_tokens, shared)
@@ -52,7 +55,10 @@ def _enter(
     rows: Tensor,
 ) -> Tensor:
     """Mapped rows as the tail's feature, its own special tokens filled in."""
-    leaves, enters = specs[junction.head].leaves[junction.head_stop - 1], specs[junction.tail].enters[junction.tail_start]
+    leaves, enters = (
+        specs[junction.head].leaves[junction.head_stop - 1],
+        specs[junction.tail].enters[junction.tail_start],
+    )
     family, anchor = families[junction.tail], anchors[junction.tail]
     if enters.special_tokens > leaves.special_tokens:
         rows = with_own_tokens(rows, family.special_tokens(anchor), leaves.special_tokens)

@@ -29,6 +29,15 @@ from .loading import bundle_folder, commit_of, load_anchor, load_anchors, refere
 
 _HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 _LOAD = ("dtype", "quantization_config", "device_map", "max_memory", "offload_folder", "attn_implementation")
+_UPLOAD = ("repo_id", "commit_message", "private", "token", "revision", "create_pr")
+_NO_MATTER = (
+    "state_dict",
+    "safe_serialization",
+    "max_shard_size",
+    "variant",
+    "save_peft_format",
+    "save_original_format",
+)
 _IGNORED = (
     "adapter_kwargs",
     "trust_remote_code",
@@ -53,7 +62,8 @@ class BundleMixin:
         """A stitched model from two or more pretrained anchors, small to large, its stitching layers not yet calibrated.
 
         Args:
-            anchors: folders, Hub ids or loaded models.
+            anchors: folders, Hub ids or loaded models. A loaded model becomes part of this one: it is frozen, and PST
+                goes into it, as PEFT has it.
             how: `kernel_size`, `stride`, `direction`, `pairs` shape the space; `dtype`, `quantization_config`,
                 `device_map`, `attn_implementation` and the Hub's options reach each anchor's `from_pretrained`.
 
@@ -65,7 +75,12 @@ class BundleMixin:
         load, hub = _take(how, _LOAD), _take(how, _HUB)
         if how:
             raise TypeError(f"from_anchors got unknown arguments {sorted(how)}")
+        if isinstance(anchors, (str, os.PathLike)):
+            raise ValueError(
+                f"anchors is {os.fspath(anchors)!r}: a list of two or more anchors is needed, small to large"
+            )
         names = [os.fspath(a) if isinstance(a, os.PathLike) else a for a in anchors]
+        names = [os.path.abspath(a) if isinstance(a, str) and os.path.isdir(a) else a for a in names]
         configs = [AutoConfig.from_pretrained(a, **fields, **hub) if isinstance(a, str) else a.config for a in names]
         config = cls.config_class.from_anchor_configs(configs, **space)
         cls.check_names(names, **hub)
@@ -102,6 +117,10 @@ class BundleMixin:
                 is too small.
         """
         name = os.fspath(pretrained_model_name_or_path)
+        if kwargs.get("stitch_id") is not None and kwargs.get("budget") is not None:
+            raise ValueError(
+                f"stitch_id {kwargs['stitch_id']!r} and budget {kwargs['budget']!r} both given: pass one of them"
+            )
         wanted = {key: kwargs.pop(key, None) for key in ("stitch_id", "budget", "anchors", "config")}
         context_tokens = kwargs.pop("context_tokens", 0)
         if "torch_dtype" in kwargs:  # what Transformers 4 called dtype
@@ -163,6 +182,9 @@ class BundleMixin:
         stitching_dtype = kwargs.pop("stitching_dtype", self.config.stitching_dtype)
         if stitching_dtype not in (None, "int8"):
             raise ValueError(f"stitching_dtype {stitching_dtype!r} is unknown; None or 'int8' is needed")
+        upload = _take(kwargs, _UPLOAD)
+        if unknown := sorted(set(kwargs) - set(_NO_MATTER)):
+            raise TypeError(f"save_pretrained got unknown arguments {unknown}")
         if not is_main_process:
             return
         config = copy.deepcopy(self.config)
@@ -178,7 +200,8 @@ class BundleMixin:
             save_directory, self._bundle_tensors(keys, stitching_dtype), self.table.to_dict(space, keys), texts
         )
         if push_to_hub:
-            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **_take(kwargs, ("token", "private")))
+            repo_id = upload.pop("repo_id", Path(save_directory).name)
+            self.push_to_hub(repo_id, stitches=stitches, stitching_dtype=stitching_dtype, **upload)
 
     def push_to_hub(
         self,
@@ -211,20 +234,30 @@ class BundleMixin:
         """
         own = self._own_tensors(self.keys)
         names = list(own)
-        scales = [f"{name}_scale" for name in names if f"{name}_scale" in bundle.shapes]
+        int8 = [n for n in names if _is_stitching_weight(n)] if bundle.config.get("stitching_dtype") == "int8" else []
+        scales = {f"{name}_scale": own[name].shape[:1] for name in int8}
         for name in names:
             if name in bundle.shapes and bundle.shapes[name] != tuple(own[name].shape):
                 raise ValueError(
                     f"tensor {name} of {bundle.folder} has shape {list(bundle.shapes[name])}, "
                     f"this model needs {list(own[name].shape)}"
                 )
-        tensors = bundle.load_tensors(names + scales)
+        tensors = bundle.load_tensors([*names, *scales])
+        for name, shape in scales.items():
+            if tensors[name].shape != shape:
+                raise ValueError(
+                    f"tensor {name} of {bundle.folder} has shape {list(tensors[name].shape)}, this model needs {list(shape)}"
+                )
+        for name in names:
+            if tensors[name].is_floating_point() == (name in int8):
+                raise ValueError(
+                    f"tensor {name} of {bundle.folder} is {tensors[name].dtype} and stitching_dtype is "
+                    f"{bundle.config.get('stitching_dtype')!r}: the bundle was changed, save or download it again"
+                )
         with torch.no_grad():
             for name, tensor in own.items():
                 saved = tensors[name]
-                if f"{name}_scale" in tensors:
-                    saved = dequantize_rows(saved, tensors[f"{name}_scale"])
-                tensor.copy_(saved)
+                tensor.copy_(dequantize_rows(saved, tensors[f"{name}_scale"]) if name in int8 else saved)
 
     def _own_tensors(self, keys: Sequence[str]) -> dict[str, Tensor]:
         """What a bundle holds of this model, by the name it has there."""
@@ -250,9 +283,13 @@ class BundleMixin:
     def _bundle_tensors(self, keys: Sequence[str], stitching_dtype: str | None) -> dict[str, Tensor]:
         tensors = dict(self._own_tensors(keys))
         if stitching_dtype == "int8":
-            for name in [n for n in tensors if n.startswith("stitching_layers.") and n.endswith(".proj.weight")]:
+            for name in [name for name in tensors if _is_stitching_weight(name)]:
                 tensors[name], tensors[f"{name}_scale"] = quantize_rows(tensors[name].detach())
         return tensors
+
+
+def _is_stitching_weight(name: str) -> bool:
+    return name.startswith("stitching_layers.") and name.endswith(".proj.weight")
 
 
 def _bundle_name(name: str) -> str:

@@ -84,5 +84,5 @@ class PSTConfig:
 
 
 def _check_rank(rank: int, width: int, name: str) -> None:
-    if not 0 <= rank <= width:
-        raise ValueError(f"{name} is {rank}, the width it adapts is {width}: choose a rank in 0..{width}")
+    if not isinstance(rank, int) or isinstance(rank, bool) or not 0 <= rank <= width:
+        raise ValueError(f"{name} is {rank!r}, the width it adapts is {width}: choose a whole rank in 0..{width}")

@@ -16,15 +16,16 @@ table     metrics, importance, published stitches, choice by budget
 
 from .budget import Budget, format_bytes, format_count
 from .configs import read_config
-from .cost import Precision
+from .cost import BYTES_PER_NUMBER, Precision
+from .families import anchor_spec, anchor_specs
 from .frontier import best_of_intervals, intervals, pareto_front
 from .space import StitchSpace
-from .families import anchor_spec, anchor_specs
 from .spec import AnchorSpec, Feature, Part
 from .stitch import Junction, Segment, Stitch, StitchingLayerSpec
 from .table import StitchTable, higher_is_better
 
 __all__ = [
+    "BYTES_PER_NUMBER",
     "AnchorSpec",
     "Budget",
     "Feature",

@@ -40,7 +40,9 @@ class Budget:
         if isinstance(budget, Budget):
             return budget
         text = str(budget).strip()
-        match = re.fullmatch(r"([0-9][0-9_,]*\.?[0-9]*(?:[eE][+-]?[0-9]+)?)\s*([a-zA-Z/]*)", text)
+        match = re.fullmatch(
+            r"((?:\d{1,3}(?:[,_]\d{3})+|\d+)(?:\.\d*)?(?:[eE][+-]?\d{1,3})?)\s*([a-zA-Z/]*)", text, re.ASCII
+        )
         if not match or isinstance(budget, bool):
             raise ValueError(f"budget {text!r} cannot be read; {_EXAMPLES}")
         number, unit = Decimal(match[1].replace(",", "").replace("_", "")), match[2].lower()

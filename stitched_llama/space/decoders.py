@@ -3,9 +3,14 @@
 from collections.abc import Mapping
 from typing import Any
 
-from .spec import AnchorSpec, Feature, Part
+from .spec import AnchorSpec, Feature, Part, positive
 
 LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")
+_DEFAULTS = {  # Transformers' own, where they are not "as many as heads"
+    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen2": {"num_key_value_heads": 32, "use_sliding_window": False},
+    "qwen3": {"num_key_value_heads": 32, "head_dim": 128, "use_sliding_window": False},
+}
 ADAPTED_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
@@ -20,19 +25,19 @@ def llama_spec(config: Mapping[str, Any]) -> AnchorSpec:
     """
     family = config.get("model_type", "?")
     if family not in LLAMA_LIKE:
-        raise ValueError(f"model_type {family!r} is not built of LLaMA blocks; one of {', '.join(LLAMA_LIKE)} is needed")
+        raise ValueError(
+            f"model_type {family!r} is not built of LLaMA blocks; one of {', '.join(LLAMA_LIKE)} is needed"
+        )
+    config = {**_DEFAULTS.get(family, {}), **config}  # what a sparse config.json leaves out
     if config.get("sliding_window") and config.get("use_sliding_window", True):
         raise ValueError(
             f"{family} uses a sliding window of {config['sliding_window']} tokens; LLaMA blocks attend to all: "
             "choose an anchor without one (sliding_window null)"
         )
-    try:
-        width, depth, ffn = config["hidden_size"], config["num_hidden_layers"], config["intermediate_size"]
-        heads, vocab = config["num_attention_heads"], config["vocab_size"]
-    except KeyError as missing:
-        raise ValueError(f"the {family} config has no field {missing}") from None
-    kv_heads = config.get("num_key_value_heads") or heads
-    head_dim = config.get("head_dim") or width // heads
+    names = ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads", "vocab_size")
+    width, depth, ffn, heads, vocab = (positive(config, name) for name in names)
+    kv_heads = positive(config, "num_key_value_heads", heads)
+    head_dim = positive(config, "head_dim", width // heads)
     q_bias, o_bias, ffn_bias, head_norms = _biases_and_norms(family, config)
 
     q, kv = heads * head_dim, kv_heads * head_dim

@@ -4,15 +4,17 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from .decoders import LLAMA_LIKE, llama_spec
-from .images import convnext_spec, resnet_spec, swin_spec, vit_spec
+from .images import convnext_spec, dinov2_spec, mobilenet_v2_spec, resnet_spec, swin_spec, vit_spec
 from .spec import AnchorSpec
 
 FAMILIES: dict[str, Callable[..., AnchorSpec]] = dict.fromkeys(LLAMA_LIKE, llama_spec) | {
     "vit": vit_spec,
     "deit": vit_spec,
+    "dinov2": dinov2_spec,
     "swin": swin_spec,
     "convnext": convnext_spec,
     "resnet": resnet_spec,
+    "mobilenet_v2": mobilenet_v2_spec,
 }
 _IMAGE_SIZE = 224
 

@@ -1,5 +1,6 @@
 """Which stitches are worth publishing: the Pareto front of a metric, or the best of each cost interval."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 from .stitch import Stitch
@@ -8,12 +9,12 @@ from .stitch import Stitch
 def pareto_front(stitches: Sequence[Stitch], metric: Mapping[str, float], higher_is_better: bool) -> list[str]:
     """Keys of the stitches that no stitch of at most their parameters equals or beats, ascending in parameters.
 
-    Stitches without a metric are never on the front.
+    Stitches without a metric, or with one that is no finite number, are never on the front.
     """
     sign = 1 if higher_is_better else -1
     front: list[str] = []
     best = float("-inf")
-    rated = [stitch for stitch in stitches if stitch.key in metric]
+    rated = [stitch for stitch in stitches if math.isfinite(metric.get(stitch.key, math.nan))]
     for stitch in sorted(rated, key=lambda s: (s.params, -sign * metric[s.key], s.key)):
         if sign * metric[stitch.key] > best:
             front.append(stitch.key)

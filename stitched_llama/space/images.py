@@ -1,9 +1,10 @@
-"""Specs of image classifiers, as Transformers builds them: ViT, DeiT, Swin, ConvNeXt, ResNet.
+"""Specs of image classifiers, as Transformers builds them: ViT, DeiT, DINOv2, Swin, ConvNeXt, ResNet, MobileNetV2.
 
 Costs count one image. Sources: the papers of the families, and the shapes of Transformers' modules.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from .spec import AnchorSpec, Feature, Part
@@ -42,11 +43,35 @@ def vit_spec(config: Config) -> AnchorSpec:
     )
 
 
+def dinov2_spec(config: Config) -> AnchorSpec:
+    """DINOv2: a ViT whose two branches are scaled, and whose head reads class token and mean patch."""
+    width, ratio = config.get("hidden_size", 768), config.get("mlp_ratio", 4)
+    if config.get("use_swiglu_ffn"):
+        raise ValueError(
+            "DINOv2 with use_swiglu_ffn is not supported: take a checkpoint without it (small, base, large)"
+        )
+    patch = config.get("patch_size", 14)
+    plain = vit_spec({**config, "model_type": "dinov2", "intermediate_size": int(width * ratio), "patch_size": patch})
+    scaled = replace(plain.blocks[0], params=plain.blocks[0].params + 2 * width)
+    token = width if config.get("use_mask_token", True) else 0
+    labels = _label_count(config)
+    return replace(
+        plain,
+        embedding=replace(plain.embedding, params=plain.embedding.params + token),
+        blocks=(scaled,) * plain.depth,
+        head=Part(params=2 * width + 2 * width * labels + labels, macs=2 * width * labels),
+    )
+
+
 def swin_spec(config: Config) -> AnchorSpec:
     """Swin: window attention in stages, patch merging between them."""
     patch, channels = _pair(config.get("patch_size", 4)), config.get("num_channels", 3)
     width, depths = config.get("embed_dim", 96), config.get("depths", (2, 2, 6, 2))
-    head_counts, ratio, limit = config.get("num_heads", (3, 6, 12, 24)), config.get("mlp_ratio", 4.0), config.get("window_size", 7)
+    head_counts, ratio, limit = (
+        config.get("num_heads", (3, 6, 12, 24)),
+        config.get("mlp_ratio", 4.0),
+        config.get("window_size", 7),
+    )
     grid = _grid(config, patch)
     pixels = channels * patch[0] * patch[1]
     positions = width * grid[0] * grid[1] if config.get("use_absolute_embeddings") else 0
@@ -69,9 +94,7 @@ def swin_spec(config: Config) -> AnchorSpec:
         if stage + 1 < len(depths):
             grid = (-(-grid[0] // 2), -(-grid[1] // 2))
             merged = 8 * width * width
-            transitions.append(
-                Part(merged + 8 * width, merged, 2 * width, macs=grid[0] * grid[1] * merged)
-            )
+            transitions.append(Part(merged + 8 * width, merged, 2 * width, macs=grid[0] * grid[1] * merged))
             width *= 2
     return _staged(config, stem, blocks, features, features, transitions, _head(width, config))
 
@@ -88,9 +111,7 @@ def convnext_spec(config: Config) -> AnchorSpec:
         between = Part()
         if stage:
             before, grid = widths[stage - 1], (grid[0] // 2, grid[1] // 2)
-            between = Part(
-                params=2 * before + 4 * before * width + width, macs=grid[0] * grid[1] * 4 * before * width
-            )
+            between = Part(params=2 * before + 4 * before * width + width, macs=grid[0] * grid[1] * 4 * before * width)
         linears = [(width, 4 * width, True), (4 * width, width, True)]
         block = Part(
             **_linear_sizes(linears, norms=49 * width + width + 2 * width + scale * width),
@@ -110,9 +131,7 @@ def resnet_spec(config: Config) -> AnchorSpec:
     bottleneck = config.get("layer_type", "bottleneck") == "bottleneck"
     size = _pair(config["image_size"])
     half = tuple(-(-side // 2) for side in size)
-    stem = Part(
-        params=49 * channels * stem_width + 2 * stem_width, macs=half[0] * half[1] * 49 * channels * stem_width
-    )
+    stem = Part(params=49 * channels * stem_width + 2 * stem_width, macs=half[0] * half[1] * 49 * channels * stem_width)
     grid = tuple(-(-side // 2) for side in half)  # after the max-pooling
     blocks, enters, leaves = [], [], []
     before = stem_width
@@ -124,13 +143,70 @@ def resnet_spec(config: Config) -> AnchorSpec:
             places = {1: grid[0] * grid[1], stride: after[0] * after[1]}
             params = sum(d_in * d_out + 2 * d_out for _, d_in, d_out, _ in convolutions)
             macs = sum(places[down] * d_in * d_out for _, d_in, d_out, down in convolutions)
-            adapted = tuple((name, d_in, d_out) for name, d_in, d_out, _ in convolutions if name != "shortcut.convolution")
+            adapted = tuple(
+                (name, d_in, d_out) for name, d_in, d_out, _ in convolutions if name != "shortcut.convolution"
+            )
             blocks.append(Part(params=params, macs=macs, adapted=adapted))
             enters.append(Feature(before, grid))
             leaves.append(Feature(width, after))
             before, grid = width, after
     head = Part(*_head_sizes(widths[-1], config))
     return _staged(config, stem, blocks, enters, leaves, [Part()] * len(blocks), head)
+
+
+def mobilenet_v2_spec(config: Config) -> AnchorSpec:
+    """MobileNetV2: a stem, sixteen inverted residuals of fixed plan, and a head of a 1x1 convolution and a classifier."""
+    multiplier, divisor = config.get("depth_multiplier", 1.0), config.get("depth_divisible_by", 8)
+    least, expansion = config.get("min_depth", 8), config.get("expand_ratio", 6.0)
+
+    def scaled(channels: int) -> int:
+        return _divisible(round(channels * multiplier), divisor, least)
+
+    widths = [scaled(width) for width in _MOBILENET_WIDTHS]
+    channels, stem_width = config.get("num_channels", 3), scaled(32)
+    grid = tuple(-(-side // 2) for side in _pair(config["image_size"]))
+    places = grid[0] * grid[1]
+    convolutions = [(9 * channels, stem_width), (9, stem_width), (stem_width, widths[0])]
+    if not config.get("first_layer_is_expansion", True):
+        convolutions.insert(1, (stem_width, stem_width))
+    matrix = sum(d_in * d_out for d_in, d_out in convolutions)
+    stem = Part(params=matrix + sum(2 * d_out for _, d_out in convolutions), macs=places * matrix)
+    blocks, enters, leaves = [], [], []
+    stride_so_far = 2
+    for before, width, stride in zip(widths, widths[1:], _MOBILENET_STRIDES):
+        if stride_so_far == config.get("output_stride", 32):
+            stride = 1  # dilated instead
+        stride_so_far *= stride
+        inner = _divisible(round(before * expansion), divisor, least)
+        after = tuple(-(-side // stride) for side in grid)
+        inside, outside = grid[0] * grid[1], after[0] * after[1]
+        blocks.append(
+            Part(
+                params=before * inner + 9 * inner + inner * width + 4 * inner + 2 * width,
+                macs=inside * before * inner + outside * (9 * inner + inner * width),
+                adapted=(
+                    ("expand_1x1.convolution", before, inner),
+                    ("reduce_1x1.convolution", inner, width),
+                ),
+            )
+        )
+        enters.append(Feature(before, grid))
+        leaves.append(Feature(width, after))
+        grid = after
+    last = 1280 if config.get("finegrained_output", True) and multiplier < 1.0 else scaled(1280)
+    params, _, _, macs = _head_sizes(last, config)
+    head = Part(params=widths[-1] * last + 2 * last + params, macs=grid[0] * grid[1] * widths[-1] * last + macs)
+    return _staged(config, stem, blocks, enters, leaves, [Part()] * len(blocks), head)
+
+
+_MOBILENET_WIDTHS = (16, 24, 24, 32, 32, 32, 64, 64, 64, 64, 96, 96, 96, 160, 160, 160, 320)
+_MOBILENET_STRIDES = (2, 1, 2, 1, 1, 2, 1, 1, 1, 1, 1, 1, 2, 1, 1, 1)
+
+
+def _divisible(value: float, divisor: int, least: int) -> int:
+    """`value` as a multiple of `divisor`, at least `least`, never more than a tenth below."""
+    found = max(least, int(value + divisor / 2) // divisor * divisor)
+    return found + divisor if found < 0.9 * value else found
 
 
 def _resnet_convolutions(

@@ -72,6 +72,7 @@ def _windows(depth: int, _: int, kernel_size: int, stride: int) -> list[Pairing]
 def _nearest_depth(head_depth: int, tail_depth: int, kernel_size: int, stride: int) -> list[Pairing]:
     """`head[0:floor(m*H/T)+1] > tail[m+1:]` for m = 0 .. T-2; one stitching layer for each head block left."""
     positions = range(tail_depth - 1)
+    kernel_size = min(kernel_size, len(positions))
     found: dict[tuple[int, int], Pairing] = {}
     for first in range(0, len(positions) - kernel_size + 1, stride):
         window = positions[first : first + kernel_size]

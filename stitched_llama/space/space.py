@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import combinations
+from operator import index
 from typing import Any
 
 from .configs import read_config
@@ -84,7 +85,8 @@ class StitchSpace:
     def _junction(self, head: int, tail: int, pairing: Pairing) -> Junction:
         name = f"{head}_{tail}_{pairing.layer}"
         before, after = self.anchors[head].leaves[pairing.head_stop - 1], self.anchors[tail].enters[pairing.tail_start]
-        layer = StitchingLayerSpec(name, before.width, after.width, after.positions)
+        own = max(0, after.special_tokens - before.special_tokens)  # the tail's, which nothing maps
+        layer = StitchingLayerSpec(name, before.width, after.width, after.positions - own)
         self.stitching_layers.setdefault(name, layer)
         return Junction(name, head, pairing.head_stop, tail, pairing.tail_start)
 
@@ -118,7 +120,9 @@ class StitchSpace:
         for segments, junctions in routes:
             layers = [self.stitching_layers[junction.layer] for junction in junctions]
             cost = route_cost(self.anchors, segments, layers, self.precision)
-            stitches.append(Stitch(-1, route_key(segments), segments, junctions, **asdict(cost), unit=self.anchors[0].unit))
+            stitches.append(
+                Stitch(-1, route_key(segments), segments, junctions, **asdict(cost), unit=self.anchors[0].unit)
+            )
         stitches.sort(key=lambda stitch: (stitch.params, stitch.key))
         return tuple(replace(stitch, stitch_id=i) for i, stitch in enumerate(stitches))
 
@@ -138,8 +142,8 @@ class StitchSpace:
             return self._by_key[stitch_id]
         if isinstance(stitch_id, str) and stitch_id.isdecimal():
             stitch_id = int(stitch_id)
-        if isinstance(stitch_id, int) and not isinstance(stitch_id, bool) and 0 <= stitch_id < len(self):
-            return self._stitches[stitch_id]
+        if hasattr(stitch_id, "__index__") and not isinstance(stitch_id, bool) and 0 <= index(stitch_id) < len(self):
+            return self._stitches[index(stitch_id)]
         raise ValueError(
             f"stitch {stitch_id!r} is not in this space; ids are 0..{len(self) - 1} and keys look like "
             f"{self._stitches[len(self) // 2].key!r} (list them with `stitched-llama space`)"
@@ -171,7 +175,7 @@ class StitchSpace:
     def digest(self) -> str:
         """SHA-256 over the anchors' shapes, the options and the keys in order: what a `stitch_id` depends on."""
         content = {
-            "anchors": [[a.family, a.width, a.depth, a.contract, a.params] for a in self.anchors],
+            "anchors": [[a.family, a.width, a.depth, *a.contract.values(), a.params] for a in self.anchors],
             "options": self.options,
             "keys": [stitch.key for stitch in self],
         }

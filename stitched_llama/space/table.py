@@ -1,5 +1,6 @@
 """The table a bundle carries: what is known of each stitch, which are published, and the choice by budget."""
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -33,12 +34,14 @@ class StitchTable:
         importance: key -> importance score at the end of training.
         metric: the metric that decides; one of `metrics`, or None before any evaluation.
         interval_count: cost intervals of training, for choosing by importance.
+        importance_score: name of the score that `importance` averages; averages of different scores do not mix.
     """
 
     metrics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     importance: Mapping[str, float] = field(default_factory=dict)
     metric: str | None = None
     interval_count: int = 6
+    importance_score: str | None = None
 
     def with_metrics(self, name: str, values: Mapping[str, float], decides: bool = False) -> "StitchTable":
         """A table that also holds `values`; the first metric, or one that `decides`, rules what is published.
@@ -51,6 +54,12 @@ class StitchTable:
         metric = name if decides or self.metric is None else self.metric
         return replace(self, metrics=metrics, metric=metric)
 
+    @property
+    def deciding(self) -> str | None:
+        """The metric that decides: what was measured before training does not, once training rated the stitches."""
+        stale = self.metric is not None and self.metric.endswith("_before") and self.importance
+        return None if stale else self.metric
+
     def published(self, stitches: Iterable[Stitch]) -> list[str]:
         """Keys a budget may choose from, ascending in parameters.
 
@@ -58,9 +67,9 @@ class StitchTable:
         the anchors; before any training the anchors alone, as nothing is known of the others. Where none of these is
         among `stitches`, all of them.
         """
-        stitches = list(stitches)
-        if self.metric is not None:
-            front = pareto_front(stitches, self.metrics[self.metric], higher_is_better(self.metric))
+        stitches, metric = list(stitches), self.deciding
+        if metric is not None:
+            front = pareto_front(stitches, self.metrics[metric], higher_is_better(metric))
             return front or [stitch.key for stitch in stitches]
         chosen = set(best_of_intervals(stitches, self.importance, self.interval_count))
         return [s.key for s in stitches if s.key in chosen or s.is_anchor] or [s.key for s in stitches]
@@ -94,12 +103,12 @@ class StitchTable:
         return max(fitting, key=self._quality)
 
     def _quality(self, stitch: Stitch) -> tuple[float, int]:
-        if self.metric is None:
+        if self.deciding is None:
             return 0.0, stitch.params
-        value = self.metrics[self.metric].get(stitch.key)
-        if value is None:
+        value = self.metrics[self.deciding].get(stitch.key, math.nan)
+        if not math.isfinite(value):
             return float("-inf"), stitch.params
-        return (value if higher_is_better(self.metric) else -value), stitch.params
+        return (value if higher_is_better(self.deciding) else -value), stitch.params
 
     def to_rows(self, stitches: Iterable[Stitch]) -> list[dict[str, Any]]:
         """One JSON object a stitch: the space's fields, importance, metrics, and whether it is published."""
@@ -121,6 +130,7 @@ class StitchTable:
             "space_digest": space.digest,
             "metric": self.metric,
             "interval_count": self.interval_count,
+            "importance_score": self.importance_score,
             "stitches": self.to_rows(s for s in space if wanted is None or s.key in wanted),
         }
 
@@ -138,6 +148,12 @@ class StitchTable:
                 for name, value in row["metrics"].items():
                     metrics.setdefault(name, {})[row["key"]] = float(value)
             importance = {row["key"]: float(row["importance"]) for row in rows if "importance" in row}
-            return cls(metrics, importance, content["metric"], int(content["interval_count"]))
-        except (KeyError, TypeError, AttributeError) as error:
+            if content["metric"] not in (None, *metrics):
+                raise ValueError(f"its metric {content['metric']!r} is none of those measured ({', '.join(metrics)})")
+            for name in metrics:
+                higher_is_better(name)
+            return cls(
+                metrics, importance, content["metric"], int(content["interval_count"]), content.get("importance_score")
+            )
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"stitches.json is damaged: {type(error).__name__} {error}") from None

@@ -16,7 +16,7 @@ from .data import Collator, InstructionDataset, Row, batches, pad_token_id, read
 from .evaluation import evaluate_stitches, response_scores, spearman
 from .plots import format_table, plot_stitches
 from .prompts import TEMPLATES, Template, template
-from .record import provenance
+from .record import dump_record, provenance
 from .samples import sample_budgets
 from .smoke import byte_tokenizer, pico_anchor, smoke_anchors
 from .trainer import StitchTrainer, find_checkpoint
@@ -32,6 +32,7 @@ __all__ = [
     "Template",
     "batches",
     "byte_tokenizer",
+    "dump_record",
     "evaluate_stitches",
     "find_checkpoint",
     "format_table",

@@ -1,6 +1,7 @@
 """Arguments of a stitched fine-tune, on top of Transformers' own."""
 
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 
 from transformers import TrainingArguments
 
@@ -23,6 +24,10 @@ class StitchTrainingArguments(TrainingArguments):
         default=128,
         metadata={"help": "Rows a step, over all devices, by gradient accumulation; 0 leaves that to Transformers."},
     )
+    report_to: str | list[str] | None = field(
+        default_factory=lambda: "tensorboard" if find_spec("tensorboard") else "none",
+        metadata={"help": "Where logs go: tensorboard where it is installed, none, or what Transformers knows."},
+    )
     importance: str = field(default="snip_per_loss", metadata={"help": f"Score of a stitch: {', '.join(SCORES)}."})
     sampling: str = field(default="importance", metadata={"help": f"Draw of a stitch: {', '.join(SCHEMES)}."})
     eta: float = field(default=0.9, metadata={"help": "Momentum of the importance averages."})
@@ -44,6 +49,7 @@ class StitchTrainingArguments(TrainingArguments):
             raise ValueError(f"distillation_weight is {self.distillation_weight}; a share lies in 0..1")
         super().__post_init__()
         if self.global_batch_size:
+            asked = self.gradient_accumulation_steps
             rows = self.per_device_train_batch_size * max(1, self.world_size)
             if self.global_batch_size % rows:
                 raise ValueError(
@@ -51,3 +57,9 @@ class StitchTrainingArguments(TrainingArguments):
                     f"({self.per_device_train_batch_size} rows on each of {max(1, self.world_size)} devices): change one"
                 )
             self.gradient_accumulation_steps = self.global_batch_size // rows
+            if asked not in (1, self.gradient_accumulation_steps):
+                raise ValueError(
+                    f"gradient_accumulation_steps {asked} and global_batch_size {self.global_batch_size} contradict each "
+                    f"other: that batch is {self.gradient_accumulation_steps} times {rows} rows; set --global_batch_size 0 "
+                    "to use the former"
+                )

@@ -39,18 +39,19 @@ def read_rows(source: str, on_bad_row: str = "error") -> list[Row]:
     """
     if on_bad_row not in ("error", "skip"):
         raise ValueError(f"on_bad_row {on_bad_row!r} is unknown; 'error' or 'skip' is needed")
-    rows, skipped = [], 0
-    for number, content in enumerate(_read(source)):
+    rows: list[Row] = []
+    skipped: list[Any] = []
+    for place, content in _read(source):
         try:
             rows.append(_row(content))
         except ValueError as error:
             if on_bad_row == "error":
-                raise ValueError(f"{source}, row {number}: {error}; mend it, or pass --on_bad_row skip") from None
-            skipped += 1
+                raise ValueError(f"{source}, {place}: {error}; mend it, or pass --on_bad_row skip") from None
+            skipped = skipped or [0, f"{place}: {error}"]
+            skipped[0] += 1
     if skipped:
-        logger.warning(
-            "%s: %d of %d rows skipped, they lack instruction or output", source, skipped, skipped + len(rows)
-        )
+        total = skipped[0] + len(rows)
+        logger.warning("%s: %d of %d rows skipped, the first is %s", source, skipped[0], total, skipped[1])
     if not rows:
         raise ValueError(f"{source} holds no rows: a list of objects with instruction, input and output is needed")
     return rows
@@ -69,35 +70,44 @@ def _row(content: Any) -> Row:
     return Row(content["instruction"].strip(), (extra or "").strip(), content["output"].strip())
 
 
-def _read(source: str) -> Iterable[Any]:
+def _read(source: str) -> Iterable[tuple[str, Any]]:
+    """(place, content) of each row: "row 0" on, or "line 1" on in JSONL."""
     path = Path(source)
-    if not path.is_file():
-        if path.suffix in (".json", ".jsonl", ".parquet") or path.is_dir():
-            raise ValueError(f"there is no file {source}")
-        from datasets import load_dataset
-
-        return load_dataset(source, split="train")
-    if path.suffix == ".parquet":
-        from datasets import Dataset as Table
-
-        return Table.from_parquet(str(path))
-    text = path.read_text(encoding="utf-8")
+    if path.is_dir():
+        raise ValueError(f"{source} is a folder: name a JSON, JSONL or Parquet file in it, or a Hub data set")
+    if not path.is_file() and path.suffix in (".json", ".jsonl", ".parquet"):
+        raise ValueError(f"there is no file {source}")
+    if not path.is_file() or path.suffix == ".parquet":
+        return ((f"row {number}", content) for number, content in enumerate(_table(source)))
     try:
-        if path.suffix == ".jsonl":
-            return [_parse_line(line, source, i) for i, line in enumerate(text.splitlines()) if line.strip()]
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{source} is not JSON: {error}") from None
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{source} is not UTF-8 ({error}): convert it") from None
+    if path.suffix == ".jsonl":
+        lines = ((f"line {number}", line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
+        return [(place, _parse(line, f"{source}, {place}")) for place, line in lines]
+    content = _parse(text, source)
     if not isinstance(content, list):
         raise ValueError(f"{source} holds a {type(content).__name__} where a list of rows is needed")
-    return content
+    return [(f"row {number}", row) for number, row in enumerate(content)]
 
 
-def _parse_line(line: str, source: str, number: int) -> Any:
+def _table(source: str) -> Iterable[Any]:
+    from datasets import Dataset as Table
+    from datasets import load_dataset
+
     try:
-        return json.loads(line)
+        return Table.from_parquet(source) if source.endswith(".parquet") else load_dataset(source, split="train")
+    except Exception as error:  # each back end has its own
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{source} cannot be read as a Parquet file or a data set of the Hub: {reason}") from error
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{source}, line {number + 1} is not JSON: {error}") from None
+        raise ValueError(f"{where} is not JSON: {error}") from None
 
 
 def split_rows(rows: Sequence[Row], held_out: int, seed: int) -> tuple[list[Row], list[Row]]:

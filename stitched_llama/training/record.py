@@ -1,5 +1,7 @@
 """Where a result comes from: what every JSON row of the project carries beside its figures."""
 
+import json
+import math
 import os
 import platform
 import subprocess
@@ -29,6 +31,19 @@ def provenance() -> dict[str, Any]:
             "processor": platform.machine(),
         },
     }
+
+
+def dump_record(content: Any) -> str:
+    """A result as JSON in which a number that is not finite is null."""
+    return json.dumps(_finite(content), indent=1, allow_nan=False) + "\n"
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {name: _finite(value) for name, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def _version(name: str) -> str | None:

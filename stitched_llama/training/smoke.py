@@ -60,6 +60,7 @@ def smoke_anchors(args: Any, training: Any) -> tuple[Any, Any]:
         training,
         max_steps=training.max_steps if training.max_steps > 0 else 12,
         global_batch_size=8,
+        gradient_accumulation_steps=1,
         learning_rate=3e-3,
         save_strategy="steps",
         save_steps=6,

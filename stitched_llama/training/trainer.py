@@ -55,7 +55,8 @@ class StitchTrainer(Trainer):
                 "anchors in 4 bits cannot be trained on a CPU (bitsandbytes): load them in 8 bits, or use a GPU"
             )
         self.importance = Importance(self.args.importance, self.args.eta)
-        self.importance.averages.update(model.table.importance)
+        if model.table.importance_score in (None, self.args.importance):  # averages of different scores do not mix
+            self.importance.averages.update(model.table.importance)
         self.stitches = [model.space[key] for key in model.keys]
         self.teacher = model.space.anchor_stitch(-1)
         if self.teacher.key not in model.keys:
@@ -222,12 +223,21 @@ class StitchTrainer(Trainer):
     def save_importance(self) -> None:
         """Writes the importance averages into the model's table."""
         self.model.table = replace(
-            self.model.table, importance=dict(self.importance.averages), interval_count=self.args.interval_count
+            self.model.table,
+            importance=dict(self.importance.averages),
+            importance_score=self.args.importance,
+            interval_count=self.args.interval_count,
         )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """A checkpoint is a bundle: its tensors, and the importance averages, come back whole or not at all."""
         bundle = Bundle.open(resume_from_checkpoint)
+        score = bundle.table.get("importance_score")
+        if score != self.args.importance:
+            raise ValueError(
+                f"{resume_from_checkpoint} averaged the importance {score!r}, this run wants {self.args.importance!r}: resume "
+                "with the same --importance"
+            )
         self.model.load_bundle(bundle)
         self.importance.averages = {
             row["key"]: row["importance"] for row in bundle.table["stitches"] if "importance" in row

@@ -57,10 +57,10 @@ class StitchedLlamaForCausalLM(StitchedPreTrainedModel, GenerationMixin):
         config._attn_implementation = implementations.pop()
 
     def get_input_embeddings(self):
-        return self.anchors[0].get_input_embeddings()
+        return self.anchors[self.stitch().segments[0].anchor].get_input_embeddings()
 
     def get_output_embeddings(self):
-        return self.anchors[-1].get_output_embeddings()
+        return self.anchors[self.stitch().segments[-1].anchor].get_output_embeddings()
 
     def set_input_embeddings(self, value):
         self.resize_token_embeddings()
@@ -94,7 +94,7 @@ class StitchedLlamaForCausalLM(StitchedPreTrainedModel, GenerationMixin):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds is needed")
-        stitch = self.stitch(self.pinned_key if self.pinned_key is not None else stitch_id)
+        stitch = self._pinned_or(stitch_id)
         first, last = stitch.segments[0].anchor, stitch.segments[-1].anchor
         if inputs_embeds is None:
             inputs_embeds = self.families[first].embed(self.anchors[first], input_ids)
@@ -198,27 +198,31 @@ class StitchedLlamaForCausalLM(StitchedPreTrainedModel, GenerationMixin):
         if stitch_id is not None and budget is not None:
             raise ValueError(f"stitch_id {stitch_id!r} and budget {budget!r} both given: pass one of them")
         if self.pinned_key is not None:
-            stitch = self.stitch(self.pinned_key)
+            if budget is not None:
+                raise ValueError(
+                    f"this view is pinned to {self.pinned_key}, budget {budget!r} cannot be kept: ask the model"
+                )
+            stitch = self._pinned_or(stitch_id)
         elif budget is not None:
-            prompt = inputs if inputs is not None else kwargs.get("input_ids")
-            stitch = self.choose(budget, self._context_tokens(prompt, kwargs))
+            prompts = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+            prompt = next((given for given in prompts if given is not None), None)
+            config = args[0] if args else kwargs.get("generation_config")
+            stitch = self.choose(budget, self._context_tokens(prompt, config or self.generation_config, kwargs))
         else:
             stitch = self.stitch(stitch_id)
         if isinstance(kwargs.get("assistant_model"), (int, str)):
             kwargs["assistant_model"] = self.pinned(kwargs["assistant_model"])
         return super().generate(inputs, *args, stitch_id=stitch.key, **kwargs)
 
-    def _context_tokens(self, prompt: Tensor | None, kwargs: dict[str, Any]) -> int:
-        """Tokens the KV cache of a call will hold over all rows and beams."""
-        config = kwargs.get("generation_config") or self.generation_config
+    def _context_tokens(self, prompt: Tensor | None, config: Any, kwargs: dict[str, Any]) -> int:
+        """Tokens the KV cache of a call will hold over all rows, returned sequences and beams."""
         rows, length = prompt.shape[:2] if prompt is not None else (1, 0)
-        wanted = {
-            name: kwargs.get(name, getattr(config, name, None))
-            for name in ("max_new_tokens", "max_length", "num_beams")
-        }
-        new = wanted["max_new_tokens"]
+        names = ("max_new_tokens", "max_length", "num_beams", "num_return_sequences")
+        wanted = {name: kwargs.get(name, getattr(config, name, None)) for name in names}
+        new, beams = wanted["max_new_tokens"], wanted["num_beams"] or 1
         total = length + new if new is not None else max(length, wanted["max_length"] or length + 20)
-        return rows * (wanted["num_beams"] or 1) * total
+        copies = beams if beams > 1 else wanted["num_return_sequences"] or 1  # beams return from among themselves
+        return rows * copies * total
 
 
 def _claim(cache: Cache, stitch: Stitch) -> None:
@@ -229,9 +233,10 @@ def _claim(cache: Cache, stitch: Stitch) -> None:
     """
     owner = getattr(cache, "stitch_key", None)
     if owner != stitch.key:
-        if owner is not None and cache.get_seq_length() > 0:
+        if cache.get_seq_length() > 0:
+            filled_by = "another model" if owner is None else f"stitch {owner}"
             raise ValueError(
-                f"this cache was filled by stitch {owner} and cannot be continued by {stitch.key}: "
+                f"this cache was filled by {filled_by} and cannot be continued by {stitch.key}: "
                 "start a new cache when you change the size"
             )
         cache.stitch_key = stitch.key
