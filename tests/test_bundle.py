@@ -169,3 +169,19 @@ def test_loading_changes_nothing_on_disk(made, bundle):
     assert contents(bundle) == before
     randomise(made, 1).save_pretrained(bundle)
     assert contents(bundle)[WEIGHTS] != before[WEIGHTS]
+
+
+def test_saving_forwards_what_concerns_the_hub_and_refuses_the_rest(made, tmp_path, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(type(made), "push_to_hub", lambda self, repo_id, **how: seen.update(repo_id=repo_id, **how))
+    made.save_pretrained(
+        tmp_path / "b",
+        push_to_hub=True,
+        repo_id="me/x",
+        commit_message="m",
+        stitches="published",
+        stitching_dtype="int8",
+    )
+    assert seen == {"repo_id": "me/x", "commit_message": "m", "stitches": "published", "stitching_dtype": "int8"}
+    with pytest.raises(TypeError, match=r"unknown arguments \['stiches'\]"):
+        made.save_pretrained(tmp_path / "b", stiches="published")

@@ -245,3 +245,44 @@ def test_one_file_is_written_whole_or_not_at_all(tmp_path):
     with pytest.raises(RuntimeError):
         write_atomically(tmp_path / "sub" / "a", fail)
     assert [(p.name, p.read_text()) for p in (tmp_path / "sub").iterdir()] == [("a", "old")]
+
+
+def test_int8_stitching_layers_need_their_scales(bundle):
+    load(bundle).save_pretrained(bundle, stitching_dtype="int8")
+    whole = tensors(bundle)
+    name = next(name for name in whole if name.endswith("_scale"))
+    for change, named in (
+        ({name: None}, f"lacks 1 of .*{name}"),
+        ({name: whole[name][:1].contiguous()}, rf"{name}.*shape \[1\], this model needs \[48\]"),
+        (
+            {name.removesuffix("_scale"): whole[name.removesuffix("_scale")].float()},
+            "float32 and stitching_dtype is 'int8'",
+        ),
+    ):
+        save_file({n: t for n, t in {**whole, **change}.items() if t is not None}, bundle / WEIGHTS)
+        with pytest.raises(ValueError, match=named):
+            load(bundle)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "named"),
+    [
+        (TABLE, lambda c: c.pop("stitches"), "no list of stitches"),
+        (TABLE, lambda c: c.update(metric="taste"), "damaged.*'taste' is none of those measured"),
+        (CONFIG, lambda c: c["anchors"][1].pop("fingerprint"), "anchor 1 has no fingerprint"),
+        (CONFIG, lambda c: c.update(anchors=None), "names no anchors"),
+        (CONFIG, lambda c: c["anchor_configs"][0].update(num_attention_heads=0), "num_attention_heads .* is 0"),
+        (CONFIG, lambda c: c["anchor_configs"][0].update(hidden_size="wide"), "hidden_size .* is 'wide'"),
+    ],
+)
+def test_edited_tables_are_refused_by_name(name, change, named, bundle):
+    edit(bundle / name, change)
+    with pytest.raises(ValueError, match=named):
+        load(bundle)
+
+
+@pytest.mark.parametrize("header", ["[]", '{"w": {"dtype": "F32", "shape": [1]}}', '{"w": 3}'])
+def test_damaged_header_is_named(header, bundle):
+    (bundle / WEIGHTS).write_bytes(len(header).to_bytes(8, "little") + header.encode() + b"0" * 64)
+    with pytest.raises(ValueError, match="damaged safetensors header"):
+        load(bundle)

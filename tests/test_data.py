@@ -224,3 +224,26 @@ def test_llama_tokenizer():
         assert found["input_ids"][0] == llama.bos_token_id
         assert kept[-1] == llama.eos_token_id
         assert llama.decode(found["input_ids"], skip_special_tokens=True) == prompt + row.output
+
+
+def test_line_separators_inside_a_text_do_not_end_a_line(tmp_path):
+    line = json.dumps({"instruction": "say \u2028 this", "output": "a\u0085b"}, ensure_ascii=False)
+    (tmp_path / "a.jsonl").write_text(f"\n{line}\n\n" + '{"instruction": "x"}\n', encoding="utf-8")
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 4: output is missing"):
+        read_rows(str(tmp_path / "a.jsonl"))
+    assert read_rows(str(tmp_path / "a.jsonl"), "skip")[0].instruction == "say \u2028 this"
+
+
+@pytest.mark.parametrize(
+    ("name", "raw", "reason"),
+    [
+        ("a.json", "[{'é'}]".encode("latin-1"), "is not UTF-8"),
+        ("a.parquet", b"PAR1 no more", "cannot be read as a Parquet"),
+    ],
+)
+def test_files_of_another_encoding_or_kind_are_named(name, raw, reason, tmp_path):
+    (tmp_path / name).write_bytes(raw)
+    with pytest.raises(ValueError, match=rf"{name}.*{reason}"):
+        read_rows(str(tmp_path / name))
+    with pytest.raises(ValueError, match="is a folder"):
+        read_rows(str(tmp_path))

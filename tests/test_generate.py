@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 from conftest import FAMILIES, ids_like
-from transformers import DynamicCache, LlamaForCausalLM, TextIteratorStreamer
+from transformers import DynamicCache, GenerationConfig, LlamaForCausalLM, TextIteratorStreamer
 from transformers.cache_utils import StaticCache
 
 PROMPT = ids_like(1, 9, seed=5)
@@ -244,3 +244,26 @@ def test_the_pipeline_of_transformers_takes_a_stitch(stitched, tokenizer):
     ids = tokenizer(text, return_tensors="pt").input_ids
     wanted = greedy(model, ids, 2)[0, ids.shape[1] :]
     assert found[0]["generated_text"] == tokenizer.decode(wanted, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize(
+    ("how", "tokens"),
+    [
+        ({"max_new_tokens": 5}, 2 * 14), ({"max_new_tokens": 5, "num_beams": 3}, 6 * 14),
+        ({"max_new_tokens": 5, "num_return_sequences": 4, "do_sample": True}, 8 * 14),
+        ({"max_new_tokens": 5, "num_beams": 4, "num_return_sequences": 2}, 8 * 14),
+        ({"generation_config": GenerationConfig(max_new_tokens=6)}, 2 * 15),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("given", ["ids", "embeds", "positional"])
+def test_a_budget_of_memory_counts_the_whole_cache(how, tokens, given, stitched, monkeypatch):
+    model, ids = stitched("unequal"), ids_like(2, 9)
+    seen = []
+    monkeypatch.setattr(type(model), "choose", lambda self, budget, context: seen.append(context) or self.stitch(0))
+    embeds = model.anchors[0].get_input_embeddings()(ids)
+    prompt = {"inputs_embeds": embeds} if given == "embeds" else {"input_ids": ids}
+    how, args = dict(how), ()
+    if given == "positional" and "generation_config" in how:
+        prompt, args = {}, (ids, how.pop("generation_config"))
+    model.generate(*args, **prompt, **how, budget="1GB")
+    assert seen == [tokens]

@@ -1,6 +1,7 @@
 """Every stitch computes what it should: anchors as Transformers runs them, PST born neutral, what is refused."""
 
 import json
+import logging
 import threading
 
 import pytest
@@ -243,3 +244,31 @@ def test_configuration_needs_anchors(stitched):
         StitchedLlamaConfig().stitch_space()
     made = stitched("unequal").config
     assert (made.num_hidden_layers, made.hidden_size, made.head_dim, made.vocab_size) == (5, 48, 12, 260)
+
+
+def test_tokenizers_of_equal_pieces_that_read_differently_are_refused(anchors, tmp_path, tokenizer, caplog):
+    small = anchors["unequal"][0]
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    content["pre_tokenizer"]["add_prefix_space"] = True
+    special = {name: getattr(tokenizer, name) for name in ("pad_token", "bos_token", "eos_token", "unk_token")}
+
+    def rebuilt(**changed):
+        backend = type(tokenizer.backend_tokenizer).from_str(json.dumps(content))
+        return type(tokenizer)(tokenizer_object=backend, **{**special, **changed})
+
+    with pytest.raises(ValueError, match="as different ids though their pieces are the same"):
+        StitchedLlamaForCausalLM.from_anchors([small, saved(tmp_path / "p", rebuilt(), width=64)])
+    with pytest.raises(ValueError, match="bos_token_id is 1 .* and 2 in"):
+        StitchedLlamaForCausalLM.from_anchors([small, saved(tmp_path / "b", rebuilt(bos_token="</s>"), width=64)])
+    with pytest.raises(ValueError, match="a list of two or more anchors"):
+        StitchedLlamaForCausalLM.from_anchors(small)
+    with caplog.at_level(logging.WARNING):
+        StitchedLlamaForCausalLM.from_anchors([small, saved(tmp_path / "none", width=64)])
+    assert "has no tokenizer that could be compared" in caplog.text
+
+
+def test_bytes_follow_the_dtype(anchors):
+    model = fresh(anchors["unequal"])
+    before = [stitch.weight_bytes for stitch in model.space]
+    model.to(torch.bfloat16)
+    assert [2 * stitch.weight_bytes for stitch in model.space] == before

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import fresh
 from test_bundle import IDS, assert_equal, contents, load, logits, tensors
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM
 
 from stitched_llama import PSTConfig, StitchedLlamaForCausalLM
 from stitched_llama.bundles import dequantize_rows, quantize_rows
@@ -127,3 +127,28 @@ def test_8_bit_rows_are_close_and_stable(scale, dtype):
     again, again_scales = quantize_rows(read)
     assert torch.equal(dequantize_rows(again, again_scales), read.float())
     assert torch.equal(again, rows)
+
+
+def test_every_single_size_loads_in_8_bits(bundle):
+    settings = BitsAndBytesConfig(load_in_8bit=True)
+    whole = load(bundle, quantization_config=settings)
+    for stitch in whole.space:
+        part = load(bundle, quantization_config=settings, stitch_id=stitch.stitch_id)
+        torch.testing.assert_close(logits(part), logits(whole, stitch.key))
+
+
+def test_one_size_is_asked_for_in_one_way(bundle):
+    with pytest.raises(ValueError, match="stitch_id 1 and budget '1M' both given"):
+        load(bundle, stitch_id=1, budget="1M")
+
+
+def test_anchors_given_as_objects_are_checked_as_their_files_are(made, bundle, anchors):
+    for dtype in (torch.float32, torch.bfloat16):
+        given = [LlamaForCausalLM.from_pretrained(path, dtype=dtype) for path in anchors["unequal"]]
+        found = load(bundle, anchors=given)
+        if dtype == torch.float32:
+            assert_equal(found, made)
+    changed = [LlamaForCausalLM.from_pretrained(path) for path in anchors["unequal"]]
+    changed[1].model.norm.weight.data[0] += 1
+    with pytest.raises(ValueError, match="anchor 1 changed: model.norm.weight"):
+        load(bundle, anchors=changed)

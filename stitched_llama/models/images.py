@@ -35,9 +35,9 @@ class StitchedImageConfig(StitchedConfig):
     def __post_init__(self, **kwargs: Any):
         if self.anchor_configs:
             largest = self.anchor_configs[-1]
-            for name in ("id2label", "label2id"):
-                if name in largest:
-                    kwargs.setdefault(name, largest[name])
+            if labels := largest.get("id2label"):  # JSON made texts of the numbers
+                kwargs.setdefault("id2label", {int(number): label for number, label in labels.items()})
+                kwargs.setdefault("label2id", {label: int(number) for number, label in labels.items()})
         super().__post_init__(**kwargs)
         if self.anchor_configs:
             spec = self.stitch_space().anchors[-1]

@@ -41,6 +41,10 @@ def attach_pst(
             biased.append((block, layers))
         if rank and targets:
             inject_adapter_in_model(_lora(rank, targets, config), anchor)
+            for module in anchor.modules():  # MobileNetV2 pads by what it reads off its convolutions
+                if isinstance(convolution := getattr(module, "base_layer", None), nn.Conv2d):
+                    for name in ("stride", "kernel_size", "dilation"):
+                        setattr(module, name, getattr(convolution, name))
         if config.stitch_bias:
             for block, layers in biased:
                 install_bias_hooks(family, block, layers)

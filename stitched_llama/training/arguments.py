@@ -24,7 +24,7 @@ class StitchTrainingArguments(TrainingArguments):
         default=128,
         metadata={"help": "Rows a step, over all devices, by gradient accumulation; 0 leaves that to Transformers."},
     )
-    report_to: str | list[str] | None = field(
+    report_to: None | str | list[str] = field(
         default_factory=lambda: "tensorboard" if find_spec("tensorboard") else "none",
         metadata={"help": "Where logs go: tensorboard where it is installed, none, or what Transformers knows."},
     )
