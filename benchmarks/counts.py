@@ -75,7 +75,7 @@ def rows() -> Iterator[tuple[str, str, float, float, str]]:
         "M trained parameters saved by low-rank stitching layers",
         2.4,
         saved,
-        "4.07 - 1.52; the paper's difference is of rounded totals",
+        "4.07 - 1.52; 2.4 unexplained",
     )
     yield (
         "ESTA 5.3",

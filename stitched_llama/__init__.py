@@ -45,6 +45,7 @@ _HOMES = {
     "StitchedMobileNetV2ForImageClassification": "models",
     "StitchedMixedConfig": "models",
     "StitchedMixedForImageClassification": "models",
+    "StitchImageTrainer": "training",
     "StitchTrainer": "training",
     "StitchTrainingArguments": "training",
     "evaluate_stitches": "training",

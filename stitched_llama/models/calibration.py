@@ -43,7 +43,7 @@ class Calibration:
     def __str__(self) -> str:
         lines = [f"{'junction':<18} {'R2':>7} {'R2 with first token':>20}"]
         lines += [f"{name:<18} {value:7.3f} {self.r2_with_first[name]:20.3f}" for name, value in self.r2.items()]
-        lines += ["", f"{'stitch':<24} {'loss before training':>20}"]
+        lines += ["", f"{'stitch':<24} {'loss before training':>20}"] if self.loss else []
         lines += [f"{key:<24} {value:20.4f}" for key, value in self.loss.items()]
         return "\n".join(lines)
 

@@ -33,11 +33,10 @@ class StitchedImageConfig(StitchedConfig):
     train_head: bool = True
 
     def __post_init__(self, **kwargs: Any):
-        if self.anchor_configs:
-            largest = self.anchor_configs[-1]
-            if labels := largest.get("id2label"):  # JSON made texts of the numbers
-                kwargs.setdefault("id2label", {int(number): label for number, label in labels.items()})
-                kwargs.setdefault("label2id", {label: int(number) for number, label in labels.items()})
+        labels = self.anchor_configs[-1].get("id2label") if self.anchor_configs else None
+        if labels and self.id2label is None:  # JSON made texts of the numbers
+            self.id2label = {int(number): label for number, label in labels.items()}
+            self.label2id = {label: number for number, label in self.id2label.items()}
         super().__post_init__(**kwargs)
         if self.anchor_configs:
             spec = self.stitch_space().anchors[-1]

@@ -2,6 +2,7 @@
 
 prompts     templates, also as chat templates
 data        rows in Alpaca's schema to labelled batches
+images      labelled images to batches
 arguments   training arguments
 trainer     one stitch a step, the largest anchor as teacher
 evaluation  loss and exact match of every stitch
@@ -13,33 +14,41 @@ smoke       pico anchors for --smoke and tests
 
 from .arguments import DISTILLATIONS, StitchTrainingArguments
 from .data import Collator, InstructionDataset, Row, batches, pad_token_id, read_rows, split_rows
-from .evaluation import evaluate_stitches, response_scores, spearman
+from .evaluation import evaluate_stitches, image_scores, response_scores, spearman
+from .images import IMAGE_TASKS, ImageSet, collate_images, few_shot, read_images
 from .plots import format_table, plot_stitches
 from .prompts import TEMPLATES, Template, template
 from .record import dump_record, provenance
 from .samples import sample_budgets
 from .smoke import byte_tokenizer, pico_anchor, smoke_anchors
-from .trainer import StitchTrainer, find_checkpoint
+from .trainer import StitchImageTrainer, StitchTrainer, find_checkpoint
 
 __all__ = [
     "DISTILLATIONS",
     "TEMPLATES",
+    "IMAGE_TASKS",
     "Collator",
+    "ImageSet",
     "InstructionDataset",
     "Row",
+    "StitchImageTrainer",
     "StitchTrainer",
     "StitchTrainingArguments",
     "Template",
     "batches",
     "byte_tokenizer",
+    "collate_images",
     "dump_record",
     "evaluate_stitches",
+    "few_shot",
     "find_checkpoint",
     "format_table",
     "pad_token_id",
     "pico_anchor",
+    "image_scores",
     "plot_stitches",
     "provenance",
+    "read_images",
     "read_rows",
     "response_scores",
     "sample_budgets",

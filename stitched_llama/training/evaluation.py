@@ -1,4 +1,4 @@
-"""Loss and exact match of every stitch on held-out rows."""
+"""Quality of every stitch on held-out rows or images."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -26,6 +26,13 @@ def response_scores(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Ten
 
 
 @torch.no_grad()
+def image_scores(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, 1 and rightness of each image: logits [batch, classes], labels [batch]."""
+    losses = torch.nn.functional.cross_entropy(logits.float(), labels, reduction="none")
+    return losses, torch.ones_like(losses), logits.argmax(-1) == labels
+
+
+@torch.no_grad()
 def evaluate_stitches(
     model: Any,
     batches: Sequence[dict[str, Tensor]] | Iterable[dict[str, Tensor]],
@@ -34,16 +41,17 @@ def evaluate_stitches(
     rank: int = 0,
     world_size: int = 1,
 ) -> dict[str, dict[str, float]]:
-    """`{"loss": {key: nats a token}, "exact_match": {key: share}}` of the stitches `keys` (all by default).
+    """`{"loss": {key: nats}, "exact_match" or "accuracy": {key: share}}` of the stitches `keys` (all by default).
 
     Args:
-        batches: dicts of input_ids, attention_mask, labels, [batch, tokens] each; kept in memory.
+        batches: dicts of input_ids, attention_mask, labels, [batch, tokens] each; or of pixel_values [batch, channels,
+            height, width] and labels [batch]. Kept in memory.
         rank, world_size: each rank takes every `world_size`-th stitch; all ranks get all results.
 
     Raises:
         ValueError: there are no batches, or no labels in them.
     """
-    batches = list(batches)
+    batches, images = list(batches), model.main_input_name == "pixel_values"
     if not any((batch["labels"] != IGNORED).any() for batch in batches):
         raise ValueError("no labels to evaluate on: the held-out part is empty")
     keys = list(model.keys if keys is None else keys)
@@ -56,7 +64,8 @@ def evaluate_stitches(
         for batch in batches:
             batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
             labels = batch.pop("labels")
-            scores = response_scores(model(**batch, stitch_id=key, use_cache=False).logits, labels)
+            logits = model(**batch, stitch_id=key, **({} if images else {"use_cache": False})).logits
+            scores = (image_scores if images else response_scores)(logits, labels)
             totals += torch.stack([score.double().sum().cpu() for score in scores])
             rows += len(labels)
         found[key] = (float(totals[0] / totals[1]), float(totals[2] / rows))
@@ -67,7 +76,7 @@ def evaluate_stitches(
         found = {key: value for part in gathered for key, value in part.items()}
     return {
         "loss": {key: found[key][0] for key in keys},
-        "exact_match": {key: found[key][1] for key in keys},
+        "accuracy" if images else "exact_match": {key: found[key][1] for key in keys},
     }
 
 

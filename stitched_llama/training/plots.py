@@ -6,14 +6,18 @@ from pathlib import Path
 from stitched_llama.bundles import write_atomically
 from stitched_llama.space import StitchSpace, StitchTable, format_count, higher_is_better
 
-_LABELS = {"loss": "held-out loss (nats a token)", "exact_match": "exact match on held-out rows (%)"}
+_LABELS = {
+    "loss": "held-out loss (nats a token)",
+    "exact_match": "exact match on held-out rows (%)",
+    "accuracy": "accuracy (%)",
+}
 
 
 def plot_stitches(
     space: StitchSpace,
     table: StitchTable,
     path: str | Path,
-    metrics: Sequence[str] = ("loss", "exact_match"),
+    metrics: Sequence[str] = ("loss", "exact_match", "accuracy"),
     alone: Mapping[str, Mapping[str, float]] | None = None,
     title: str = "",
 ) -> None:

@@ -92,7 +92,7 @@ class StitchTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         labels = inputs.pop("labels")
         if num_items_in_batch is None:
-            num_items_in_batch = (labels[:, 1:] != IGNORED).sum() * self.current_gradient_accumulation_steps
+            num_items_in_batch = self._label_count(labels) * self.current_gradient_accumulation_steps
         student = self.draw(self.state.global_step)
         with self._unreduced(model):
             with self._gradients_of("teacher"):
@@ -113,6 +113,9 @@ class StitchTrainer(Trainer):
         if self.accelerator.sync_gradients:
             self._complete_step(student)
         return student_loss.detach() * self.accelerator.num_processes  # the log averages over ranks
+
+    def _label_count(self, labels: Tensor) -> Tensor:
+        return (labels[:, 1:] != IGNORED).sum()
 
     def _response_logits(self, model: nn.Module, inputs: dict, labels: Tensor, stitch: Stitch) -> tuple[Tensor, Tensor]:
         """Logits [labels, vocabulary] where a label is wanted, and those labels [labels]."""
@@ -245,6 +248,18 @@ class StitchTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         self.model.load_bundle(Bundle.open(self.state.best_model_checkpoint))
+
+
+class StitchImageTrainer(StitchTrainer):
+    """The same for image classifiers: every image is one label (ESTA section 5.1)."""
+
+    def _label_count(self, labels: Tensor) -> Tensor:
+        return torch.tensor(len(labels), device=labels.device)
+
+    def _response_logits(self, model: nn.Module, inputs: dict, labels: Tensor, stitch: Stitch) -> tuple[Tensor, Tensor]:
+        """Logits [batch, classes] and labels [batch]."""
+        logits = model(**inputs, stitch_id=stitch.key).logits.float()
+        return logits, labels.to(logits.device)
 
 
 def find_checkpoint(resume: str | None, output_dir: str) -> str | None:

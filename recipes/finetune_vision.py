@@ -1,0 +1,163 @@
+"""Fine-tune every size between two or more image classifiers on a new task, in one run (ESTA section 5.1, appendix A).
+
+    accelerate launch recipes/finetune_vision.py --data cifar100 \\
+        --anchors WinKawaks/vit-tiny-patch16-224 WinKawaks/vit-small-patch16-224 google/vit-base-patch16-224 --rank 32 16 8
+
+ESTA's settings are the defaults: AdamW, cosine, 10 % warm-up, rate `base_lr * batch / 256`, 15 intervals, kernel 2, stride 1.
+SN-Net's are the same recipe with `--sampling uniform --distillation none`; its full fine-tuning is not here yet.
+"""
+
+import json
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoImageProcessor, HfArgumentParser, set_seed
+
+import stitched_llama as sl
+from stitched_llama.training import (
+    ImageSet,
+    batches,
+    collate_images,
+    dump_record,
+    evaluate_stitches,
+    few_shot,
+    find_checkpoint,
+    format_table,
+    plot_stitches,
+    provenance,
+    read_images,
+    spearman,
+)
+
+CLASSES = {
+    "vit": sl.StitchedViTForImageClassification, "deit": sl.StitchedViTForImageClassification,
+    "swin": sl.StitchedSwinForImageClassification, "convnext": sl.StitchedConvNextForImageClassification,
+    "resnet": sl.StitchedResNetForImageClassification, "dinov2": sl.StitchedDinov2ForImageClassification,
+    "mobilenet_v2": sl.StitchedMobileNetV2ForImageClassification,
+}  # fmt: skip
+
+
+@dataclass
+class Arguments:
+    """What is tuned on what."""
+
+    anchors: list[str] = field(metadata={"help": "Folders or Hub ids, small to large."})
+    data: str = field(metadata={"help": "A task's name, a Hub id, an image folder, or a .npz file."})
+    eval_split: str = field(default="test", metadata={"help": "The part to evaluate on."})
+    eval_size: int = field(default=0, metadata={"help": "Pictures to evaluate on; 0 is all."})
+    shots: int = field(default=0, metadata={"help": "Training pictures a class; 0 is all (ESTA: 1, 4, 8, 16)."})
+    augment: bool = field(default=True, metadata={"help": "Random crop and flip; off for VTAB-1k."})
+    base_lr: float = field(default=1e-3, metadata={"help": "Rate at a batch of 256."})
+    rank: list[int] = field(default_factory=lambda: [16], metadata={"help": "LoRA rank, one or one for each anchor."})
+    kernel_size: int = field(default=2, metadata={"help": "Sliding window of the stitching space."})
+    stride: int = field(default=1, metadata={"help": "Its stride."})
+    calibration_size: int = field(default=100, metadata={"help": "Pictures for the least-squares start (SN-Net 4)."})
+    ridge: float = field(default=1e-4, metadata={"help": "Relative ridge of the least squares."})
+    dtype: str = field(default="auto", metadata={"help": "Of the anchors: auto, float32, bfloat16 or float16."})
+    resume: str | None = field(default=None, metadata={"help": "auto, or the path of a checkpoint."})
+    baselines: str | None = field(default=None, metadata={"help": "JSON rows of anchors tuned alone, for the plot."})
+
+
+@dataclass
+class VisionTrainingArguments(sl.StitchTrainingArguments):
+    """ESTA's choices for pictures as defaults (section 5.1, appendix A)."""
+
+    output_dir: str = field(default="runs/vision", metadata={"help": "Where checkpoints, table, plot and bundle go."})
+    num_train_epochs: float = field(default=100, metadata={"help": "Passes over the data."})
+    per_device_train_batch_size: int = field(default=64, metadata={"help": "Pictures a device takes at once."})
+    global_batch_size: int = field(default=64, metadata={"help": "Pictures a step, over all devices."})
+    weight_decay: float = field(default=1e-4, metadata={"help": "Of AdamW."})
+    warmup_steps: float = field(default=0.1, metadata={"help": "Steps, or share of all steps, of warm-up."})
+    interval_count: int = field(default=15, metadata={"help": "Cost intervals to draw from."})
+
+
+def main() -> None:
+    start = time.time()
+    args, training = HfArgumentParser((Arguments, VisionTrainingArguments)).parse_args_into_dataclasses()
+    output = Path(training.output_dir)
+    set_seed(training.seed)
+    training.learning_rate = args.base_lr * (training.global_batch_size or training.train_batch_size) / 256
+    chief = training.process_index == 0
+    checkpoint = find_checkpoint(args.resume, training.output_dir)
+    baselines = json.loads(Path(args.baselines).read_text()) if args.baselines else {}
+
+    # Data: pictures, a few of each class where asked, prepared by the anchors' own processor
+    images = read_images(args.data)
+    held_out = read_images(args.data, args.eval_split, images.names)
+    if args.shots:
+        images = few_shot(images, args.shots, training.seed)
+    processor = AutoImageProcessor.from_pretrained(args.anchors[-1], use_fast=False)
+    train_set, eval_set = ImageSet(images, processor, args.augment), ImageSet(held_out, processor)
+    limit = args.eval_size or None
+    held_out_batches = list(batches(eval_set, collate_images, training.per_device_eval_batch_size, limit))
+
+    # Model: frozen anchors with new heads, stitching layers by least squares, then the trainable parts
+    families = {AutoConfig.from_pretrained(name).model_type for name in args.anchors}
+    family = CLASSES[families.pop()] if len(families) == 1 else sl.StitchedMixedForImageClassification
+    model = family.from_anchors(
+        args.anchors, kernel_size=args.kernel_size, stride=args.stride, dtype=args.dtype, num_labels=len(images.names)
+    )
+    model.config.id2label = dict(enumerate(images.names))
+    model.config.label2id = {name: number for number, name in enumerate(images.names)}
+    model.to(training.device)
+    plain = ImageSet(images, processor)
+    calibration = model.calibrate(_pictures(plain, args.calibration_size), ridge=args.ridge, progress=chief)
+    model.attach_pst(sl.PSTConfig(rank=args.rank[0] if len(args.rank) == 1 else tuple(args.rank)))
+    if chief:
+        print(calibration)
+        print(f"{len(train_set)} pictures to train on, {len(eval_set)} held out, {len(model.space)} stitches")
+        model.print_trainable_parameters()
+
+    # The fine-tune, every stitch after
+    trainer = sl.StitchImageTrainer(
+        model=model, args=training, train_dataset=train_set, eval_dataset=eval_set, data_collator=collate_images
+    )
+    trained = trainer.train(resume_from_checkpoint=checkpoint)
+    ranks = {"rank": training.process_index, "world_size": training.world_size}
+    after = evaluate_stitches(model, held_out_batches, progress=chief, **ranks)
+    for name, values in after.items():
+        model.table = model.table.with_metrics(name, values, decides=name == "accuracy")
+    if not chief:
+        return
+
+    # What it leaves: bundle, table, plot, one JSON row
+    trainer.save_importance()
+    model.save_pretrained(output / "bundle")
+    processor.save_pretrained(output / "bundle")
+    title = f"{', '.join(Path(a).name for a in args.anchors)} on {Path(args.data).stem}: {trained.global_step} steps"
+    plot_stitches(model.space, model.table, output / "stitches.png", alone=baselines, title=title)
+    text = format_table(model.space, model.table)
+    (output / "table.txt").write_text(text + "\n")
+    orders = {
+        name: spearman([s.params for s in model.space], [v[s.key] for s in model.space]) for name, v in after.items()
+    }
+    print(f"{text}\nSpearman of parameters and " + ", ".join(f"{name}: {value:.2f}" for name, value in orders.items()))
+    row = provenance() | {
+        "anchors": args.anchors, "data": args.data, "classes": len(images.names), "shots": args.shots,
+        "train_images": len(train_set), "held_out_images": len(eval_set), "steps": trained.global_step,
+        "train_seconds": round(trained.metrics["train_runtime"], 1), "seconds": round(time.time() - start, 1),
+        "seed": training.seed, "trainable": model.trainable_parameters(), "calibration": asdict(calibration),
+        "spearman": orders, "baselines": baselines, "table": model.table.to_dict(model.space),
+    }  # fmt: skip
+    (output / "result.json").write_text(dump_record(row))
+    print(
+        f"{output / 'bundle'}: the bundle; {output / 'stitches.png'}: the plot; {output / 'result.json'}: all figures"
+    )
+
+
+def _pictures(images: ImageSet, count: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Shuffled batches without labels: the new heads know nothing yet."""
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count].tolist()
+    for first in range(0, len(order), 10):
+        yield {"pixel_values": collate_images([images[i] for i in order[first : first + 10]])["pixel_values"]}
+
+
+if __name__ == "__main__":
+    warnings.filterwarnings("ignore", message=".*pin_memory.*")
+    main()
+else:
+    raise ImportError("a recipe is run or copied, not imported")

@@ -1,0 +1,179 @@
+"""Labelled images: read, check, draw a few of each class, prepare, batch."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+# Tasks of VTAB-1k and FGVC (ESTA section 5.1) that the Hub holds as pictures with labels: name -> (Hub id, configuration).
+# VTAB-1k takes 1,000 training pictures of each; its rendered tasks (dSprites, CLEVR, DMLab, KITTI, smallNORB) are not here.
+IMAGE_TASKS = {
+    "cifar100": ("uoft-cs/cifar100", None),
+    "caltech101": ("dpdl-benchmark/caltech101", None),
+    "dtd": ("tanganke/dtd", None),
+    "oxford_flowers": ("dpdl-benchmark/oxford_flowers102", None),
+    "oxford_pets": ("timm/oxford-iiit-pet", None),
+    "svhn": ("ufldl-stanford/svhn", "cropped_digits"),
+    "sun397": ("tanganke/sun397", None),
+    "patch_camelyon": ("dpdl-benchmark/patch_camelyon", None),
+    "eurosat": ("tanganke/eurosat", None),
+    "resisc45": ("tanganke/resisc45", None),
+    "stanford_cars": ("tanganke/stanford_cars", None),
+    "cub_200_2011": ("bentrevett/caltech-ucsd-birds-200-2011", None),
+    "stanford_dogs": ("maurice-fp/stanford-dogs", None),
+}
+_IMAGE_NAMES = ("image", "img", "pixel_values")
+_LABEL_NAMES = ("label", "fine_label", "labels")
+
+
+@dataclass(frozen=True)
+class Images:
+    """Pictures with classes, and the classes' names."""
+
+    pictures: Sequence[Image.Image]
+    labels: Sequence[int]
+    names: Sequence[str]
+
+
+def read_images(source: str, split: str = "train", names: Sequence[str] | None = None) -> Images:
+    """Labelled pictures of a `.npz` file, an image folder, a task of `IMAGE_TASKS` or a Hub data set.
+
+    A `.npz` holds `x_{split}` [images, height, width(, channels)] of uint8, `y_{split}` [images] and optionally `class_names`.
+    A folder holds `{split}/{class}/picture`, or `{class}/picture` where it has no splits.
+
+    Args:
+        split: `"train"` or `"test"`, or what the data set calls it.
+        names: of the classes, where a training part has named them.
+
+    Raises:
+        ValueError: the source cannot be read or is empty, a picture cannot be opened, or a label is outside the classes.
+    """
+    path = Path(source)
+    if path.suffix == ".npz":
+        found = _from_npz(path, split)
+    elif path.is_dir():
+        found = _from_folder(path, split, names)
+    else:
+        found = _from_hub(*IMAGE_TASKS.get(source, (source, None)), split)
+    if not len(found.labels):
+        raise ValueError(f"{source} holds no pictures in its part {split!r}")
+    names = list(names or found.names)
+    wrong = next(((i, label) for i, label in enumerate(found.labels) if not 0 <= label < len(names)), None)
+    if wrong:
+        raise ValueError(f"{source}, {split} picture {wrong[0]}: label {wrong[1]} is outside the {len(names)} classes")
+    return Images(found.pictures, [int(label) for label in found.labels], names)
+
+
+def _from_npz(path: Path, split: str) -> Images:
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}")
+    with np.load(path, allow_pickle=False) as arrays:
+        if f"x_{split}" not in arrays or f"y_{split}" not in arrays:
+            raise ValueError(f"{path} has no x_{split} and y_{split}: it holds {', '.join(arrays.files)}")
+        pixels, labels = arrays[f"x_{split}"], arrays[f"y_{split}"]
+        names = [str(name) for name in arrays["class_names"]] if "class_names" in arrays else None
+    if pixels.dtype != np.uint8 or len(pixels) != len(labels):
+        raise ValueError(
+            f"{path}: x_{split} is {pixels.dtype} {list(pixels.shape)} and y_{split} has {len(labels)} labels; as many uint8 "
+            "pictures as labels are needed"
+        )
+    names = names or [str(number) for number in range(int(labels.max()) + 1 if len(labels) else 0)]
+    return Images([Image.fromarray(picture).convert("RGB") for picture in pixels], labels.tolist(), names)
+
+
+def _from_folder(path: Path, split: str, names: Sequence[str] | None) -> Images:
+    root = path / split if (path / split).is_dir() else path
+    classes = list(names or sorted(folder.name for folder in root.iterdir() if folder.is_dir()))
+    pictures, labels = [], []
+    for label, name in enumerate(classes):
+        for file in sorted((root / name).glob("*")) if (root / name).is_dir() else []:
+            try:
+                with Image.open(file) as picture:
+                    pictures.append(picture.convert("RGB"))
+            except OSError as error:
+                raise ValueError(f"{file} is no picture that can be opened: {error}") from None
+            labels.append(label)
+    return Images(pictures, labels, classes)
+
+
+def _from_hub(name: str, config: str | None, split: str) -> Images:
+    from datasets import load_dataset
+
+    try:
+        table = load_dataset(name, config, split=split)
+    except Exception as error:  # each back end has its own
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"{name!r} is neither a .npz, a folder, nor a data set of the Hub in reach: {reason}"
+        ) from error
+    image = next((name for name in _IMAGE_NAMES if name in table.column_names), None)
+    label = next((name for name in _LABEL_NAMES if name in table.column_names), None)
+    if image is None or label is None:
+        raise ValueError(f"{name} has the columns {table.column_names}: an image and a label are needed")
+    names = getattr(table.features[label], "names", None) or [str(i) for i in range(max(table[label]) + 1)]
+    return Images([picture.convert("RGB") for picture in table[image]], table[label], names)
+
+
+def few_shot(images: Images, shots: int, seed: int) -> Images:
+    """`shots` pictures of each class, drawn by `seed`.
+
+    Raises:
+        ValueError: a class has fewer.
+    """
+    rng, chosen = random.Random(seed), []
+    for label, name in enumerate(images.names):
+        own = [index for index, found in enumerate(images.labels) if found == label]
+        if len(own) < shots:
+            raise ValueError(f"class {name!r} has {len(own)} pictures, {shots} shots are asked for")
+        chosen += rng.sample(own, shots)
+    return Images([images.pictures[i] for i in chosen], [images.labels[i] for i in chosen], images.names)
+
+
+class ImageSet(Dataset):
+    """Prepared pictures: the processor's pixel values [channels, height, width] and a label.
+
+    Args:
+        processor: an image processor of Transformers; it resizes and normalises.
+        augment: random crop (after padding an eighth of the side) and horizontal flip at every visit (ESTA appendix A, for
+            FGVC and CIFAR; VTAB-1k takes none).
+    """
+
+    def __init__(self, images: Images, processor: Any, augment: bool = False):
+        self.labels, self.augment = list(images.labels), augment
+        self.pixels = torch.cat(
+            [processor(picture, return_tensors="pt")["pixel_values"] for picture in images.pictures]
+        )  # [images, channels, height, width]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        pixels = self.pixels[index]
+        if self.augment:
+            pixels = _augmented(pixels)
+        return {"pixel_values": pixels, "labels": self.labels[index]}
+
+
+def _augmented(pixels: Tensor) -> Tensor:
+    """One random crop and flip of [channels, height, width]; draws from torch's generator."""
+    height, width = pixels.shape[1:]
+    margin = max(1, height // 8)
+    padded = torch.nn.functional.pad(pixels, (margin,) * 4, mode="reflect")
+    top, left = torch.randint(2 * margin + 1, (2,)).tolist()
+    cropped = padded[:, top : top + height, left : left + width]
+    return cropped.flip(2) if torch.rand(()) < 0.5 else cropped
+
+
+def collate_images(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    """pixel_values [batch, channels, height, width], labels [batch]."""
+    return {
+        "pixel_values": torch.stack([row["pixel_values"] for row in rows]),
+        "labels": torch.tensor([row["labels"] for row in rows]),
+    }

@@ -1,0 +1,164 @@
+"""Pictures in, bundle out: reading, few shots, the image trainer and its recipe."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import SHARED, python
+from image_anchors import vit
+from PIL import Image
+from transformers import AutoModelForImageClassification, ViTImageProcessor
+
+from stitched_llama import PSTConfig, StitchedViTForImageClassification, StitchImageTrainer, StitchTrainingArguments
+from stitched_llama.training import (
+    IMAGE_TASKS,
+    ImageSet,
+    collate_images,
+    evaluate_stitches,
+    few_shot,
+    image_scores,
+    read_images,
+)
+
+COLOURS = np.array([[200, 30, 30], [30, 200, 30], [30, 30, 200]])
+
+
+def pictures(count, seed):
+    """Noisy squares whose colour is their class."""
+    rng = np.random.default_rng(seed)
+    labels = np.arange(count) % len(COLOURS)
+    noise = rng.integers(-25, 25, (count, 16, 16, 3))
+    return (COLOURS[labels][:, None, None] + noise).astype(np.uint8), labels
+
+
+@pytest.fixture(scope="module")
+def colours(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "colours.npz"
+    (x, y), (x_test, y_test) = pictures(48, 0), pictures(30, 1)
+    np.savez(path, x_train=x, y_train=y, x_test=x_test, y_test=y_test, class_names=np.array(["red", "green", "blue"]))
+    return path
+
+
+@pytest.fixture(scope="module")
+def anchors(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("anchors")
+    torch.manual_seed(0)
+    for number, width in enumerate((16, 24)):
+        vit(width, 3).save_pretrained(folder / str(number))
+        ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder / str(number))
+    return [str(folder / "0"), str(folder / "1")]
+
+
+def test_npz_and_folder_hold_the_same_pictures(colours, tmp_path):
+    images = read_images(str(colours))
+    assert list(images.names) == ["red", "green", "blue"]
+    assert (len(images.pictures), images.labels[:4]) == (48, [0, 1, 2, 0])
+    for number, (picture, label) in enumerate(zip(images.pictures, images.labels)):
+        folder = tmp_path / "train" / images.names[label]
+        folder.mkdir(parents=True, exist_ok=True)
+        picture.save(folder / f"{number:03}.png")
+    again = read_images(str(tmp_path), names=images.names)
+    assert sorted(again.labels) == sorted(images.labels)
+    assert np.array_equal(np.asarray(again.pictures[0]), np.asarray(images.pictures[0]))
+    assert read_images(str(tmp_path)).names == ["blue", "green", "red"]  # by itself a folder's names are sorted
+
+
+def test_bad_pictures_are_named(colours, tmp_path):
+    with pytest.raises(ValueError, match="has no x_val and y_val: it holds x_train"):
+        read_images(str(colours), "val")
+    with pytest.raises(ValueError, match="there is no file .*none.npz"):
+        read_images(str(tmp_path / "none.npz"))
+    with pytest.raises(ValueError, match="label 2 is outside the 2 classes"):
+        read_images(str(colours), names=["red", "green"])
+    np.savez(tmp_path / "float.npz", x_train=np.zeros((2, 4, 4, 3)), y_train=np.zeros(2))
+    with pytest.raises(ValueError, match=r"x_train is float64 \[2, 4, 4, 3\]"):
+        read_images(str(tmp_path / "float.npz"))
+    (tmp_path / "f" / "cat").mkdir(parents=True)
+    with pytest.raises(ValueError, match="holds no pictures"):
+        read_images(str(tmp_path / "f"))
+    (tmp_path / "f" / "cat" / "a.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"a\.png is no picture"):
+        read_images(str(tmp_path / "f"))
+    with pytest.raises(ValueError, match="'someone/nothing' is neither a .npz, a folder, nor"):
+        read_images("someone/nothing")
+    assert all(id.count("/") == 1 for id, _ in IMAGE_TASKS.values())
+
+
+def test_few_shots_are_equal_a_class_and_follow_the_seed(colours):
+    images = read_images(str(colours))
+    one, again, other = few_shot(images, 4, 0), few_shot(images, 4, 0), few_shot(images, 4, 1)
+    assert sorted(one.labels) == [0] * 4 + [1] * 4 + [2] * 4
+    same = [np.array_equal(a, b) for a, b in zip(one.pictures, again.pictures)]
+    assert all(same)
+    assert not all(np.array_equal(a, b) for a, b in zip(one.pictures, other.pictures))
+    with pytest.raises(ValueError, match="class 'red' has 16 pictures, 17 shots"):
+        few_shot(images, 17, 0)
+
+
+def test_augmentation_moves_pictures_and_keeps_what_they_are_made_of():
+    picture = Image.fromarray(np.arange(16 * 16 * 3, dtype=np.uint8).reshape(16, 16, 3))
+    images = type("Images", (), {"pictures": [picture], "labels": [1]})
+    processor = ViTImageProcessor(size={"height": 16, "width": 16})
+    plain, moved = ImageSet(images, processor), ImageSet(images, processor, augment=True)
+    torch.manual_seed(0)
+    seen = [moved[0]["pixel_values"] for _ in range(8)]
+    assert len({tensor.sum().item() for tensor in seen}) > 2
+    assert all(set(tensor.unique().tolist()) <= set(plain[0]["pixel_values"].unique().tolist()) for tensor in seen)
+    assert torch.equal(plain[0]["pixel_values"], plain[0]["pixel_values"])
+
+
+def test_image_scores():
+    logits = torch.tensor([[2.0, 0.0], [0.0, 3.0], [1.0, 0.0]])
+    losses, counts, right = image_scores(logits, torch.tensor([0, 1, 1]))
+    torch.testing.assert_close(losses, torch.log1p(torch.exp(torch.tensor([-2.0, -3.0, 1.0]))))
+    assert (counts.tolist(), right.tolist()) == ([1.0, 1.0, 1.0], [True, True, False])
+
+
+@pytest.mark.filterwarnings("ignore:.*ridge decides:UserWarning")
+def test_every_stitch_learns_colours_and_accumulation_changes_nothing(colours, anchors, tmp_path):
+    images, processor = read_images(str(colours)), ViTImageProcessor(size={"height": 16, "width": 16})
+    train_set = ImageSet(images, processor)
+    test_set = ImageSet(read_images(str(colours), "test"), processor)
+    found = []
+    for size in (16, 4):
+        torch.manual_seed(0)
+        model = StitchedViTForImageClassification.from_anchors(anchors, kernel_size=2, num_labels=3)
+        model.calibrate([{"pixel_values": train_set.pixels[:24]}], progress=False)
+        model.attach_pst(PSTConfig(rank=4))
+        args = StitchTrainingArguments(
+            output_dir=str(tmp_path), max_steps=60, per_device_train_batch_size=size, global_batch_size=16,
+            learning_rate=1e-2, use_cpu=True, save_strategy="no", report_to="none", disable_tqdm=True, warmup_steps=0,
+            dataloader_pin_memory=False,
+        )  # fmt: skip
+        StitchImageTrainer(model=model, args=args, train_dataset=train_set, data_collator=collate_images).train()
+        found.append(
+            evaluate_stitches(model, [collate_images([test_set[i] for i in range(len(test_set))])], progress=False)
+        )
+    assert set(found[0]) == {"loss", "accuracy"}
+    assert min(found[0]["accuracy"].values()) > 0.9
+    assert found[1]["loss"] == pytest.approx(found[0]["loss"], rel=0.05, abs=1e-3)
+
+
+def test_vision_recipe_leaves_bundle_plot_table_and_row(colours, anchors, tmp_path):
+    done = python(
+        "recipes/finetune_vision.py", "--anchors", *anchors, "--data", colours, "--output_dir", tmp_path, "--max_steps", 8,
+        "--shots", 8, "--rank", 4, 2, "--use_cpu", "--report_to", "none", "--global_batch_size", 8,
+        "--per_device_train_batch_size", 8, "--dtype", "float32",
+    )  # fmt: skip
+    row = json.loads((tmp_path / "result.json").read_text())
+    assert (row["classes"], row["shots"], row["train_images"], row["held_out_images"]) == (3, 8, 24, 30)
+    assert row["trainable"]["heads"] == 3 * (16 + 24) + 6
+    assert {"loss", "accuracy"} <= set(row["table"]["stitches"][0]["metrics"])
+    assert (tmp_path / "stitches.png").stat().st_size > 10_000
+    assert "accuracy" in done.stdout
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "bundle")
+    assert model.config.id2label == {0: "red", 1: "green", 2: "blue"}
+    assert [s.key for s in model.published]
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the shared data")
+def test_real_pictures_are_read():
+    images = read_images(str(SHARED / "data" / "images" / "cifar10" / "cifar10.npz"))
+    assert (len(images.pictures), len(images.names)) == (800, 10)
+    assert images.pictures[0].size == (32, 32)
