@@ -1,12 +1,12 @@
 """The recipe that made the demo anchors (and the larger ones on books): two LLaMAs that can be stitched.
 
-    python data/make_anchors.py --preset demo --output data/anchors
+    python data/make_anchors.py --preset demo --output data/anchors [--large data/anchors/large]
     python data/make_anchors.py --preset books --text FILE... --output DIR
 
 Command, machine, time and losses of the committed pair stand in `data/anchors/README.md`.
-Steps: tokenizer and corpus; pretrain the large anchor; cut the small one out of it; train that with
-cross-entropy plus feature alignment at the junctions. The alignment is trained in, on purpose: two models
-trained apart do not stitch this well.
+Steps: tokenizer and corpus; pretrain the large anchor (`--large` takes one that is there already); cut the small one
+out of it; train that with cross-entropy plus feature alignment at the junctions. The alignment is trained in, on
+purpose: two models trained apart do not stitch this well.
 """
 
 from __future__ import annotations
@@ -67,9 +67,10 @@ class Preset:
 PRESETS = {
     "demo": Preset(
         large=Size(width=128, depth=9, heads=4, key_value_heads=2, head_size=32, units=384),
-        small=Size(width=96, depth=6, heads=4, key_value_heads=2, head_size=32, units=264),
+        small=Size(width=76, depth=7, heads=4, key_value_heads=2, head_size=32, units=208),
         large_steps=3000,
-        small_steps=1000,
+        small_steps=1500,
+        alignment=30.0,
         batch=24,
         block=128,
         context=512,
@@ -228,6 +229,7 @@ def main() -> None:
     parser.add_argument("--preset", choices=PRESETS, required=True)
     parser.add_argument("--text", type=Path, nargs="+", default=[], help="text files of the books preset")
     parser.add_argument("--output", type=Path, required=True, help="folder that gets large/ and small/")
+    parser.add_argument("--large", type=Path, help="a large anchor of this preset to cut the small one out of")
     parser.add_argument("--large-steps", type=int, help="instead of the preset's")
     parser.add_argument("--small-steps", type=int, help="instead of the preset's")
     parser.add_argument("--seed", type=int, default=0)
@@ -249,7 +251,10 @@ def main() -> None:
 
     if preset.pieces is None:
         tokenizer = byte_tokenizer(preset.context)
-        corpus = demo_corpus(tokenizer, preset.block, preset.large_steps * preset.batch * preset.block, arguments.seed)
+        steps, seed = (
+            (preset.small_steps, arguments.seed + 1) if arguments.large else (preset.large_steps, arguments.seed)
+        )
+        corpus = demo_corpus(tokenizer, preset.block, steps * preset.batch * preset.block, seed)
     else:
         texts, ends = split_books([path.read_text(encoding="utf-8") for path in arguments.text])
         tokenizer = book_tokenizer(texts, preset.pieces, preset.context)
@@ -257,8 +262,11 @@ def main() -> None:
     for name, (share, training, validation) in corpus.sources.items():
         print(f"{name}: {len(training):,} tokens, {share:.0%} of the blocks; {len(validation):,} held out")
 
-    large = LlamaForCausalLM(llama_config(preset.large, preset, tokenizer))
-    _, large_seconds = measured(lambda: train("large", large, corpus, preset.large_steps, preset))
+    if arguments.large:
+        large, large_seconds = LlamaForCausalLM.from_pretrained(arguments.large, dtype=torch.float32), 0
+    else:
+        large = LlamaForCausalLM(llama_config(preset.large, preset, tokenizer))
+        _, large_seconds = measured(lambda: train("large", large, corpus, preset.large_steps, preset))
     large_losses = validation_losses(large, corpus, preset.batch)
 
     small_config = llama_config(preset.small, preset, tokenizer)

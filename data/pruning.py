@@ -19,8 +19,12 @@ def strongest(scores: Tensor, count: int) -> Tensor:
 
 
 def kept_blocks(large_depth: int, small_depth: int) -> list[int]:
-    """Blocks of the large anchor to keep, spread evenly, the first and the last among them."""
-    return [round(i * (large_depth - 1) / (small_depth - 1)) for i in range(small_depth)]
+    """For each block of the small anchor the last block of the large one at its depth, by the nearest-depth map.
+
+    What leaves a small block then starts as what leaves a large block that a junction at this depth replaces.
+    """
+    depth = {large * small_depth // large_depth: large for large in range(large_depth)}  # the last of each wins
+    return [depth[small] for small in range(small_depth)]
 
 
 @torch.no_grad()
