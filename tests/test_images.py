@@ -4,8 +4,16 @@ import pytest
 import torch
 from conftest import randomise
 from image_anchors import CLASSES, FAMILIES, LABELS, build, vit
+from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig, AutoModelForImageClassification, ResNetConfig, ViTConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForImageClassification,
+    ResNetConfig,
+    ViTConfig,
+    ViTImageProcessor,
+    pipeline,
+)
 
 from stitched_llama import PSTConfig, StitchedViTConfig, StitchedViTForImageClassification, StitchSpace
 
@@ -261,3 +269,56 @@ def test_resnet_takes_its_image_size_from_the_others():
     assert space.anchors[0].contract["image_size"] == 384
     assert space.anchors[0].leaves[0].grid == (96, 96)
     assert len(space) > 2
+
+
+@pytest.mark.parametrize("family", ["vit", "swin", "convnext", "resnet-vit"])
+def test_any_stitch_exports(family, folders):
+    model = stitched(folders, family, PSTConfig(rank=2))
+
+    class Logits(torch.nn.Module):
+        def __init__(self, key):
+            super().__init__()
+            self.view = model.pinned(key)
+
+        def forward(self, pixels):
+            return self.view(pixels).logits
+
+    pixels = images(model)
+    for key in (model.space[1].key, model.space[len(model.space) - 2].key):
+        exported = torch.export.export(Logits(key).eval(), (pixels,), strict=False).module()
+        torch.testing.assert_close(exported(pixels), logits(model, pixels, key), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["vit", "dinov2"])
+def test_activation_checkpointing_changes_no_gradient(family, folders):
+    model = stitched(folders, family, PSTConfig(rank=2)).train()
+    pixels, labels = images(model), torch.tensor([0, 1, 2])
+    for stitch in model.space:
+        found = []
+        for enabled in (False, True):
+            if enabled:
+                model.activation_checkpointing_enable()
+            model.zero_grad()
+            model(pixels, labels=labels, stitch_id=stitch.key).loss.backward()
+            model.activation_checkpointing_disable()
+            found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+        assert found[0].keys() == found[1].keys()
+        for name, gradient in found[0].items():
+            torch.testing.assert_close(found[1][name], gradient, atol=1e-6, rtol=0)
+
+
+def test_pipeline_at_a_chosen_stitch(folders, tmp_path):
+    model = stitched(folders, "vit", PSTConfig(rank=2))
+    model.save_pretrained(tmp_path)
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path)
+    picture = Image.new("RGB", (40, 30), (200, 10, 90))
+    answers = []
+    for number in (1, len(model.space) - 1):
+        classify = pipeline("image-classification", model=str(tmp_path), model_kwargs={"stitch_id": number})
+        assert classify.model.keys == [model.space[number].key]
+        found = {answer["label"]: answer["score"] for answer in classify(picture, top_k=CLASSES)}
+        pixels = classify.image_processor(picture, return_tensors="pt")["pixel_values"]
+        wanted = logits(model, pixels, model.space[number].key).softmax(-1)[0]
+        assert found == pytest.approx({f"class {i}": float(p) for i, p in enumerate(wanted)}, abs=1e-5)
+        answers.append(found)
+    assert answers[0] != answers[1]

@@ -135,7 +135,9 @@ class StitchedPreTrainedModel(BundleMixin, PreTrainedModel):
         stitch = self.choose(budget) if budget is not None else self.stitch(stitch_id)
         maybe_install_capturing_hooks(self)  # once for all views: they share the blocks
         view = copy.copy(self)
-        view.config, view.generation_config = copy.deepcopy(self.config), copy.deepcopy(self.generation_config)
+        view.config = copy.deepcopy(self.config)
+        if self.can_generate():
+            view.generation_config = copy.deepcopy(self.generation_config)
         view.config.default_stitch_id = stitch.key
         view.pinned_key = stitch.key
         return view
