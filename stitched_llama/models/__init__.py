@@ -4,6 +4,8 @@ configuration   what every stitched configuration holds
 modeling_base   what every stitched model is
 route           the one route walk
 calibration     least squares for all stitching layers in one pass
+references      how a bundle names its anchors and tells when one changed
+tokenizers      anchors that belong together have one
 loading         anchors by reference, whole or only a route's blocks
 storage         from_anchors, from_pretrained, save_pretrained, push_to_hub
 card            the model card of a bundle

@@ -1,19 +1,14 @@
 """Anchors by reference: checked from their configs alone, loaded whole or only the blocks a route needs."""
 
-import json
-import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel
-from transformers.utils import cached_file
-from transformers.utils.hub import extract_commit_hash
+from transformers import PreTrainedModel
 
 from stitched_llama.anchors import FAMILIES, Family, LlamaFamily
 from stitched_llama.bundles import (
@@ -22,81 +17,11 @@ from stitched_llama.bundles import (
     TABLE,
     WEIGHTS,
     fingerprint_files,
-    fingerprint_tensors,
     part_of,
-    read_header,
 )
 from stitched_llama.space import AnchorSpec, Stitch, anchor_spec
 
-_INDEX = "model.safetensors.index.json"
-_HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
-
-
-def check_tokenizers(names: Sequence[Any], **hub: Any) -> None:
-    """Refuses anchors whose tokenizers differ; warns where an anchor has none to compare. Loaded models have none.
-
-    Raises:
-        ValueError: two anchors give different ids to the same piece, or read the same text as different pieces.
-    """
-    tokenizers = []
-    for name in names:
-        if not isinstance(name, str):
-            continue
-        try:
-            tokenizers.append((name, AutoTokenizer.from_pretrained(name, **hub)))
-        except (OSError, ValueError, TypeError, KeyError, ImportError, AttributeError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            logging.getLogger(__name__).warning(
-                "%s has no tokenizer that could be compared with the other anchors' (%s): make sure they are one",
-                name,
-                reason,
-            )
-    for (name, ours), (other, theirs) in zip(tokenizers, tokenizers[1:]):
-        _check_pieces(name, ours.get_vocab(), other, theirs.get_vocab())
-        for special in ("bos_token_id", "eos_token_id"):
-            if getattr(ours, special) != getattr(theirs, special):
-                raise ValueError(
-                    f"anchors do not belong together: {special} is {getattr(ours, special)} in {name} and "
-                    f"{getattr(theirs, special)} in {other}; stitches need one tokenizer"
-                )
-        if ours(_PROBE).input_ids != theirs(_PROBE).input_ids:
-            raise ValueError(
-                f"anchors do not belong together: {name} and {other} read {_PROBE!r} as different ids though their pieces "
-                "are the same (prefix space or normalisation); stitches need one tokenizer"
-            )
-
-
-_PROBE = "hi  Ünïcode 你好 🦙\n\tdef f(x): return 1234567"
-
-
-def _check_pieces(name: str, vocabulary: dict[str, int], other: str, theirs: dict[str, int]) -> None:
-    if vocabulary != theirs:
-        piece = min(p for p in vocabulary.keys() | theirs.keys() if vocabulary.get(p) != theirs.get(p))
-        raise ValueError(
-            f"anchors do not belong together: piece {piece!r} has id {vocabulary.get(piece)} in {name} and "
-            f"{theirs.get(piece)} in {other}; stitches need one tokenizer"
-        )
-
-
-def weight_files(name_or_path: str, needed: "_Needed | None" = None, **hub: Any) -> dict[str, Path]:
-    """Tensor name -> safetensors file that holds it, of a folder or Hub repository; fetches only files that are needed.
-
-    Raises:
-        ValueError: there are no safetensors weights.
-    """
-    hub = {name: value for name, value in hub.items() if name in _HUB_OPTIONS and value is not None}
-    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_gated_repo": True}
-    index = cached_file(name_or_path, _INDEX, **quiet, **hub)
-    if index is not None:
-        shards = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
-        wanted = {tensor: shard for tensor, shard in shards.items() if needed is None or needed(tensor)}
-        files = {shard: Path(cached_file(name_or_path, shard, **hub)) for shard in sorted(set(wanted.values()))}
-        return {tensor: files[shard] for tensor, shard in wanted.items()}
-    weights = cached_file(name_or_path, WEIGHTS, **quiet, **hub)
-    if weights is None:
-        raise ValueError(f"{name_or_path} has no {WEIGHTS}: only safetensors weights are read; convert it first")
-    header, _ = read_header(Path(weights))
-    return {tensor: Path(weights) for tensor in header if needed is None or needed(tensor)}
+from .references import HUB_OPTIONS, check_fingerprint, fingerprint_in_memory, reference_to, weight_files
 
 
 class _Needed:
@@ -141,7 +66,7 @@ def load_anchor(
         )
     else:
         fingerprint = {part: digest for part, digest in fingerprint.items() if part in {part_of(t) for t in files}}
-        options = {name: value for name, value in options.items() if name not in _HUB_OPTIONS}
+        options = {name: value for name, value in options.items() if name not in HUB_OPTIONS}
         if not files:  # not on any of these routes: no weight is left that could be quantised
             options.pop("quantization_config", None)
         model_class = _partial_class(family.auto_class()._model_mapping[type(config)], needed)
@@ -217,52 +142,6 @@ def _read(files: Mapping[str, Path]) -> dict[str, Any]:
         with safe_open(path, framework="pt") as file:
             tensors |= {name: file.get_tensor(name) for name, home in files.items() if home == path}
     return tensors
-
-
-def fingerprint_in_memory(model: PreTrainedModel) -> dict[str, str]:
-    """Digests of the parts of an anchor that was handed over as an object."""
-    tied = set(model.all_tied_weights_keys)
-    return fingerprint_tensors({name: t for name, t in model.named_parameters() if name not in tied})
-
-
-def reference_to(model: PreTrainedModel) -> dict[str, Any]:
-    """How a bundle names an anchor that was handed over as an object: by the files it came from if it still equals
-    them (in its own dtype), else by its weights in memory alone."""
-    name = model.name_or_path
-    try:
-        files = weight_files(name) if name else {}
-    except (ValueError, OSError):
-        files = {}
-    own = dict(model.named_parameters())
-    for path in set(files.values()):
-        with safe_open(path, framework="pt") as file:
-            for tensor in (t for t in file.keys() if t in own and own[t].is_floating_point()):
-                if not torch.equal(file.get_tensor(tensor).to(own[tensor].dtype), own[tensor].cpu()):
-                    files = {}
-                    break
-    if not files:
-        return {"name_or_path": None, "revision": None, "fingerprint": fingerprint_in_memory(model)}
-    revision = commit_of(files)
-    return {"name_or_path": name, "revision": revision, "fingerprint": fingerprint_files(sorted(set(files.values())))}
-
-
-def commit_of(files: Mapping[str, Path]) -> str | None:
-    """The Hub commit that cached files belong to; None for a local folder."""
-    return extract_commit_hash(str(next(iter(files.values()))), None) if files else None
-
-
-def check_fingerprint(name: str, index: int, recorded: Mapping[str, str], found: Mapping[str, str]) -> None:
-    """Refuses an anchor whose weights are not those the bundle was trained on.
-
-    Raises:
-        ValueError: a part differs; names it, with both digests.
-    """
-    for part, digest in found.items():
-        if recorded.get(part) != digest:
-            raise ValueError(
-                f"anchor {index} changed: {part} of {name} has digest {digest}, the bundle was trained on "
-                f"{recorded.get(part)}; load the original weights (revision), or train again"
-            )
 
 
 def bundle_folder(name: str, hub: Mapping[str, Any]) -> Path:

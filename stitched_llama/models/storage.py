@@ -25,7 +25,8 @@ from stitched_llama.pst import is_low_rank
 from stitched_llama.space import StitchTable
 
 from .card import model_card
-from .loading import bundle_folder, commit_of, load_anchor, load_anchors, reference_to, weight_files
+from .loading import bundle_folder, load_anchor, load_anchors
+from .references import commit_of, reference_to, weight_files
 
 _HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 _LOAD = ("dtype", "quantization_config", "device_map", "max_memory", "offload_folder", "attn_implementation")

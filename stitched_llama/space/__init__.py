@@ -2,7 +2,7 @@
 
 spec      what a space knows of an anchor
 decoders  specs of LLaMA-like decoders
-images    specs of image classifiers
+vision_transformers, convolutions   specs of image classifiers; image_parts is what they share
 families  which family reads which config.json
 configs   reads config.json from a folder or the Hub
 rules     which blocks may be joined

@@ -3,9 +3,10 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from .convolutions import convnext_spec, mobilenet_v2_spec, resnet_spec
 from .decoders import LLAMA_LIKE, llama_spec
-from .images import convnext_spec, dinov2_spec, mobilenet_v2_spec, resnet_spec, swin_spec, vit_spec
 from .spec import AnchorSpec
+from .vision_transformers import dinov2_spec, swin_spec, vit_spec
 
 FAMILIES: dict[str, Callable[..., AnchorSpec]] = dict.fromkeys(LLAMA_LIKE, llama_spec) | {
     "vit": vit_spec,

@@ -19,9 +19,9 @@ from transformers.utils.output_capturing import capture_outputs
 from stitched_llama.anchors import DecoderContext
 from stitched_llama.space import Junction, Stitch
 
-from ..loading import check_tokenizers
 from ..modeling_base import BlockOutputs, StitchedPreTrainedModel
 from ..route import walk
+from ..tokenizers import check_tokenizers
 from .configuration_stitched_llama import StitchedLlamaConfig
 
 _BLOCKS = [LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer]

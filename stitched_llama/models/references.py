@@ -1,0 +1,84 @@
+"""How a bundle names its anchors, and how it tells when one is no longer what it was trained on."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers import PreTrainedModel
+from transformers.utils import cached_file
+from transformers.utils.hub import extract_commit_hash
+
+from stitched_llama.bundles import WEIGHTS, fingerprint_files, fingerprint_tensors, read_header
+
+HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+_INDEX = "model.safetensors.index.json"
+
+
+def weight_files(name_or_path: str, needed: Callable[[str], bool] | None = None, **hub: Any) -> dict[str, Path]:
+    """Tensor name -> safetensors file that holds it, of a folder or Hub repository; fetches only files that are needed.
+
+    Raises:
+        ValueError: there are no safetensors weights.
+    """
+    hub = {name: value for name, value in hub.items() if name in HUB_OPTIONS and value is not None}
+    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_gated_repo": True}
+    index = cached_file(name_or_path, _INDEX, **quiet, **hub)
+    if index is not None:
+        shards = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+        wanted = {tensor: shard for tensor, shard in shards.items() if needed is None or needed(tensor)}
+        files = {shard: Path(cached_file(name_or_path, shard, **hub)) for shard in sorted(set(wanted.values()))}
+        return {tensor: files[shard] for tensor, shard in wanted.items()}
+    weights = cached_file(name_or_path, WEIGHTS, **quiet, **hub)
+    if weights is None:
+        raise ValueError(f"{name_or_path} has no {WEIGHTS}: only safetensors weights are read; convert it first")
+    header, _ = read_header(Path(weights))
+    return {tensor: Path(weights) for tensor in header if needed is None or needed(tensor)}
+
+
+def fingerprint_in_memory(model: PreTrainedModel) -> dict[str, str]:
+    """Digests of the parts of an anchor that was handed over as an object."""
+    tied = set(model.all_tied_weights_keys)
+    return fingerprint_tensors({name: t for name, t in model.named_parameters() if name not in tied})
+
+
+def reference_to(model: PreTrainedModel) -> dict[str, Any]:
+    """How a bundle names an anchor that was handed over as an object: by the files it came from if it still equals
+    them (in its own dtype), else by its weights in memory alone."""
+    name = model.name_or_path
+    try:
+        files = weight_files(name) if name else {}
+    except (ValueError, OSError):
+        files = {}
+    own = dict(model.named_parameters())
+    for path in set(files.values()):
+        with safe_open(path, framework="pt") as file:
+            for tensor in (t for t in file.keys() if t in own and own[t].is_floating_point()):
+                if not torch.equal(file.get_tensor(tensor).to(own[tensor].dtype), own[tensor].cpu()):
+                    files = {}
+                    break
+    if not files:
+        return {"name_or_path": None, "revision": None, "fingerprint": fingerprint_in_memory(model)}
+    revision = commit_of(files)
+    return {"name_or_path": name, "revision": revision, "fingerprint": fingerprint_files(sorted(set(files.values())))}
+
+
+def commit_of(files: Mapping[str, Path]) -> str | None:
+    """The Hub commit that cached files belong to; None for a local folder."""
+    return extract_commit_hash(str(next(iter(files.values()))), None) if files else None
+
+
+def check_fingerprint(name: str, index: int, recorded: Mapping[str, str], found: Mapping[str, str]) -> None:
+    """Refuses an anchor whose weights are not those the bundle was trained on.
+
+    Raises:
+        ValueError: a part differs; names it, with both digests.
+    """
+    for part, digest in found.items():
+        if recorded.get(part) != digest:
+            raise ValueError(
+                f"anchor {index} changed: {part} of {name} has digest {digest}, the bundle was trained on "
+                f"{recorded.get(part)}; load the original weights (revision), or train again"
+            )

@@ -1,0 +1,137 @@
+"""Specs of ConvNeXt, ResNet and MobileNetV2, as Transformers builds them."""
+
+from .image_parts import Config, head_sizes, linear_sizes, norm_and_classifier, pair, patch_grid, staged
+from .spec import AnchorSpec, Feature, Part
+
+
+def convnext_spec(config: Config) -> AnchorSpec:
+    """ConvNeXt: depthwise 7x7 convolutions and pointwise linear layers in stages, strided convolutions between."""
+    patch, channels = pair(config.get("patch_size", 4)), config.get("num_channels", 3)
+    widths, depths = config.get("hidden_sizes") or (96, 192, 384, 768), config.get("depths") or (3, 3, 9, 3)
+    scale = 1 if config.get("layer_scale_init_value", 1e-6) > 0 else 0
+    grid, pixels = patch_grid(config, patch), channels * patch[0] * patch[1]
+    stem = Part(params=pixels * widths[0] + 3 * widths[0], macs=grid[0] * grid[1] * pixels * widths[0])
+    blocks, features, transitions = [], [], []
+    for stage, (width, depth) in enumerate(zip(widths, depths)):
+        between = Part()
+        if stage:
+            before, grid = widths[stage - 1], (grid[0] // 2, grid[1] // 2)
+            between = Part(params=2 * before + 4 * before * width + width, macs=grid[0] * grid[1] * 4 * before * width)
+        linears = [(width, 4 * width, True), (4 * width, width, True)]
+        block = Part(
+            **linear_sizes(linears, norms=49 * width + width + 2 * width + scale * width),
+            macs=grid[0] * grid[1] * (49 * width + 8 * width * width),
+            adapted=(("pwconv1", width, 4 * width), ("pwconv2", 4 * width, width)),
+        )
+        blocks += [block] * depth
+        features += [Feature(width, grid)] * depth
+        transitions += [between] + [Part()] * (depth - 1)
+    return staged(config, stem, blocks, features, features, transitions, norm_and_classifier(widths[-1], config))
+
+
+def resnet_spec(config: Config) -> AnchorSpec:
+    """ResNet: basic or bottleneck blocks; the first block of a later stage halves the map itself."""
+    widths, depths = config.get("hidden_sizes") or (256, 512, 1024, 2048), config.get("depths") or (3, 4, 6, 3)
+    channels, stem_width = config.get("num_channels", 3), config.get("embedding_size", 64)
+    bottleneck = config.get("layer_type", "bottleneck") == "bottleneck"
+    size = pair(config["image_size"])
+    half = tuple(-(-side // 2) for side in size)
+    stem = Part(params=49 * channels * stem_width + 2 * stem_width, macs=half[0] * half[1] * 49 * channels * stem_width)
+    grid = tuple(-(-side // 2) for side in half)  # after the max-pooling
+    blocks, enters, leaves = [], [], []
+    before = stem_width
+    for stage, (width, depth) in enumerate(zip(widths, depths)):
+        for index in range(depth):
+            stride = 2 if index == 0 and (stage or config.get("downsample_in_first_stage", False)) else 1
+            after = tuple(-(-side // stride) for side in grid)
+            convolutions = _resnet_convolutions(before, width, stride, bottleneck, config)
+            places = {1: grid[0] * grid[1], stride: after[0] * after[1]}
+            params = sum(d_in * d_out + 2 * d_out for _, d_in, d_out, _ in convolutions)
+            macs = sum(places[down] * d_in * d_out for _, d_in, d_out, down in convolutions)
+            adapted = tuple(
+                (name, d_in, d_out) for name, d_in, d_out, _ in convolutions if name != "shortcut.convolution"
+            )
+            blocks.append(Part(params=params, macs=macs, adapted=adapted))
+            enters.append(Feature(before, grid))
+            leaves.append(Feature(width, after))
+            before, grid = width, after
+    head = Part(*head_sizes(widths[-1], config))
+    return staged(config, stem, blocks, enters, leaves, [Part()] * len(blocks), head)
+
+
+def _resnet_convolutions(
+    before: int, width: int, stride: int, bottleneck: bool, config: Config
+) -> list[tuple[str, int, int, int]]:
+    """`(name, inputs with kernel, outputs, total stride at its output)` of each convolution of a block."""
+    found = []
+    if before != width or stride != 1:
+        found.append(("shortcut.convolution", before, width, stride))
+    if not bottleneck:
+        return [
+            *found,
+            ("layer.0.convolution", 9 * before, width, stride),
+            ("layer.1.convolution", 9 * width, width, stride),
+        ]
+    inner = width // 4
+    first = stride if config.get("downsample_in_bottleneck", False) else 1
+    return [
+        *found,
+        ("layer.0.convolution", before, inner, first),
+        ("layer.1.convolution", 9 * inner, inner, stride),
+        ("layer.2.convolution", inner, width, stride),
+    ]
+
+
+def mobilenet_v2_spec(config: Config) -> AnchorSpec:
+    """MobileNetV2: a stem, sixteen inverted residuals of fixed plan, and a head of a 1x1 convolution and a classifier."""
+    multiplier, divisor = config.get("depth_multiplier", 1.0), config.get("depth_divisible_by", 8)
+    least, expansion = config.get("min_depth", 8), config.get("expand_ratio", 6.0)
+
+    def scaled(channels: int) -> int:
+        return _divisible(round(channels * multiplier), divisor, least)
+
+    widths = [scaled(width) for width in _MOBILENET_WIDTHS]
+    channels, stem_width = config.get("num_channels", 3), scaled(32)
+    grid = tuple(-(-side // 2) for side in pair(config["image_size"]))
+    places = grid[0] * grid[1]
+    convolutions = [(9 * channels, stem_width), (9, stem_width), (stem_width, widths[0])]
+    if not config.get("first_layer_is_expansion", True):
+        convolutions.insert(1, (stem_width, stem_width))
+    matrix = sum(d_in * d_out for d_in, d_out in convolutions)
+    stem = Part(params=matrix + sum(2 * d_out for _, d_out in convolutions), macs=places * matrix)
+    blocks, enters, leaves = [], [], []
+    stride_so_far = 2
+    for before, width, stride in zip(widths, widths[1:], _MOBILENET_STRIDES):
+        if stride_so_far == config.get("output_stride", 32):
+            stride = 1  # dilated instead
+        stride_so_far *= stride
+        inner = _divisible(round(before * expansion), divisor, least)
+        after = tuple(-(-side // stride) for side in grid)
+        inside, outside = grid[0] * grid[1], after[0] * after[1]
+        blocks.append(
+            Part(
+                params=before * inner + 9 * inner + inner * width + 4 * inner + 2 * width,
+                macs=inside * before * inner + outside * (9 * inner + inner * width),
+                adapted=(
+                    ("expand_1x1.convolution", before, inner),
+                    ("reduce_1x1.convolution", inner, width),
+                ),
+            )
+        )
+        enters.append(Feature(before, grid))
+        leaves.append(Feature(width, after))
+        grid = after
+    last = 1280 if config.get("finegrained_output", True) and multiplier < 1.0 else scaled(1280)
+    params, _, _, macs = head_sizes(last, config)
+    head = Part(params=widths[-1] * last + 2 * last + params, macs=grid[0] * grid[1] * widths[-1] * last + macs)
+    return staged(config, stem, blocks, enters, leaves, [Part()] * len(blocks), head)
+
+
+_MOBILENET_WIDTHS = (16, 24, 24, 32, 32, 32, 64, 64, 64, 64, 96, 96, 96, 160, 160, 160, 320)
+_MOBILENET_STRIDES = (2, 1, 2, 1, 1, 2, 1, 1, 1, 1, 1, 1, 2, 1, 1, 1)
+
+
+def _divisible(value: float, divisor: int, least: int) -> int:
+    """`value` as a multiple of `divisor`, at least `least`, never more than a tenth below."""
+    found = max(least, int(value + divisor / 2) // divisor * divisor)
+    return found + divisor if found < 0.9 * value else found

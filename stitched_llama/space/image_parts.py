@@ -1,0 +1,82 @@
+"""What the specs of image classifiers share. Costs count one image."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .spec import AnchorSpec, Feature, Part
+
+Config = Mapping[str, Any]
+
+
+def staged(
+    config: Config,
+    stem: Part,
+    blocks: Sequence[Part],
+    enters: Sequence[Feature],
+    leaves: Sequence[Feature],
+    transitions: Sequence[Part],
+    head: Part,
+) -> AnchorSpec:
+    return AnchorSpec(
+        family=config["model_type"],
+        embedding=stem,
+        head=head,
+        blocks=tuple(blocks),
+        enters=tuple(enters),
+        leaves=tuple(leaves),
+        transitions=tuple(transitions),
+        contract=contract(config),
+        unit="image",
+    )
+
+
+def pair(size: Any) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+def patch_grid(config: Config, patch: Any) -> tuple[int, int]:
+    """Patches along height and width.
+
+    Raises:
+        ValueError: the image is smaller than a patch.
+    """
+    size, patch = pair(config.get("image_size", 224)), pair(patch)
+    grid = size[0] // patch[0], size[1] // patch[1]
+    if min(grid) < 1:
+        raise ValueError(f"image_size {size} is smaller than patch_size {patch}: no patch is left")
+    return grid
+
+
+def contract(config: Config) -> dict[str, Any]:
+    size = pair(config.get("image_size", 224))
+    return {
+        "image_size": size[0] if size[0] == size[1] else list(size),
+        "num_channels": config.get("num_channels", 3),
+        "num_labels": label_count(config),
+    }
+
+
+def label_count(config: Config) -> int:
+    return len(config["id2label"]) if config.get("id2label") else config.get("num_labels", 2)
+
+
+def linear_sizes(linears: list[tuple[int, int, bool]], norms: int) -> dict[str, int]:
+    """Parameters of a block: its linear layers and everything else (`norms`)."""
+    matrices = sum(d_in * d_out for d_in, d_out, _ in linears)
+    biases = sum(d_out for _, d_out, bias in linears if bias)
+    return {
+        "params": matrices + biases + norms,
+        "linear_params": matrices,
+        "linear_rows": sum(d_out for _, d_out, _ in linears),
+    }
+
+
+def head_sizes(width: int, config: Config) -> tuple[int, int, int, int]:
+    labels = label_count(config)
+    return width * labels + labels, 0, 0, width * labels
+
+
+def norm_and_classifier(width: int, config: Config) -> Part:
+    """A norm and a linear classifier."""
+    params, _, _, macs = head_sizes(width, config)
+    return Part(params=params + 2 * width, macs=macs)

@@ -1,0 +1,106 @@
+"""Specs of ViT, DeiT, DINOv2 and Swin, as Transformers builds them."""
+
+from dataclasses import replace
+
+from .image_parts import Config, contract, label_count, linear_sizes, norm_and_classifier, pair, patch_grid, staged
+from .spec import AnchorSpec, Feature, Part
+
+
+def vit_spec(config: Config) -> AnchorSpec:
+    """ViT and DeiT with one head on the class token: equal blocks on a class token, DeiT's distillation token, patches."""
+    grid, channels = patch_grid(config, config.get("patch_size", 16)), config.get("num_channels", 3)
+    patch, width = pair(config.get("patch_size", 16)), config.get("hidden_size", 768)
+    ffn, depth = config.get("intermediate_size", 3072), config.get("num_hidden_layers", 12)
+    special = 2 if config["model_type"] == "deit" else 1
+    heads = config.get("num_attention_heads", 12)
+    inner = heads * (config.get("head_dim") or width // heads)
+    feature = Feature(width, grid, special)
+    tokens, pixels = feature.positions, channels * patch[0] * patch[1]
+    linears = _attention_linears(width, inner, config.get("qkv_bias", True)) + [(width, ffn, True), (ffn, width, True)]
+    block = Part(
+        **linear_sizes(linears, norms=4 * width),
+        macs=tokens * sum(d_in * d_out for d_in, d_out, _ in linears) + 2 * tokens * tokens * inner,
+        adapted=_adapted_attention(width, inner),
+    )
+    return AnchorSpec(
+        family=config["model_type"],
+        embedding=Part(
+            params=pixels * width + width + special * width + tokens * width,
+            macs=grid[0] * grid[1] * pixels * width,
+        ),
+        head=norm_and_classifier(width, config),
+        blocks=(block,) * depth,
+        enters=(feature,) * depth,
+        leaves=(feature,) * depth,
+        contract=contract(config),
+        unit="image",
+    )
+
+
+def dinov2_spec(config: Config) -> AnchorSpec:
+    """DINOv2: a ViT whose two branches are scaled, and whose head reads class token and mean patch."""
+    width, ratio = config.get("hidden_size", 768), config.get("mlp_ratio", 4)
+    if config.get("use_swiglu_ffn"):
+        raise ValueError(
+            "DINOv2 with use_swiglu_ffn is not supported: take a checkpoint without it (small, base, large)"
+        )
+    patch = config.get("patch_size", 14)
+    plain = vit_spec({**config, "model_type": "dinov2", "intermediate_size": int(width * ratio), "patch_size": patch})
+    scaled = replace(plain.blocks[0], params=plain.blocks[0].params + 2 * width)
+    token = width if config.get("use_mask_token", True) else 0
+    labels = label_count(config)
+    return replace(
+        plain,
+        embedding=replace(plain.embedding, params=plain.embedding.params + token),
+        blocks=(scaled,) * plain.depth,
+        head=Part(params=2 * width + 2 * width * labels + labels, macs=2 * width * labels),
+    )
+
+
+def swin_spec(config: Config) -> AnchorSpec:
+    """Swin: window attention in stages, patch merging between them."""
+    patch, channels = pair(config.get("patch_size", 4)), config.get("num_channels", 3)
+    width, depths = config.get("embed_dim", 96), config.get("depths", (2, 2, 6, 2))
+    head_counts, ratio, limit = (
+        config.get("num_heads", (3, 6, 12, 24)),
+        config.get("mlp_ratio", 4.0),
+        config.get("window_size", 7),
+    )
+    grid = patch_grid(config, patch)
+    pixels = channels * patch[0] * patch[1]
+    positions = width * grid[0] * grid[1] if config.get("use_absolute_embeddings") else 0
+    stem = Part(params=pixels * width + 3 * width + positions, macs=grid[0] * grid[1] * pixels * width)
+    blocks, features, transitions = [], [], []
+    for stage, (depth, heads) in enumerate(zip(depths, head_counts)):
+        window = min(limit, *grid)
+        padded = (-(-grid[0] // window) * window) * (-(-grid[1] // window) * window)
+        places, ffn = grid[0] * grid[1], int(ratio * width)
+        attention = _attention_linears(width, width, config.get("qkv_bias", True))
+        linears = [*attention, (width, ffn, True), (ffn, width, True)]
+        block = Part(
+            **linear_sizes(linears, norms=4 * width + (2 * limit - 1) ** 2 * heads),
+            macs=padded * (4 * width * width + 2 * window * window * width) + places * 2 * width * ffn,
+            adapted=_adapted_attention(width, width),
+        )
+        blocks += [block] * depth
+        features += [Feature(width, grid)] * depth
+        transitions += [Part()] * (depth if stage == 0 else depth - 1)
+        if stage + 1 < len(depths):
+            grid = (-(-grid[0] // 2), -(-grid[1] // 2))
+            merged = 8 * width * width
+            transitions.append(Part(merged + 8 * width, merged, 2 * width, macs=grid[0] * grid[1] * merged))
+            width *= 2
+    return staged(config, stem, blocks, features, features, transitions, norm_and_classifier(width, config))
+
+
+def _attention_linears(width: int, inner: int, qkv_bias: bool) -> list[tuple[int, int, bool]]:
+    return [(width, inner, qkv_bias)] * 3 + [(inner, width, True)]
+
+
+def _adapted_attention(width: int, inner: int) -> tuple[tuple[str, int, int], ...]:
+    return (
+        ("q_proj", width, inner),
+        ("k_proj", width, inner),
+        ("v_proj", width, inner),
+        ("o_proj", inner, width),
+    )
