@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -35,9 +34,9 @@ _LABEL_NAMES = ("label", "fine_label", "labels")
 
 @dataclass(frozen=True)
 class Images:
-    """Pictures with classes, and the classes' names."""
+    """Pictures (of Pillow, RGB) with classes, and the classes' names."""
 
-    pictures: Sequence[Image.Image]
+    pictures: Sequence[Any]
     labels: Sequence[int]
     names: Sequence[str]
 
@@ -72,6 +71,8 @@ def read_images(source: str, split: str = "train", names: Sequence[str] | None =
 
 
 def _from_npz(path: Path, split: str) -> Images:
+    from PIL import Image
+
     if not path.is_file():
         raise ValueError(f"there is no file {path}")
     with np.load(path, allow_pickle=False) as arrays:
@@ -89,6 +90,8 @@ def _from_npz(path: Path, split: str) -> Images:
 
 
 def _from_folder(path: Path, split: str, names: Sequence[str] | None) -> Images:
+    from PIL import Image
+
     root = path / split if (path / split).is_dir() else path
     classes = list(names or sorted(folder.name for folder in root.iterdir() if folder.is_dir()))
     pictures, labels = [], []
