@@ -7,6 +7,7 @@ calibration     least squares for all stitching layers in one pass
 references      how a bundle names its anchors and tells when one changed
 tokenizers      anchors that belong together have one
 loading         anchors by reference, whole or only a route's blocks
+bundle_tensors  which tensors a bundle holds
 storage         from_anchors, from_pretrained, save_pretrained, push_to_hub
 card            the model card of a bundle
 llama           decoders of LLaMA blocks

@@ -7,9 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import HfApi
-from torch import Tensor
 from transformers import AutoConfig, GenerationConfig
 
 from stitched_llama.bundles import (
@@ -17,13 +15,11 @@ from stitched_llama.bundles import (
     CONFIG,
     GENERATION,
     Bundle,
-    dequantize_rows,
-    quantize_rows,
     write_bundle,
 )
-from stitched_llama.pst import is_low_rank
 from stitched_llama.space import StitchTable
 
+from .bundle_tensors import BundleTensors
 from .card import model_card
 from .loading import bundle_folder, load_anchor, load_anchors
 from .references import commit_of, reference_to, weight_files
@@ -49,7 +45,7 @@ _IGNORED = (
 )
 
 
-class BundleMixin:
+class BundleMixin(BundleTensors):
     """`from_anchors`, `from_pretrained`, `save_pretrained` and `push_to_hub` of stitched models."""
 
     config_fields: tuple[str, ...] = ()  # what from_anchors passes on to each anchor's config
@@ -226,76 +222,6 @@ class BundleMixin:
                 revision=revision,
                 create_pr=create_pr,
             )
-
-    def load_bundle(self, bundle: Bundle) -> None:
-        """Copies a bundle's tensors into this model: every one this model has, no more, no less than it has.
-
-        Raises:
-            ValueError: a tensor is missing or has another shape.
-        """
-        own = self._own_tensors(self.keys)
-        names = list(own)
-        int8 = [n for n in names if _is_stitching_weight(n)] if bundle.config.get("stitching_dtype") == "int8" else []
-        scales = {f"{name}_scale": own[name].shape[:1] for name in int8}
-        for name in names:
-            if name in bundle.shapes and bundle.shapes[name] != tuple(own[name].shape):
-                raise ValueError(
-                    f"tensor {name} of {bundle.folder} has shape {list(bundle.shapes[name])}, "
-                    f"this model needs {list(own[name].shape)}"
-                )
-        tensors = bundle.load_tensors([*names, *scales])
-        for name, shape in scales.items():
-            if tensors[name].shape != shape:
-                raise ValueError(
-                    f"tensor {name} of {bundle.folder} has shape {list(tensors[name].shape)}, this model needs {list(shape)}"
-                )
-        for name in names:
-            if tensors[name].is_floating_point() == (name in int8):
-                raise ValueError(
-                    f"tensor {name} of {bundle.folder} is {tensors[name].dtype} and stitching_dtype is "
-                    f"{bundle.config.get('stitching_dtype')!r}: the bundle was changed, save or download it again"
-                )
-        with torch.no_grad():
-            for name, tensor in own.items():
-                saved = tensors[name]
-                tensor.copy_(dequantize_rows(saved, tensors[f"{name}_scale"]) if name in int8 else saved)
-
-    def _own_tensors(self, keys: Sequence[str]) -> dict[str, Tensor]:
-        """What a bundle holds of this model, by the name it has there."""
-        routes = [self.space[key] for key in keys]
-        layers = {junction.layer for stitch in routes for junction in stitch.junctions}
-        blocks = tuple(self.block_prefix(*block) for block in {b for stitch in routes for b in stitch.blocks()})
-        heads = tuple(self.trained_heads({stitch.segments[-1].anchor for stitch in routes}))
-        own = {}
-        for name, tensor in self.named_parameters():
-            head, *rest = name.split(".")
-            if head == "stitching_layers" and rest[0] in layers:
-                keep = True
-            elif head == "stitch_bias":
-                keep = ".".join(rest[1:]) in keys
-            elif head == "anchors" and is_low_rank(name):
-                keep = name.startswith(blocks)
-            else:
-                keep = name.startswith(heads)
-            if keep:
-                own[_bundle_name(name)] = tensor
-        return own
-
-    def _bundle_tensors(self, keys: Sequence[str], stitching_dtype: str | None) -> dict[str, Tensor]:
-        tensors = dict(self._own_tensors(keys))
-        if stitching_dtype == "int8":
-            for name in [name for name in tensors if _is_stitching_weight(name)]:
-                tensors[name], tensors[f"{name}_scale"] = quantize_rows(tensors[name].detach())
-        return tensors
-
-
-def _is_stitching_weight(name: str) -> bool:
-    return name.startswith("stitching_layers.") and name.endswith(".proj.weight")
-
-
-def _bundle_name(name: str) -> str:
-    """A tensor's name in a bundle: PEFT's wrapping and this package's containers left out."""
-    return name.replace(".base_layer.", ".").replace(".default.", ".").replace("stitch_bias.vectors.", "stitch_bias.")
 
 
 def _take(kwargs: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
