@@ -5,12 +5,18 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import SHARED, python
+from conftest import ROOT, SHARED, python
 from image_anchors import vit
 from PIL import Image
 from transformers import AutoModelForImageClassification, ViTImageProcessor
 
-from stitched_llama import PSTConfig, StitchedViTForImageClassification, StitchImageTrainer, StitchTrainingArguments
+from stitched_llama import (
+    PSTConfig,
+    StitchedViTForImageClassification,
+    StitchImageTrainer,
+    StitchSpace,
+    StitchTrainingArguments,
+)
 from stitched_llama.training import (
     IMAGE_TASKS,
     ImageSet,
@@ -162,3 +168,18 @@ def test_real_pictures_are_read():
     images = read_images(str(SHARED / "data" / "images" / "cifar10" / "cifar10.npz"))
     assert (len(images.pictures), len(images.names)) == (800, 10)
     assert images.pictures[0].size == (32, 32)
+
+
+def test_the_vision_demos_halves_are_disjoint_and_its_vits_fit_them(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "data"))
+    import make_vits
+
+    arrays = make_vits.digits(0)
+    assert len(arrays["x_train"]) + len(arrays["x_test"]) == 1797
+    assert arrays["x_train"].dtype == np.uint8
+    assert arrays["x_train"].max() == 240
+    halves = [{picture.tobytes() for picture in arrays[f"x_{part}"]} for part in ("train", "test")]
+    assert not halves[0] & halves[1]
+    assert np.array_equal(make_vits.digits(0)["y_train"], arrays["y_train"])
+    space = StitchSpace.from_configs([make_vits.vit(width).config.to_dict() for width in (32, 64, 128)], kernel_size=2)
+    assert len(space) == 35
