@@ -7,7 +7,7 @@ from stitched_llama.bundles import write_atomically
 from stitched_llama.space import StitchSpace, StitchTable, format_count, higher_is_better
 
 _LABELS = {
-    "loss": "held-out loss (nats a token)",
+    "loss": "held-out loss (nats)",
     "exact_match": "exact match on held-out rows (%)",
     "accuracy": "accuracy (%)",
 }
