@@ -4,7 +4,7 @@ A score is the larger the more important the stitch. Which one ranks stitches as
 before the first line of code (DESIGN, section 8); `snip` is the paper's.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 
@@ -47,7 +47,6 @@ class Importance:
     score: str = "snip_per_loss"
     eta: float = 0.9
     averages: dict[str, float] = field(default_factory=dict)
-    visits: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.score not in SCORES:
@@ -60,11 +59,3 @@ class Importance:
         value = SCORES[self.score](signals)
         old = self.averages.get(key)
         self.averages[key] = value if old is None else self.eta * old + (1 - self.eta) * value
-        self.visits[key] = self.visits.get(key, 0) + 1
-
-    def state_dict(self) -> dict:
-        return {"score": self.score, "eta": self.eta, "averages": dict(self.averages), "visits": dict(self.visits)}
-
-    @classmethod
-    def from_state_dict(cls, state: Mapping) -> "Importance":
-        return cls(state["score"], state["eta"], dict(state["averages"]), dict(state["visits"]))
