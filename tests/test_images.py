@@ -307,6 +307,19 @@ def test_activation_checkpointing_changes_no_gradient(family, folders):
             torch.testing.assert_close(found[1][name], gradient, atol=1e-6, rtol=0)
 
 
+def test_command_shows_and_verifies_an_image_bundle(folders, tmp_path, capsys):
+    from stitched_llama.cli import main
+
+    model = stitched(folders, "swin", PSTConfig(rank=2))
+    model.save_pretrained(tmp_path)
+    assert main(["bundle", "show", str(tmp_path)]) == 0
+    assert main(["bundle", "verify", str(tmp_path), "--anchors", *folders("swin")]) == 0
+    assert f"all tensors of {len(model.space)} stitches there" in capsys.readouterr().out
+    assert main(["space", *folders("swin"), "--kernel-size", "2"]) == 0
+    assert "MACs/image" in capsys.readouterr().out
+    assert main(["bundle", "verify", str(tmp_path), "--anchors", *folders("vit")]) == 2
+
+
 def test_pipeline_at_a_chosen_stitch(folders, tmp_path):
     model = stitched(folders, "vit", PSTConfig(rank=2))
     model.save_pretrained(tmp_path)

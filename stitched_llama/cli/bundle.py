@@ -16,6 +16,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     verify = actions.add_parser("verify", help="files whole, digests right, anchors unchanged, every tensor there")
     verify.add_argument("path", help="folder of a bundle")
     verify.add_argument("--no-anchors", action="store_true", help="do not load the anchors it was trained on")
+    verify.add_argument("--anchors", nargs="+", metavar="ANCHOR", help="where the anchors lie now, small to large")
     verify.set_defaults(run=run_verify)
 
 
@@ -47,8 +48,11 @@ def run_verify(options: argparse.Namespace) -> int:
     bundle.verify_weights()
     print(f"{options.path}: files whole, {len(bundle.shapes)} tensors, digests right")
     if not options.no_anchors:
-        from stitched_llama.models import StitchedLlamaForCausalLM
+        from stitched_llama.models import CLASSES
 
-        model = StitchedLlamaForCausalLM.from_pretrained(options.path)
+        kind = bundle.config.get("model_type")
+        if kind not in CLASSES:
+            raise ValueError(f"{options.path} has the model_type {kind!r}; one of {', '.join(CLASSES)} is needed")
+        model = CLASSES[kind].from_pretrained(options.path, anchors=options.anchors)
         print(f"{options.path}: anchors unchanged, all tensors of {len(model.keys)} stitches there")
     return 0

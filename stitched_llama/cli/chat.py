@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--temperature", type=float, help="sample at this temperature (default, and 0: greedy)")
     parser.add_argument("--top-p", type=float, help="sample from the top candidates of this probability")
+    parser.add_argument("--anchors", nargs="+", metavar="ANCHOR", help="where the anchors lie now, small to large")
     parser.add_argument("--load-in-8bit", action="store_true", help="anchors in 8 bits")
     parser.add_argument("--dtype", default="auto", help="of the anchors")
     parser.add_argument("--device-map", help="as from_pretrained takes it, such as auto or cuda")
@@ -135,7 +136,11 @@ def run(options: argparse.Namespace) -> int:
     logging.disable_progress_bar()
     quantization = BitsAndBytesConfig(load_in_8bit=True) if options.load_in_8bit else None
     model = StitchedLlamaForCausalLM.from_pretrained(
-        options.bundle, dtype=options.dtype, device_map=options.device_map, quantization_config=quantization
+        options.bundle,
+        anchors=options.anchors,
+        dtype=options.dtype,
+        device_map=options.device_map,
+        quantization_config=quantization,
     )
     if options.budget is not None and options.stitch_id is not None:
         raise ValueError("--budget and --stitch-id both given: pass one of them")

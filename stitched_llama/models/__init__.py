@@ -40,12 +40,14 @@ _CLASSES = (
     (AutoModelForImageClassification, StitchedMobileNetV2ForImageClassification),
     (AutoModelForImageClassification, StitchedMixedForImageClassification),
 )
+CLASSES = {model_class.config_class.model_type: model_class for _, model_class in _CLASSES}
 for auto_class, model_class in _CLASSES:
     config_class = model_class.config_class
     AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
     auto_class.register(config_class, model_class, exist_ok=True)
 
 __all__ = [
+    "CLASSES",
     "Calibration",
     "StitchedConfig",
     "StitchedConvNextConfig",
