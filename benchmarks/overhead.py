@@ -7,10 +7,11 @@ stands beside the straight line between its anchors' times, by blocks taken from
 """
 
 import argparse
+import copy
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from transformers import LlamaForCausalLM
@@ -19,14 +20,15 @@ from stitched_llama import PSTConfig, StitchedLlamaForCausalLM
 from stitched_llama.training import pico_anchor, provenance
 
 
-def seconds(run: Callable[[], object], repeats: int) -> float:
-    """Median time of a call, the first left out."""
-    times = []
+def seconds(runs: Sequence[Callable[[], object]], repeats: int) -> list[float]:
+    """Median time of each call, the first left out; they take turns, so that what else a machine does meets all alike."""
+    times: list[list[float]] = [[] for _ in runs]
     for _ in range(repeats + 1):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
+        for run, own in zip(runs, times):
+            start = time.perf_counter()
+            run()
+            own.append(time.perf_counter() - start)
+    return [statistics.median(own[1:]) for own in times]
 
 
 def main() -> None:
@@ -41,7 +43,7 @@ def main() -> None:
         pico_anchor(width, depth, heads=width // 32, kv_heads=width // 32, vocab_size=4096)
         for width, depth in zip(args.width, args.depth)
     ]
-    stitched = StitchedLlamaForCausalLM.from_anchors(anchors)
+    stitched = StitchedLlamaForCausalLM.from_anchors(copy.deepcopy(anchors))  # PST goes into what it is given
     space, prompt = stitched.space, torch.randint(3, 4096, (1, args.tokens))
     middle = space[len(space) // 2]
     fixed = {"max_new_tokens": args.tokens, "min_new_tokens": args.tokens, "do_sample": False}
@@ -51,19 +53,18 @@ def main() -> None:
     }
     rows = []
     with torch.no_grad():
-        plain = {
-            name: [seconds(lambda a=a, run=run: run(a), args.repeats) for a in anchors] for name, run in work.items()
-        }
         for pst in (False, True):
             if pst:
                 stitched.attach_pst(PSTConfig())
             for name, run in work.items():
                 for stitch in (space.anchor_stitch(0), middle, space.anchor_stitch(1)):
-                    took = seconds(lambda run=run, s=stitch: run(stitched, stitch_id=s.key), args.repeats)
+                    calls = [lambda run=run, s=stitch: run(stitched, stitch_id=s.key)]
+                    calls += [lambda run=run, a=anchor: run(a) for anchor in anchors]
+                    took, *plain = seconds(calls, args.repeats)
                     shares = [0.0, 0.0]
                     for segment in stitch.segments:
                         shares[segment.anchor] += len(segment) / args.depth[segment.anchor]
-                    peer = sum(share * plain_time for share, plain_time in zip(shares, plain[name]))
+                    peer = sum(share * plain_time for share, plain_time in zip(shares, plain))
                     rows.append({"work": name, "pst": pst, "stitch": stitch.key, "seconds": took, "ratio": took / peer})
     print(f"{'work':<10} {'PST':<5} {'stitch':<20} {'ms':>9} {'ratio to plain':>15}")
     for row in rows:

@@ -23,7 +23,8 @@ def plot_stitches(
 ) -> None:
     """Draws each metric against parameters: every stitch, anchors starred, the published front as a line.
 
-    A `{metric}_before` in the table is told in the legend, as a range.
+    A `{metric}_before` in the table is told in the legend, as a range. A metric that is the same for all has nothing to
+    show and is left out.
 
     Args:
         alone: anchor key -> metric -> value of that anchor tuned alone, drawn as diamonds.
@@ -38,7 +39,8 @@ def plot_stitches(
     from matplotlib import pyplot as plt
     from matplotlib.ticker import FuncFormatter
 
-    metrics = [name for name in metrics if name in table.metrics]
+    measured = [name for name in metrics if name in table.metrics]
+    metrics = [name for name in measured if len(set(table.metrics[name].values())) > 1] or measured[:1]
     figure, axes = plt.subplots(1, len(metrics), figsize=(6.5 * len(metrics), 5), squeeze=False, layout="constrained")
     published = set(table.published(space))
     for axis, name in zip(axes[0], metrics):
