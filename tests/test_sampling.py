@@ -172,6 +172,7 @@ def test_moving_average_by_hand():
         importance.update("a", StepSignals(0, 0, loss))
     importance.update("b", StepSignals(0, 0, 5.0))
     assert importance.averages == pytest.approx({"a": 0.9 * (0.9 * -1 + 0.1 * -2) + 0.1 * -3, "b": -5.0})
+    assert importance.visits == {"a": 3, "b": 1}
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,8 @@ class Importance:
     Args:
         score: a name in `SCORES`.
         eta: momentum of the average.
+        averages: key -> moving average.
+        visits: key -> updates in this run.
 
     Raises:
         ValueError: the score is unknown or eta is outside [0, 1).
@@ -47,6 +49,7 @@ class Importance:
     score: str = "snip_per_loss"
     eta: float = 0.9
     averages: dict[str, float] = field(default_factory=dict)
+    visits: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.score not in SCORES:
@@ -59,3 +62,4 @@ class Importance:
         value = SCORES[self.score](signals)
         old = self.averages.get(key)
         self.averages[key] = value if old is None else self.eta * old + (1 - self.eta) * value
+        self.visits[key] = self.visits.get(key, 0) + 1
