@@ -80,6 +80,10 @@ def main() -> None:
     args, training = HfArgumentParser((Arguments, VisionTrainingArguments)).parse_args_into_dataclasses()
     output = Path(training.output_dir)
     set_seed(training.seed)
+    if training.learning_rate != VisionTrainingArguments.learning_rate:
+        raise SystemExit(
+            "--learning_rate follows from --base_lr and the batch here: pass --base_lr (the rate at a batch of 256)"
+        )
     training.learning_rate = args.base_lr * (training.global_batch_size or training.train_batch_size) / 256
     chief = training.process_index == 0
     checkpoint = find_checkpoint(args.resume, training.output_dir)
@@ -104,8 +108,7 @@ def main() -> None:
     model.config.id2label = dict(enumerate(images.names))
     model.config.label2id = {name: number for number, name in enumerate(images.names)}
     model.to(training.device)
-    plain = ImageSet(images, processor)
-    calibration = model.calibrate(_pictures(plain, args.calibration_size), ridge=args.ridge, progress=chief)
+    calibration = model.calibrate(_pictures(train_set, args.calibration_size), ridge=args.ridge, progress=chief)
     model.attach_pst(sl.PSTConfig(rank=args.rank[0] if len(args.rank) == 1 else tuple(args.rank)))
     if chief:
         print(calibration)
@@ -150,10 +153,10 @@ def main() -> None:
 
 
 def _pictures(images: ImageSet, count: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Shuffled batches without labels: the new heads know nothing yet."""
+    """Shuffled batches, not augmented, without labels: the new heads know nothing yet."""
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count].tolist()
     for first in range(0, len(order), 10):
-        yield {"pixel_values": collate_images([images[i] for i in order[first : first + 10]])["pixel_values"]}
+        yield {"pixel_values": images.pixels[order[first : first + 10]]}
 
 
 if __name__ == "__main__":

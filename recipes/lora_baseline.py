@@ -80,7 +80,7 @@ def main() -> None:
         model = get_peft_model(anchor, lora)
         model.print_trainable_parameters()
         start = time.time()
-        quiet = replace(training, save_strategy="no", global_batch_size=training.global_batch_size)
+        quiet = replace(training, save_strategy="no")
         Trainer(model=model, args=quiet, train_dataset=train_set, data_collator=collator).train()
         after = evaluate(model, held_out_batches)
         found[f"{index}[0:{anchor.config.num_hidden_layers}]"] = {

@@ -163,6 +163,22 @@ def test_vision_recipe_leaves_bundle_plot_table_and_row(colours, anchors, tmp_pa
     assert [s.key for s in model.published]
 
 
+def test_vision_recipe_refuses_a_rate_it_would_not_use(colours, anchors, tmp_path):
+    command = (
+        "recipes/finetune_vision.py",
+        "--anchors",
+        *anchors,
+        "--data",
+        colours,
+        "--output_dir",
+        tmp_path,
+        "--use_cpu",
+    )
+    done = python(*command, "--learning_rate", "0.1", check=False)
+    assert done.returncode != 0
+    assert "pass --base_lr" in done.stderr
+
+
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs the shared data")
 def test_real_pictures_are_read():
     images = read_images(str(SHARED / "data" / "images" / "cifar10" / "cifar10.npz"))

@@ -5,6 +5,7 @@ import torch
 from conftest import randomise
 from image_anchors import CLASSES, FAMILIES, LABELS, build, vit
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoConfig,
@@ -174,6 +175,37 @@ def test_calibrated_junctions_are_least_squares_on_what_the_plain_models_hold(fa
     layer = model.stitching_layers[junction.layer].linear
     torch.testing.assert_close(layer.weight.double(), wanted[:-1].T, atol=1e-3, rtol=1e-2)
     torch.testing.assert_close(layer.bias.double(), wanted[-1], atol=1e-3, rtol=1e-2)
+
+
+def test_checkpoints_of_older_tensor_names_load(tmp_path):
+    """As the ViTs on the Hub were saved before Transformers 5 renamed their parts."""
+    changes = (
+        ("vit.layers.", "vit.encoder.layer."), (".attention.q_proj", ".attention.attention.query"),
+        (".attention.k_proj", ".attention.attention.key"), (".attention.v_proj", ".attention.attention.value"),
+        (".attention.o_proj", ".attention.output.dense"), (".mlp.fc1", ".intermediate.dense"),
+        (".mlp.fc2", ".output.dense"),
+    )  # fmt: skip
+    paths, plain = [], build("vit")
+    for number, anchor in enumerate(plain):
+        path = tmp_path / str(number)
+        anchor.save_pretrained(path)
+        renamed = {}
+        for name, tensor in load_file(path / "model.safetensors").items():
+            for new, old in changes:
+                name = name.replace(new, old)
+            renamed[name] = tensor
+        assert "vit.encoder.layer.0.attention.attention.query.weight" in renamed
+        save_file(renamed, path / "model.safetensors", metadata={"format": "pt"})
+        paths.append(str(path))
+    model = StitchedViTForImageClassification.from_anchors(paths)
+    pixels = images(model)
+    for number, anchor in enumerate(plain):
+        with torch.no_grad():
+            wanted = anchor(pixels).logits
+        assert torch.equal(logits(model, pixels, model.space.anchor_stitch(number).key), wanted)
+    model.save_pretrained(tmp_path / "b")
+    part = StitchedViTForImageClassification.from_pretrained(tmp_path / "b", stitch_id=1)
+    assert torch.equal(logits(part, pixels, None), logits(model, pixels, 1))
 
 
 def test_a_new_head_trains_and_lies_in_the_bundle(folders, tmp_path):

@@ -80,8 +80,7 @@ class StitchedForImageClassification(StitchedPreTrainedModel):
         stitch = self._pinned_or(stitch_id)
         self._check_images(pixel_values)
         first, last = stitch.segments[0].anchor, stitch.segments[-1].anchor
-        dtype = next(p.dtype for p in self.anchors[first].parameters() if p.is_floating_point())
-        hidden = self.families[first].embed(self.anchors[first], pixel_values.to(dtype))
+        hidden = self._embed(first, pixel_values)
         context = ImageContext(None if self.stitch_bias is None else self.stitch_bias(stitch.key))
         hidden = walk(self.families, self.space.anchors, self.anchors, self.stitching_layers, stitch, hidden, context)
         logits = self.families[last].head(self.anchors[last], hidden)
@@ -90,6 +89,10 @@ class StitchedForImageClassification(StitchedPreTrainedModel):
             self._check_labels(labels)
             loss = self.loss_function(labels, logits, self.config)
         return ImageClassifierOutputWithNoAttention(loss=loss, logits=logits)
+
+    def _embed(self, anchor: int, pixel_values: Tensor) -> Tensor:
+        dtype = next(p.dtype for p in self.anchors[anchor].parameters() if p.is_floating_point())
+        return self.families[anchor].embed(self.anchors[anchor], pixel_values.to(dtype))
 
     def _check_images(self, pixel_values: Tensor) -> None:
         size = self.config.image_size
@@ -142,9 +145,7 @@ class StitchedForImageClassification(StitchedPreTrainedModel):
 
         Shapes: pixel_values [batch, channels, height, width].
         """
-        dtype = next(p.dtype for p in self.anchors[anchor].parameters() if p.is_floating_point())
-        embedded = self.families[anchor].embed(self.anchors[anchor], pixel_values.to(dtype))
-        return self._block_outputs(anchor, embedded, ImageContext())
+        return self._block_outputs(anchor, self._embed(anchor, pixel_values), ImageContext())
 
     def row_masks(self, batch: dict[str, Tensor], junction: Junction, rows: Tensor) -> tuple[Tensor, Tensor]:
         """[batch, places]: all of them, and those that are no class or distillation token."""

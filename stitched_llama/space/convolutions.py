@@ -1,6 +1,6 @@
 """Specs of ConvNeXt, ResNet and MobileNetV2, as Transformers builds them."""
 
-from .image_parts import Config, head_sizes, linear_sizes, norm_and_classifier, pair, patch_grid, staged
+from .image_parts import Config, classifier, linear_sizes, norm_and_classifier, pair, patch_grid, staged
 from .spec import AnchorSpec, Feature, Part
 
 
@@ -55,7 +55,7 @@ def resnet_spec(config: Config) -> AnchorSpec:
             enters.append(Feature(before, grid))
             leaves.append(Feature(width, after))
             before, grid = width, after
-    head = Part(*head_sizes(widths[-1], config))
+    head = classifier(widths[-1], config)
     return staged(config, stem, blocks, enters, leaves, [Part()] * len(blocks), head)
 
 
@@ -122,8 +122,10 @@ def mobilenet_v2_spec(config: Config) -> AnchorSpec:
         leaves.append(Feature(width, after))
         grid = after
     last = 1280 if config.get("finegrained_output", True) and multiplier < 1.0 else scaled(1280)
-    params, _, _, macs = head_sizes(last, config)
-    head = Part(params=widths[-1] * last + 2 * last + params, macs=grid[0] * grid[1] * widths[-1] * last + macs)
+    linear = classifier(last, config)
+    head = Part(
+        params=widths[-1] * last + 2 * last + linear.params, macs=grid[0] * grid[1] * widths[-1] * last + linear.macs
+    )
     return staged(config, stem, blocks, enters, leaves, [Part()] * len(blocks), head)
 
 

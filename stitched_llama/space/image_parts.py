@@ -1,6 +1,7 @@
 """What the specs of image classifiers share. Costs count one image."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from .spec import AnchorSpec, Feature, Part
@@ -71,12 +72,13 @@ def linear_sizes(linears: list[tuple[int, int, bool]], norms: int) -> dict[str, 
     }
 
 
-def head_sizes(width: int, config: Config) -> tuple[int, int, int, int]:
+def classifier(width: int, config: Config) -> Part:
+    """A linear classifier."""
     labels = label_count(config)
-    return width * labels + labels, 0, 0, width * labels
+    return Part(params=width * labels + labels, macs=width * labels)
 
 
 def norm_and_classifier(width: int, config: Config) -> Part:
     """A norm and a linear classifier."""
-    params, _, _, macs = head_sizes(width, config)
-    return Part(params=params + 2 * width, macs=macs)
+    linear = classifier(width, config)
+    return replace(linear, params=linear.params + 2 * width)
