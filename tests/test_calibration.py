@@ -73,7 +73,7 @@ def test_stitching_layers_are_the_least_squares_on_collected_activations(family,
         solutions = [direct(*pair) for pair in pairs]
         if shared == "joint":
             solutions = [direct(*(torch.cat(side) for side in zip(*pairs)))]
-        for found, wanted in zip(model.stitching_layers[name].linear.parameters(), zip(*solutions)):
+        for found, wanted in zip(model.stitching_layers[name].core.parameters(), zip(*solutions)):
             torch.testing.assert_close(found.double(), torch.stack(wanted).mean(0), atol=1e-4, rtol=1e-3)
 
 
@@ -110,7 +110,7 @@ def test_inverse_norm_weights_rows_by_their_target(anchors):
         served = [junction for junction in model.space.junctions if junction.layer == name]
         x, y = (torch.cat(side) for side in zip(*(collected(model, junction, batches) for junction in served)))
         weight, bias = direct(x, y, 1 / y.square().mean(1))
-        torch.testing.assert_close(layer.linear.weight.double(), weight, atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(layer.core.weight.double(), weight, atol=1e-4, rtol=1e-3)
         assert not torch.allclose(weight, direct(x, y)[0], atol=1e-3)
 
 
@@ -191,7 +191,7 @@ def test_calibrating_joins_anchors_that_are_linear_images_of_each_other():
     assert max(gaps().values()) < 0.01
     assert max(report.loss.values()) - min(report.loss.values()) < 0.01
     for layer in model.stitching_layers.values():
-        torch.testing.assert_close(layer.linear.weight, rotation.T, atol=1e-3, rtol=1e-2)
+        torch.testing.assert_close(layer.core.weight, rotation.T, atol=1e-3, rtol=1e-2)
 
 
 @pytest.mark.filterwarnings("error:.*junctions do not fit:UserWarning")

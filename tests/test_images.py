@@ -129,11 +129,11 @@ def test_calibration_lowers_the_residual_of_every_layer(family, folders):
     assert report.loss == {}
     fitted = {}
     for name, layer in model.stitching_layers.items():
-        fitted[name] = layer.linear.weight.clone(), layer.linear.bias.clone()
+        fitted[name] = layer.core.weight.clone(), layer.core.bias.clone()
     torch.manual_seed(1)
     worse = stitched(folders, family)
     for name, layer in worse.stitching_layers.items():
-        assert not torch.equal(layer.linear.weight, fitted[name][0])
+        assert not torch.equal(layer.core.weight, fitted[name][0])
     labelled = [{**batch, "labels": torch.zeros(16, dtype=torch.long)} for batch in batches]
     assert set(model.calibrate(labelled, progress=False).loss) == {s.key for s in model.space}
 
@@ -172,7 +172,7 @@ def test_calibrated_junctions_are_least_squares_on_what_the_plain_models_hold(fa
     model.calibrate([{"pixel_values": pixels}], ridge=1e-12, progress=False)
     ones = torch.ones(len(rows["x"]), 1, dtype=torch.float64)
     wanted = torch.linalg.lstsq(torch.cat([rows["x"], ones], 1), rows["y"]).solution
-    layer = model.stitching_layers[junction.layer].linear
+    layer = model.stitching_layers[junction.layer].core
     torch.testing.assert_close(layer.weight.double(), wanted[:-1].T, atol=1e-3, rtol=1e-2)
     torch.testing.assert_close(layer.bias.double(), wanted[-1], atol=1e-3, rtol=1e-2)
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from stitched_llama.layers import LeastSquares, Residual, StitchingLayer
+from stitched_llama.layers import Fit, LeastSquares, Residual, StitchingLayer
 
 
 def rows(count, width, seed=0, offset=0.0):
@@ -22,7 +22,8 @@ def streamed(*batches, ridge=0.0):
     squares = LeastSquares(batches[0][0].shape[1], batches[0][1].shape[1])
     for batch in batches:
         squares.add(*batch)
-    return squares.solve(ridge)
+    fit = squares.solve(ridge)
+    return fit.weight, fit.bias
 
 
 @pytest.mark.parametrize("ridge", [0.0, 1e-12])
@@ -121,12 +122,12 @@ def test_stitching_layer_starts():
     layer.init_identity()
     torch.testing.assert_close(layer(x), torch.cat([x, torch.zeros(5, 3)], 1))
     weight, bias = rows(9, 6, 1), rows(1, 9, 2)[0]
-    layer.init_solution(weight, bias)
+    layer.init_solution(Fit(weight, bias))
     torch.testing.assert_close(layer(x), (x.double() @ weight.T + bias).float())
     wide = StitchingLayer(4000, 50)
     wide.init_kaiming(torch.Generator().manual_seed(0))
-    assert float(wide.linear.weight.detach().std()) == pytest.approx(4000**-0.5, rel=0.02)
-    assert not wide.linear.bias.any()
+    assert float(wide.core.weight.detach().std()) == pytest.approx(4000**-0.5, rel=0.02)
+    assert not wide.core.bias.any()
 
 
 def test_stitching_layer_brings_activations_to_its_own_dtype():

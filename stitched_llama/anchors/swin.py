@@ -3,11 +3,19 @@
 Shapes: hidden [batch, height * width, width of the stage].
 """
 
+import math
 from typing import Any
 
 from torch import Tensor, nn
 
 from .image import ImageFamily
+
+
+def _grid(block: nn.Module, hidden: Tensor) -> tuple[int, int]:
+    """(height, width) of hidden [batch, places, width]: the block's own, or a multiple where a route did not downsample."""
+    height, width = block.input_resolution
+    times = math.isqrt(hidden.shape[1] // (height * width))
+    return height * times, width * times
 
 
 class SwinFamily(ImageFamily):
@@ -27,10 +35,11 @@ class SwinFamily(ImageFamily):
 
     def between(self, anchor: nn.Module, stage: int, hidden: Tensor) -> Tensor:
         before = anchor.swin.encoder.layers[stage - 1]
-        return before.downsample(hidden, before.blocks[-1].input_resolution)
+        return before.downsample(hidden, _grid(before.blocks[-1], hidden))
 
     def step(self, block: nn.Module, hidden: Tensor, **extra: Any) -> Tensor:
-        return block(hidden, block.input_resolution, **extra)[0]
+        block.set_shift_and_window_size(block.input_resolution)  # once for all, whichever map comes first
+        return block(hidden, _grid(block, hidden), **extra)[0]
 
     def head(self, anchor: nn.Module, hidden: Tensor) -> Tensor:
         pooled = anchor.swin.pooler(anchor.swin.layernorm(hidden).transpose(1, 2))

@@ -7,9 +7,10 @@ least_squares  streamed fit and R2
 
 from .layouts import from_rows, shared_rows, to_rows, with_own_tokens
 from .least_squares import LeastSquares, Residual
-from .stitching import StitchingLayer
+from .stitching import Fit, StitchingLayer
 
 __all__ = [
+    "Fit",
     "LeastSquares",
     "Residual",
     "StitchingLayer",

@@ -5,6 +5,8 @@ those that both sides have are mapped like any place, those that only the head h
 has are the tail's own.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -32,3 +34,22 @@ def with_own_tokens(rows: Tensor, own: Tensor | None, shared: int) -> Tensor:
         return rows
     missing = own[:, shared:].expand(len(rows), -1, -1).to(rows.dtype)
     return torch.cat([rows[:, :shared], missing, rows[:, shared:]], 1)
+
+
+def on_map(
+    rows: Tensor,
+    grid: tuple[int, int],
+    special: int,
+    change: Callable[[Tensor], Tensor],
+    change_token: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Rows [batch, special + places, width] after `change` of their map [batch, width, rows, columns].
+
+    Each special token is a map of one place to `change_token` (`change` by default): a convolution meets it with its
+    centre alone.
+    """
+    changed = to_rows(change(from_rows(rows[:, special:], "channels", grid)), "channels")
+    if not special:
+        return changed
+    tokens = rows[:, :special].flatten(0, 1)[:, :, None, None]
+    return torch.cat([(change_token or change)(tokens).flatten(1).unflatten(0, (-1, special)), changed], 1)

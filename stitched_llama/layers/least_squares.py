@@ -2,6 +2,8 @@
 
 import torch
 
+from .stitching import Fit
+
 
 class LeastSquares:
     """Accumulates `X -> Y` rows as Gram matrices in float64 and solves once, with bias and a relative ridge.
@@ -20,7 +22,7 @@ class LeastSquares:
         self.rows = 0
         self.weight_sum = zeros(())
         self.xx, self.xy = zeros(in_width, in_width), zeros(in_width, out_width)
-        self.x_sum, self.y_sum = zeros(in_width), zeros(out_width)
+        self.x_sum, self.y_sum, self.y_squares = zeros(in_width), zeros(out_width), zeros(out_width)
 
     @torch.no_grad()
     def add(self, x: torch.Tensor, y: torch.Tensor, weights: torch.Tensor | None = None) -> None:
@@ -39,9 +41,10 @@ class LeastSquares:
         self.xy += weighted.T @ y
         self.x_sum += weighted.sum(0)
         self.y_sum += weights @ y
+        self.y_squares += weights @ y.square()
 
-    def solve(self, ridge: float = 1e-4) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weight [out_width, in_width] and bias [out_width], float64, of the affine map of least squared residual.
+    def solve(self, ridge: float = 1e-4) -> Fit:
+        """The affine map of least squared residual, in float64, with the moments of X and Y.
 
         Args:
             ridge: added to the diagonal of X's covariance, relative to its mean.
@@ -60,10 +63,12 @@ class LeastSquares:
             raise ValueError(
                 "the activations hold NaN or infinity: load the anchors in float32 or bfloat16, not float16"
             )
+        x_variance, y_variance = covariance.diagonal().clone(), self.y_squares / self.weight_sum - y_mean.square()
         scale = covariance.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
         covariance.diagonal().add_(ridge * scale)
         weight = torch.linalg.lstsq(covariance, cross).solution if ridge == 0 else _solve(covariance, cross)
-        return weight.T.contiguous(), y_mean - weight.T @ x_mean
+        bias = y_mean - weight.T @ x_mean
+        return Fit(weight.T.contiguous(), bias, x_mean, x_variance.clamp_min(0), y_mean, y_variance.clamp_min(0))
 
 
 def _solve(covariance: torch.Tensor, cross: torch.Tensor) -> torch.Tensor:

@@ -1,51 +1,186 @@
-"""The learned map at a junction."""
+"""The learned map at a junction: linear by default, or an adapter that looks at neighbours and rescales."""
+
+from dataclasses import dataclass
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .layouts import on_map
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A least-squares solution and the moments of what it was fitted on.
+
+    Attributes:
+        weight, bias: [out_width, in_width], [out_width].
+        x_mean, x_variance, y_mean, y_variance: of each channel; needed where the adapter has norms.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    x_mean: Tensor | None = None
+    x_variance: Tensor | None = None
+    y_mean: Tensor | None = None
+    y_variance: Tensor | None = None
 
 
 class StitchingLayer(nn.Module):
-    """A linear map with bias from the residual stream of one anchor to that of the next.
+    """The map from what leaves a block of one anchor to what enters a block of the next.
 
-    `proj` is frozen once it is initialised; PST adds a low-rank update to it (ESTA section 4.1).
+    Every kind has one linear core, `proj`: it takes the least-squares solution, is frozen then, and PST adds a low-rank
+    update to it (ESTA section 4.1). Around it lie a ReLU, the eight neighbours of a 3x3 convolution, or a bottleneck's
+    branch, born zero, so that every kind starts from the same fit. The bottleneck has no ReLU at its end: what
+    enters a transformer's block is signed.
 
-    Shapes: [..., in_width] -> [..., out_width].
+    Args:
+        in_width, out_width, adapter, rescale, norm, in_grid, out_grid, special_tokens, step, inner_width: as
+            `StitchingLayerSpec` has them.
+
+    Shapes: [..., in_width] -> [..., out_width]; with rescaling or neighbours [batch, special tokens + places, in_width]
+        -> [batch, special tokens + places of `tail_grid`, out_width].
+
+    Source: SN-Net section 3.2; Traft and Cheney section 2.
     """
 
     def __init__(
-        self, in_width: int, out_width: int, dtype: torch.dtype | None = None, device: torch.device | None = None
+        self,
+        in_width: int,
+        out_width: int,
+        adapter: str = "linear",
+        rescale: str = "none",
+        norm: str = "none",
+        in_grid: tuple[int, int] | None = None,
+        out_grid: tuple[int, int] | None = None,
+        special_tokens: int = 0,
+        step: int = 1,
+        inner_width: int = 1,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
     ):
         super().__init__()
-        self.proj = nn.Linear(in_width, out_width, dtype=dtype, device=device)
-        self.init_kaiming()
+        self.adapter, self.rescale, self.special_tokens, self.step = adapter, rescale, special_tokens, step
+        self.in_grid, self.out_grid = in_grid, out_grid
+        how = {"dtype": dtype, "device": device}
+        branch = {"dtype": torch.float32, "device": device}  # trains, whatever the anchors are
+        if adapter == "conv3x3_relu":
+            self.proj: nn.Module = nn.Conv2d(in_width, out_width, 3, stride=step, padding=1, **how)
+        else:
+            self.proj = nn.Linear(in_width, out_width, **how)
+        if adapter == "bottleneck":
+            self.reduce = nn.Linear(in_width, inner_width, **branch)
+            self.neighbours = nn.Conv2d(inner_width, inner_width, 3, stride=step, padding=1, **branch)
+            self.expand = nn.Linear(inner_width, out_width, **branch)
+        self.before = nn.BatchNorm1d(in_width, **branch) if norm == "batch" else None
+        self.after = nn.BatchNorm1d(out_width, **branch) if norm == "batch" else None
+        if self.core.weight.device.type != "meta":
+            self.init_kaiming() if adapter == "linear" else self.init_identity()
+
+    @property
+    def core(self) -> nn.Module:
+        """The frozen map itself, also where a low-rank update is wrapped around it."""
+        return getattr(self.proj, "base_layer", self.proj)
+
+    @property
+    def tail_grid(self) -> tuple[int, int] | None:
+        """The grid of what comes out."""
+        return self.in_grid if self.rescale == "none" else self.out_grid
+
+    # ---- initialisation
 
     @torch.no_grad()
     def init_kaiming(self, generator: torch.Generator | None = None) -> None:
         """Kaiming normal weight, zero bias: what the least-squares start is compared with."""
-        weight = self.linear.weight
+        weight = self.core.weight
         if weight.device.type != "meta":
             noise = torch.randn(weight.shape, generator=generator, dtype=torch.float32)
-            weight.copy_(noise * weight.shape[1] ** -0.5)
-            self.linear.bias.zero_()
+            weight.copy_(noise * weight[0].numel() ** -0.5)
+            self.core.bias.zero_()
 
     @torch.no_grad()
     def init_identity(self) -> None:
         """Ones on the diagonal, zero elsewhere: the shared leading features pass unchanged."""
-        weight = self.linear.weight
-        weight.copy_(torch.eye(*weight.shape, dtype=weight.dtype, device=weight.device))
-        self.linear.bias.zero_()
+        width = self.core.weight.shape[:2]
+        self._set_core(torch.eye(*width), torch.zeros(width[0]))
+        if self.adapter == "bottleneck":
+            self.expand.weight.zero_()
+            self.expand.bias.zero_()
 
     @torch.no_grad()
-    def init_solution(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
-        """Takes a least-squares solution: weight [out_width, in_width], bias [out_width]."""
-        self.linear.weight.copy_(weight)
-        self.linear.bias.copy_(bias)
+    def init_solution(self, fit: Fit) -> None:
+        """Takes a least-squares solution: without a ReLU what comes out is its prediction, norms and all (in evaluation)."""
+        self.init_identity()
+        weight, bias = fit.weight, fit.bias
+        if self.before is not None and self.after is not None:
+            for norm, mean, variance in (
+                (self.before, fit.x_mean, fit.x_variance),
+                (self.after, fit.y_mean, fit.y_variance),
+            ):
+                norm.running_mean.copy_(mean)
+                norm.running_var.copy_(variance)
+                norm.weight.fill_(1.0)
+                norm.bias.zero_()
+            deviation = (fit.x_variance + self.before.eps).sqrt()  # undone by the core, as the norm before it divides
+            weight, bias = weight * deviation, bias + weight @ fit.x_mean
+            self.after.weight.copy_((fit.y_variance + self.after.eps).sqrt())
+            self.after.bias.copy_(fit.y_mean)
+        self._set_core(weight, bias)
 
-    @property
-    def linear(self) -> nn.Linear:
-        """The frozen map itself, also where a low-rank update is wrapped around it."""
-        return getattr(self.proj, "base_layer", self.proj)
+    def _set_core(self, weight: Tensor, bias: Tensor) -> None:
+        target = self.core.weight
+        if target.ndim == 4:
+            target.zero_()
+            target[:, :, 1, 1] = weight.to(target)
+        else:
+            target.copy_(weight)
+        self.core.bias.copy_(bias)
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        weight = self.linear.weight
-        return self.proj(hidden.to(device=weight.device, dtype=weight.dtype))
+    # ---- the map
+
+    def sampled(self, rows: Tensor) -> Tensor:
+        """Rows as the core meets them, one for each that enters the tail at its own grid: what least squares fits.
+
+        A layer that leaves the grid as it is has its rows interpolated here, for the fit alone.
+        """
+        if self.in_grid == self.out_grid:
+            return rows
+        return self._strided(rows) if self.rescale == "strided" else self._interpolated(rows)
+
+    def as_trained(self, mapped: Tensor) -> Tensor:
+        """What comes out, at the grid the tail was trained for."""
+        return mapped if self.tail_grid == self.out_grid else self._interpolated(mapped)
+
+    def _interpolated(self, rows: Tensor) -> Tensor:
+        def change(image: Tensor) -> Tensor:
+            return F.interpolate(image, self.out_grid, mode="bilinear")
+
+        return on_map(rows, self.in_grid, self.special_tokens, change, change_token=lambda token: token)
+
+    def _strided(self, rows: Tensor) -> Tensor:
+        return on_map(rows, self.in_grid, self.special_tokens, lambda image: image[:, :, :: self.step, :: self.step])
+
+    def forward(self, rows: Tensor) -> Tensor:
+        weight = self.core.weight
+        rows = _normed(self.before, rows.to(weight.device)).to(weight.dtype)
+        grid = self.in_grid
+        if self.rescale == "bilinear" and grid != self.out_grid:
+            rows, grid = self._interpolated(rows), self.out_grid
+        if self.adapter == "conv3x3_relu":
+            mapped = on_map(rows, grid, self.special_tokens, self.proj)
+        else:
+            mapped = self.proj(self._strided(rows) if self.step > 1 else rows)
+        if self.adapter == "bottleneck":
+            inner = self.reduce(rows.to(self.reduce.weight.dtype)).relu()
+            inner = on_map(inner, grid, self.special_tokens, self.neighbours).relu()
+            mapped = mapped + self.expand(inner).to(mapped.dtype)
+        elif self.adapter != "linear":
+            mapped = mapped.relu()
+        return _normed(self.after, mapped)
+
+
+def _normed(norm: nn.BatchNorm1d | None, rows: Tensor) -> Tensor:
+    """Rows [batch, places, width], each channel normalised over batch and places."""
+    if norm is None:
+        return rows
+    return norm(rows.transpose(1, 2).to(norm.weight.dtype)).transpose(1, 2).to(rows.dtype)

@@ -1,6 +1,6 @@
 """Which tensors a bundle holds of a model, and their way in and out."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -8,12 +8,14 @@ from torch import Tensor
 
 from stitched_llama.bundles import Bundle, dequantize_rows, quantize_rows
 from stitched_llama.pst import is_low_rank
+from stitched_llama.space import Stitch
 
 
 class BundleTensors:
     """`load_bundle` of stitched models, and what `save_pretrained` writes."""
 
     space: Any
+    config: Any
     keys: list[str]
 
     def load_bundle(self, bundle: Bundle) -> None:
@@ -24,7 +26,9 @@ class BundleTensors:
         """
         own = self._own_tensors(self.keys)
         names = list(own)
-        int8 = [n for n in names if _is_stitching_weight(n)] if bundle.config.get("stitching_dtype") == "int8" else []
+        int8 = (
+            [n for n in names if _is_stitching_weight(n, own)] if bundle.config.get("stitching_dtype") == "int8" else []
+        )
         scales = {f"{name}_scale": own[name].shape[:1] for name in int8}
         for name in names:
             if name in bundle.shapes and bundle.shapes[name] != tuple(own[name].shape):
@@ -65,21 +69,34 @@ class BundleTensors:
             elif head == "anchors" and is_low_rank(name):
                 keep = name.startswith(blocks)
             else:
-                keep = name.startswith(heads)
+                keep = name.startswith(heads) or self._trains_whole(name, routes, blocks)
             if keep:
                 own[_bundle_name(name)] = tensor
+        for name, tensor in self.stitching_layers.named_buffers():  # running statistics of an adapter's norms
+            if name.split(".")[0] in layers and name.endswith(("running_mean", "running_var")):
+                own[f"stitching_layers.{name}"] = tensor
         return own
+
+    def _trains_whole(self, name: str, routes: Sequence[Stitch], blocks: tuple[str, ...]) -> bool:
+        """Whether a tensor of an anchor lies on a route of a model whose anchors train whole: a block of it, or what the
+        anchor has outside its blocks."""
+        if self.config.pst is None or not self.config.pst_config.full or not name.startswith("anchors."):
+            return False
+        anchor = int(name.split(".")[1])
+        if name.startswith(tuple(self.block_prefix(anchor, i) for i in range(self.space.anchors[anchor].depth))):
+            return name.startswith(blocks)
+        return any(segment.anchor == anchor for stitch in routes for segment in stitch.segments)
 
     def _bundle_tensors(self, keys: Sequence[str], stitching_dtype: str | None) -> dict[str, Tensor]:
         tensors = dict(self._own_tensors(keys))
         if stitching_dtype == "int8":
-            for name in [name for name in tensors if _is_stitching_weight(name)]:
+            for name in [name for name in tensors if _is_stitching_weight(name, tensors)]:
                 tensors[name], tensors[f"{name}_scale"] = quantize_rows(tensors[name].detach())
         return tensors
 
 
-def _is_stitching_weight(name: str) -> bool:
-    return name.startswith("stitching_layers.") and name.endswith(".proj.weight")
+def _is_stitching_weight(name: str, tensors: Mapping[str, Tensor]) -> bool:
+    return name.startswith("stitching_layers.") and name.endswith(".proj.weight") and tensors[name].ndim == 2
 
 
 def _bundle_name(name: str) -> str:

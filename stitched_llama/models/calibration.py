@@ -2,14 +2,14 @@
 
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from stitched_llama.layers import LeastSquares, Residual
+from stitched_llama.layers import Fit, LeastSquares, Residual
 from stitched_llama.space import Junction
 
 from .route import junction_rows
@@ -98,6 +98,7 @@ def calibrate(
                     continue
                 most = 0
                 for junction, x, y in _activations(model, junctions, batch):
+                    x = model.stitching_layers[junction.layer].sampled(x)
                     kept, _ = model.row_masks(batch, junction, x)
                     x, y = x[kept.to(x.device)], y[kept.to(y.device)]
                     most = max(most, len(x))
@@ -142,10 +143,9 @@ def _solve(model: Any, sums: dict[tuple[str, str], LeastSquares], rows: int, rid
                 f"{rows} rows for the {width} features of stitching layer {layer}: the ridge decides; give more batches",
                 stacklevel=3,
             )
-        solutions = [one.solve(ridge) for one in squares]
-        weight = torch.stack([solution[0] for solution in solutions]).mean(0)
-        bias = torch.stack([solution[1] for solution in solutions]).mean(0)
-        model.stitching_layers[layer].init_solution(weight, bias)
+        fits = [one.solve(ridge) for one in squares]
+        mean = {field.name: torch.stack([getattr(fit, field.name) for fit in fits]).mean(0) for field in fields(Fit)}
+        model.stitching_layers[layer].init_solution(Fit(**mean))
 
 
 def _report(
@@ -156,8 +156,9 @@ def _report(
     totals = {key: [0.0, 0] for key in model.keys}
     for batch in tqdm(batches, desc="report", disable=not progress):
         for junction, x, y in _activations(model, junctions, batch):
-            predicted = model.stitching_layers[junction.layer](x).to(y.device)
-            kept, rest = (mask.to(y.device) for mask in model.row_masks(batch, junction, x))
+            layer = model.stitching_layers[junction.layer]
+            predicted = layer.as_trained(layer(x)).to(y.device)
+            kept, rest = (mask.to(y.device) for mask in model.row_masks(batch, junction, predicted))
             with_first[str(junction)].add(predicted[kept], y[kept])
             without[str(junction)].add(predicted[rest], y[rest])
         for key, total in totals.items():

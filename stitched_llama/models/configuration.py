@@ -12,6 +12,16 @@ from stitched_llama.bundles import CONFIG, recover
 from stitched_llama.pst import PSTConfig
 from stitched_llama.space import BYTES_PER_NUMBER, Precision, StitchSpace, anchor_specs
 
+SPACE_OPTIONS = (
+    "kernel_size",
+    "stride",
+    "direction",
+    "pairs",
+    "adapter",
+    "rescale",
+    "adapter_norm",
+    "across_stages",
+)
 _NOT_KEPT = ("_name_or_path", "transformers_version", "quantization_config")
 
 
@@ -22,7 +32,7 @@ class StitchedConfig(PreTrainedConfig):
     Args:
         anchor_configs: the anchors' own configurations as JSON objects, small to large.
         anchors: where each anchor's weights are: `name_or_path`, `revision`, `fingerprint` (part -> digest).
-        kernel_size, stride, direction, pairs: options of `StitchSpace`.
+        kernel_size, stride, direction, pairs, adapter, rescale, adapter_norm, across_stages: options of `StitchSpace`.
         space_digest: of the space the weights were trained in; another space is refused.
         pst: settings of PST when it is attached (fields of `PSTConfig`).
         default_stitch_id: id or key that `forward` and `generate` take when none is given; None is the largest anchor.
@@ -36,6 +46,10 @@ class StitchedConfig(PreTrainedConfig):
     stride: int = 1
     direction: str = "fast-to-slow"
     pairs: str = "nearest"
+    adapter: str = "linear"
+    rescale: str = "none"
+    adapter_norm: str = "none"
+    across_stages: bool = False
     space_digest: str | None = None
     pst: dict | None = None
     default_stitch_id: int | str | None = None
@@ -80,10 +94,7 @@ class StitchedConfig(PreTrainedConfig):
             )
         return StitchSpace(
             anchor_specs(self.anchor_configs),
-            kernel_size=self.kernel_size,
-            stride=self.stride,
-            direction=self.direction,
-            pairs=self.pairs,
+            **{name: getattr(self, name) for name in SPACE_OPTIONS},
             precision=precision,
         )
 

@@ -72,13 +72,26 @@ class StitchedPreTrainedModel(BundleMixin, PreTrainedModel):
         spec = self.space.stitching_layers[junction.layer]
         block = self.blocks(junction.tail)[junction.tail_start]
         norm = next(p for p in block.parameters() if p.ndim == 1 and p.is_floating_point())
-        return StitchingLayer(spec.in_width, spec.out_width, dtype=norm.dtype, device=norm.device)
+        return StitchingLayer(
+            spec.in_width,
+            spec.out_width,
+            spec.adapter,
+            spec.rescale,
+            spec.norm,
+            spec.in_grid,
+            spec.out_grid,
+            spec.special_tokens,
+            spec.step,
+            spec.inner_width,
+            dtype=norm.dtype,
+            device=norm.device,
+        )
 
     def _count_bytes_as_loaded(self) -> None:
         """Counts bytes in the dtype and quantisation that the anchors were loaded in."""
         flags = {"8bit": "is_loaded_in_8bit", "4bit": "is_loaded_in_4bit"}
         loaded = [name for name, flag in flags.items() if any(getattr(a, flag, False) for a in self.anchors)]
-        dtype = str(next((layer.linear.weight.dtype for layer in self.stitching_layers.values()), self.dtype))
+        dtype = str(next((layer.core.weight.dtype for layer in self.stitching_layers.values()), self.dtype))
         name = dtype.removeprefix("torch.")
         if name in BYTES_PER_NUMBER:  # float64 has no place in a budget
             self.space = self.space.with_precision(Precision(name, loaded[0] if loaded else None))
@@ -185,11 +198,14 @@ class StitchedPreTrainedModel(BundleMixin, PreTrainedModel):
 
     def trainable_parameters(self) -> dict[str, int]:
         """Numbers that train, by part, counted on the built tensors."""
-        counts = {"lora": 0, "stitching_layers": 0, "stitch_bias": 0}
+        full = self.config.pst is not None and self.config.pst_config.full
+        counts = dict.fromkeys(
+            ("anchors", "stitching_layers") if full else ("lora", "stitching_layers", "stitch_bias"), 0
+        )
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
                 part = name.split(".")[0]
-                if part == "anchors":
+                if part == "anchors" and not full:
                     part = "lora" if is_low_rank(name) else "heads"
                 counts[part] = counts.get(part, 0) + parameter.numel()
         return counts
@@ -203,14 +219,19 @@ class StitchedPreTrainedModel(BundleMixin, PreTrainedModel):
         print(f"trainable params: {trained:,} ({parts}) || anchor params: {total:,} || trainable: {share:.4f} %")
 
     def stitch_parameters(self, stitch_id: int | str) -> list[tuple[str, nn.Parameter]]:
-        """The named trainable tensors that lie on one stitch's route."""
+        """The named trainable tensors that lie on one stitch's route; of anchors that train whole, with all that they have
+        outside their blocks."""
         stitch = self.stitch(stitch_id)
+        blocks = tuple(self.block_prefix(*block) for block in stitch.blocks())
         prefixes = [f"stitching_layers.{junction.layer}." for junction in stitch.junctions]
-        prefixes += [self.block_prefix(*block) for block in stitch.blocks()]
-        prefixes += self.trained_heads({stitch.segments[-1].anchor})
+        prefixes += [*blocks, *self.trained_heads({stitch.segments[-1].anchor})]
         named = [(name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad]
         bias = f"stitch_bias.vectors.{stitch.key}"  # not a prefix: a key may begin another's
-        return [(name, parameter) for name, parameter in named if name == bias or name.startswith(tuple(prefixes))]
+        return [
+            (name, parameter)
+            for name, parameter in named
+            if name == bias or name.startswith(tuple(prefixes)) or self._trains_whole(name, [stitch], blocks)
+        ]
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any):
         """Refused: every anchor has its own embedding and head.

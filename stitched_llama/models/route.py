@@ -24,9 +24,9 @@ def walk(
     for index, segment in enumerate(stitch.segments):
         if index:
             junction = stitch.junctions[index - 1]
-            rows = junction_rows(families, specs, junction, hidden)
-            rows = stitching_layers[junction.layer](rows)
-            hidden = _enter(families, specs, anchors, junction, rows)
+            layer = stitching_layers[junction.layer]
+            rows = layer(junction_rows(families, specs, junction, hidden))
+            hidden = _enter(families, specs, anchors, junction, rows, layer.tail_grid)
         hidden = families[segment.anchor].run(
             anchors[segment.anchor], hidden, segment.start, segment.stop, slot, context
         )
@@ -53,8 +53,9 @@ def _enter(
     anchors: Sequence[nn.Module],
     junction: Junction,
     rows: Tensor,
+    grid: tuple[int, int] | None,
 ) -> Tensor:
-    """Mapped rows as the tail's feature, its own special tokens filled in."""
+    """Mapped rows as the tail's feature at `grid`, its own special tokens filled in."""
     leaves, enters = (
         specs[junction.head].leaves[junction.head_stop - 1],
         specs[junction.tail].enters[junction.tail_start],
@@ -62,4 +63,4 @@ def _enter(
     family, anchor = families[junction.tail], anchors[junction.tail]
     if enters.special_tokens > leaves.special_tokens:
         rows = with_own_tokens(rows, family.special_tokens(anchor), leaves.special_tokens)
-    return from_rows(rows, family.layout, enters.grid)
+    return from_rows(rows, family.layout, grid)

@@ -21,6 +21,7 @@ from stitched_llama.space import StitchTable
 
 from .bundle_tensors import BundleTensors
 from .card import model_card
+from .configuration import SPACE_OPTIONS
 from .loading import bundle_folder, load_anchor, load_anchors
 from .references import commit_of, reference_to, weight_files
 
@@ -61,13 +62,13 @@ class BundleMixin(BundleTensors):
         Args:
             anchors: folders, Hub ids or loaded models. A loaded model becomes part of this one: it is frozen, and PST
                 goes into it, as PEFT has it.
-            how: `kernel_size`, `stride`, `direction`, `pairs` shape the space; `dtype`, `quantization_config`,
+            how: `kernel_size`, `stride`, `direction`, `pairs`, `adapter`, `rescale`, `adapter_norm`, `across_stages` shape the space; `dtype`, `quantization_config`,
                 `device_map`, `attn_implementation` and the Hub's options reach each anchor's `from_pretrained`.
 
         Raises:
             ValueError: the anchors do not belong together or stand in the wrong order; both values are named.
         """
-        space = {name: how.pop(name) for name in ("kernel_size", "stride", "direction", "pairs") if name in how}
+        space = {name: how.pop(name) for name in SPACE_OPTIONS if name in how}
         fields = {name: how.pop(name) for name in cls.config_fields if name in how}
         load, hub = _take(how, _LOAD), _take(how, _HUB)
         if how:

@@ -22,13 +22,19 @@ def attach_pst(
     Born neutral: no output changes by a bit. Trainable tensors are float32 whatever the anchors are.
 
     Raises:
-        ValueError: a rank that does not fit.
+        ValueError: a rank that does not fit, or quantised anchors that are to train whole.
     """
     from peft import inject_adapter_in_model  # late: peft imports the Auto classes, which import us
 
     ranks, stitching_ranks = config.ranks(space), config.stitching_ranks(space)
     for module in (anchors, stitching_layers):
-        module.requires_grad_(False)
+        module.requires_grad_(config.full)
+    if config.full:
+        if any(getattr(anchor, f"is_loaded_in_{bits}bit", False) for anchor in anchors for bits in (4, 8)):
+            raise ValueError("quantised anchors cannot train whole: load them without quantization_config, or use LoRA")
+        anchors.float()
+        stitching_layers.float()
+        return None
     for anchor, spec, rank in zip(anchors, space.anchors, ranks):
         family, targets, biased = FAMILIES[spec.family], [], []
         for name, part in zip(family.block_names(anchor), spec.blocks):
@@ -49,9 +55,14 @@ def attach_pst(
             for block, layers in biased:
                 install_bias_hooks(family, block, layers)
     for name, layer in stitching_layers.items():
-        if stitching_ranks[name]:
-            inject_adapter_in_model(_lora(stitching_ranks[name], ["proj"], config), layer)
-    for name, parameter in [*anchors.named_parameters(), *stitching_layers.named_parameters()]:
+        rank, core = stitching_ranks[name], list(layer.core.parameters())
+        if rank:
+            inject_adapter_in_model(_lora(rank, ["proj"], config), layer)
+        for parameter in layer.parameters():
+            if rank is None or (rank and not any(parameter is frozen for frozen in core)):
+                parameter.data = parameter.data.float()
+                parameter.requires_grad_(True)
+    for name, parameter in anchors.named_parameters():
         if is_low_rank(name):
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)

@@ -13,15 +13,19 @@ class PSTConfig:
 
     Args:
         rank: LoRA rank on q, k, v, o; one for all anchors or one each. 0 leaves the attention frozen.
-        stitching_rank: rank of the stitching layers' update; None is the paper's `in_width / 4`, 0 freezes them.
+        stitching_rank: rank of the stitching layers' update; None is the paper's `in_width / 4`, 0 freezes them, `"full"`
+            trains them whole. What an adapter has beside its linear core trains unless they are frozen.
         stitch_bias: a bias of each stitch on q, k, v, o of every block of its route.
         dropout: on the input of the LoRA branches.
+        full: all parameters of anchors and stitching layers train instead (SN-Net section 3.3); the bundle then holds
+            them all.
     """
 
     rank: int | tuple[int, ...] = 16
-    stitching_rank: int | None = None
+    stitching_rank: int | str | None = None
     stitch_bias: bool = True
     dropout: float = 0.0
+    full: bool = False
 
     def ranks(self, space: StitchSpace) -> tuple[int, ...]:
         """The LoRA rank of each anchor.
@@ -30,6 +34,8 @@ class PSTConfig:
             ValueError: as many ranks as anchors are needed, or a rank exceeds a width it adapts.
         """
         count = len(space.anchors)
+        if self.full:
+            return (0,) * count
         ranks = tuple(self.rank) if isinstance(self.rank, (tuple, list)) else (self.rank,) * count
         if len(ranks) != count:
             raise ValueError(f"{len(ranks)} ranks {ranks} for {count} anchors: give one rank, or one for each anchor")
@@ -38,9 +44,11 @@ class PSTConfig:
             _check_rank(rank, narrowest, f"rank of anchor {index}")
         return ranks
 
-    def stitching_ranks(self, space: StitchSpace) -> dict[str, int]:
-        """The rank of each stitching layer's update, by layer name."""
-        ranks = {}
+    def stitching_ranks(self, space: StitchSpace) -> dict[str, int | None]:
+        """The rank of each stitching layer's update, by layer name; None where it trains whole."""
+        if self.full or self.stitching_rank == "full":
+            return dict.fromkeys(space.stitching_layers)
+        ranks: dict[str, int | None] = {}
         for name, layer in space.stitching_layers.items():
             ranks[name] = max(1, layer.in_width // 4) if self.stitching_rank is None else self.stitching_rank
             _check_rank(ranks[name], min(layer.in_width, layer.out_width), f"stitching_rank of layer {name}")
@@ -48,14 +56,21 @@ class PSTConfig:
 
     def trainable_params(self, space: StitchSpace) -> dict[str, int]:
         """Numbers that train, by part, from the space alone; `print_trainable_parameters` counts the built tensors."""
+        if self.full:
+            stitching = sum(layer.params for layer in space.stitching_layers.values())
+            return {"anchors": sum(anchor.params for anchor in space.anchors), "stitching_layers": stitching}
         lora = sum(
             rank * (d_in + d_out)
             for rank, anchor in zip(self.ranks(space), space.anchors)
             for block in anchor.blocks
             for _, d_in, d_out in block.adapted
         )
-        layers = space.stitching_layers
-        stitching = sum(r * (layers[n].in_width + layers[n].out_width) for n, r in self.stitching_ranks(space).items())
+        stitching = 0
+        for name, rank in self.stitching_ranks(space).items():
+            layer = space.stitching_layers[name]
+            beside = layer.params - layer.core_params if rank != 0 else 0
+            core = layer.core_params if rank is None else rank * (layer.core_inputs + layer.out_width)
+            stitching += core + beside
         bias = sum(
             d_out
             for stitch in space
@@ -83,6 +98,6 @@ class PSTConfig:
         return cls(**values)
 
 
-def _check_rank(rank: int, width: int, name: str) -> None:
+def _check_rank(rank: int | str, width: int, name: str) -> None:
     if not isinstance(rank, int) or isinstance(rank, bool) or not 0 <= rank <= width:
         raise ValueError(f"{name} is {rank!r}, the width it adapts is {width}: choose a whole rank in 0..{width}")

@@ -6,6 +6,7 @@ vision_transformers, convolutions   specs of image classifiers; image_parts is w
 families  which family reads which config.json
 configs   reads config.json from a folder or the Hub
 rules     which blocks may be joined
+adapters  kinds of stitching layers and their cost
 stitch    segments, junctions, stitches
 cost      exact cost of a route
 space     all stitches of a family, in order
@@ -14,6 +15,7 @@ frontier  Pareto front, cost intervals
 table     metrics, importance, published stitches, choice by budget
 """
 
+from .adapters import ADAPTER_NORMS, ADAPTERS, RESCALES, StitchingLayerSpec
 from .budget import Budget, format_bytes, format_count
 from .configs import read_config
 from .cost import BYTES_PER_NUMBER, Precision
@@ -21,10 +23,12 @@ from .families import anchor_spec, anchor_specs
 from .frontier import best_of_intervals, intervals, pareto_front
 from .space import StitchSpace
 from .spec import AnchorSpec, Feature, Part
-from .stitch import Junction, Segment, Stitch, StitchingLayerSpec
+from .stitch import Junction, Segment, Stitch
 from .table import StitchTable, higher_is_better
 
 __all__ = [
+    "ADAPTERS",
+    "ADAPTER_NORMS",
     "BYTES_PER_NUMBER",
     "AnchorSpec",
     "Budget",
@@ -32,6 +36,7 @@ __all__ = [
     "Junction",
     "Part",
     "Precision",
+    "RESCALES",
     "Segment",
     "Stitch",
     "StitchSpace",

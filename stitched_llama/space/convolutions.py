@@ -1,10 +1,20 @@
 """Specs of ConvNeXt, ResNet and MobileNetV2, as Transformers builds them."""
 
-from .image_parts import Config, classifier, linear_sizes, norm_and_classifier, pair, patch_grid, staged
+from .image_parts import (
+    Config,
+    Entry,
+    classifier,
+    grid_at,
+    linear_sizes,
+    norm_and_classifier,
+    pair,
+    patch_grid,
+    staged,
+)
 from .spec import AnchorSpec, Feature, Part
 
 
-def convnext_spec(config: Config) -> AnchorSpec:
+def convnext_spec(config: Config, entry: Entry | None = None) -> AnchorSpec:
     """ConvNeXt: depthwise 7x7 convolutions and pointwise linear layers in stages, strided convolutions between."""
     patch, channels = pair(config.get("patch_size", 4)), config.get("num_channels", 3)
     widths, depths = config.get("hidden_sizes") or (96, 192, 384, 768), config.get("depths") or (3, 3, 9, 3)
@@ -17,6 +27,7 @@ def convnext_spec(config: Config) -> AnchorSpec:
         if stage:
             before, grid = widths[stage - 1], (grid[0] // 2, grid[1] // 2)
             between = Part(params=2 * before + 4 * before * width + width, macs=grid[0] * grid[1] * 4 * before * width)
+        grid = grid_at(entry, len(blocks), depth, grid)
         linears = [(width, 4 * width, True), (4 * width, width, True)]
         block = Part(
             **linear_sizes(linears, norms=49 * width + width + 2 * width + scale * width),
@@ -29,7 +40,7 @@ def convnext_spec(config: Config) -> AnchorSpec:
     return staged(config, stem, blocks, features, features, transitions, norm_and_classifier(widths[-1], config))
 
 
-def resnet_spec(config: Config) -> AnchorSpec:
+def resnet_spec(config: Config, entry: Entry | None = None) -> AnchorSpec:
     """ResNet: basic or bottleneck blocks; the first block of a later stage halves the map itself."""
     widths, depths = config.get("hidden_sizes") or (256, 512, 1024, 2048), config.get("depths") or (3, 4, 6, 3)
     channels, stem_width = config.get("num_channels", 3), config.get("embedding_size", 64)
@@ -42,6 +53,7 @@ def resnet_spec(config: Config) -> AnchorSpec:
     before = stem_width
     for stage, (width, depth) in enumerate(zip(widths, depths)):
         for index in range(depth):
+            grid = grid_at(entry, len(blocks), 1, grid)
             stride = 2 if index == 0 and (stage or config.get("downsample_in_first_stage", False)) else 1
             after = tuple(-(-side // stride) for side in grid)
             convolutions = _resnet_convolutions(before, width, stride, bottleneck, config)
@@ -82,7 +94,7 @@ def _resnet_convolutions(
     ]
 
 
-def mobilenet_v2_spec(config: Config) -> AnchorSpec:
+def mobilenet_v2_spec(config: Config, entry: Entry | None = None) -> AnchorSpec:
     """MobileNetV2: a stem, sixteen inverted residuals of fixed plan, and a head of a 1x1 convolution and a classifier."""
     multiplier, divisor = config.get("depth_multiplier", 1.0), config.get("depth_divisible_by", 8)
     least, expansion = config.get("min_depth", 8), config.get("expand_ratio", 6.0)
@@ -105,6 +117,7 @@ def mobilenet_v2_spec(config: Config) -> AnchorSpec:
         if stride_so_far == config.get("output_stride", 32):
             stride = 1  # dilated instead
         stride_so_far *= stride
+        grid = grid_at(entry, len(blocks), 1, grid)
         inner = _divisible(round(before * expansion), divisor, least)
         after = tuple(-(-side // stride) for side in grid)
         inside, outside = grid[0] * grid[1], after[0] * after[1]

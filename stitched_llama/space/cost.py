@@ -1,10 +1,11 @@
 """Exact cost of a route by arithmetic on specs; tests hold it against `numel()` and a FLOP counter."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from .adapters import StitchingLayerSpec
 from .spec import AnchorSpec, Part
-from .stitch import Segment, StitchingLayerSpec
+from .stitch import Segment
 
 BYTES_PER_NUMBER = {"float32": 4, "bfloat16": 2, "float16": 2}
 QUANTIZATIONS = (None, "8bit", "4bit")
@@ -54,12 +55,15 @@ class Cost:
 def route_cost(
     anchors: Sequence[AnchorSpec],
     segments: Sequence[Segment],
-    stitching_layers: Iterable[StitchingLayerSpec],
+    stitching_layers: Sequence[StitchingLayerSpec],
     precision: Precision,
 ) -> Cost:
     """Cost of one route as deployed: embedding of the first anchor, blocks, stitching layers, head of the last."""
-    first, last = anchors[segments[0].anchor], anchors[segments[-1].anchor]
-    blocks = [part for s in segments for part in anchors[s.anchor].run(s.start, s.stop)]
+    specs = [anchors[segments[0].anchor]]
+    for segment, layer in zip(segments[1:], stitching_layers):
+        specs.append(anchors[segment.anchor].entered_at(segment.start, layer.tail_grid))
+    first, last = specs[0], specs[-1]
+    blocks = [part for s, spec in zip(segments, specs) for part in spec.run(s.start, s.stop)]
     number = BYTES_PER_NUMBER[precision.dtype]
     params = macs = weight = 0
     for part in (first.embedding, *blocks, last.head):

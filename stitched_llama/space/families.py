@@ -1,6 +1,8 @@
 """Which family reads which `config.json`."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from .convolutions import convnext_spec, mobilenet_v2_spec, resnet_spec
@@ -35,9 +37,14 @@ def anchor_spec(config: Mapping[str, Any], image_size: int | None = None) -> Anc
     if family not in LLAMA_LIKE and config.get("image_size") is None:
         config = {**config, "image_size": image_size or _IMAGE_SIZE}
     try:
-        return FAMILIES[family](config)
+        spec = FAMILIES[family](config)
+        return spec if spec.unit == "token" else replace(spec, rebuild=partial(_entered_at, config))
     except KeyError as missing:
         raise ValueError(f"the {family} config has no field {missing}") from None
+
+
+def _entered_at(config: Mapping[str, Any], block: int, grid: tuple[int, int]) -> AnchorSpec:
+    return FAMILIES[config["model_type"]](config, (block, grid))
 
 
 def anchor_specs(configs: Sequence[Mapping[str, Any]]) -> list[AnchorSpec]:

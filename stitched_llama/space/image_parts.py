@@ -7,6 +7,7 @@ from typing import Any
 from .spec import AnchorSpec, Feature, Part
 
 Config = Mapping[str, Any]
+Entry = tuple[int, tuple[int, int]]  # a block, and the grid of the map that enters it from another anchor
 
 
 def staged(
@@ -29,6 +30,11 @@ def staged(
         contract=contract(config),
         unit="image",
     )
+
+
+def grid_at(entry: Entry | None, first: int, count: int, grid: tuple[int, int]) -> tuple[int, int]:
+    """The grid that blocks `[first, first + count)` run at: what enters one of them from elsewhere, else `grid`."""
+    return entry[1] if entry is not None and first <= entry[0] < first + count else grid
 
 
 def pair(size: Any) -> tuple[int, int]:

@@ -1,5 +1,6 @@
 """Which blocks may be joined: the pairing rules of SN-Net and ESTA, on depths and resolutions alone."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -8,35 +9,47 @@ from .spec import Feature
 
 @dataclass(frozen=True)
 class Pairing:
-    """`head[0:head_stop] > tail[tail_start:]`, joined by the stitching layer number `layer` of the pair."""
+    """`head[0:head_stop] > tail[tail_start:]`, joined by the stitching layer `layer` of the pair."""
 
     head_stop: int
     tail_start: int
-    layer: int
+    layer: int | str
 
 
-def pairings(leaves: Sequence[Feature], enters: Sequence[Feature], kernel_size: int, stride: int) -> list[Pairing]:
+def pairings(
+    leaves: Sequence[Feature],
+    enters: Sequence[Feature],
+    kernel_size: int,
+    stride: int,
+    rescaled: bool = False,
+    across_stages: bool = False,
+) -> list[Pairing]:
     """All routes from one anchor, whose blocks leave `leaves`, to another, whose blocks are entered by `enters`.
 
-    Features meet only at equal resolution. Where as many blocks leave a resolution as are entered at it: paired
+    Features meet at equal resolution; with `rescaled`, two anchors of one resolution each meet at any. Where as many blocks leave a resolution as are entered at it: paired
     stitching with sliding windows (SN-Net, section 3.3). Else: nearest-depth map (ESTA, section 5.2 with 32 and 40
     blocks); a wider kernel slides over the mapped positions. A decoder and a plain ViT have one resolution, a staged
     family one a stage; a stage of fewer blocks than the kernel is one window.
 
+    With `across_stages` also from the last block of each stage to the first of every stage of lower resolution, by a
+    stitching layer of its own (Traft and Cheney, figure 1).
+
     Raises:
-        ValueError: a depth below 2, a kernel or stride outside the shallower anchor, or no resolution in common.
+        ValueError: a depth below 2, a kernel or stride outside the shallower anchor, or no junction is possible; names
+            the nearest resolutions.
     """
     shallow = min(len(leaves), len(enters))
     if shallow < 2:
         raise ValueError(f"an anchor of {shallow} block cannot be stitched: at least 2 are needed")
     stages = [(_at(leaves, grid), _at(enters, grid)) for grid in dict.fromkeys(feature.grid for feature in leaves)]
     stages = [(heads, tails) for heads, tails in stages if heads and tails]
-    if not stages:
-        raise ValueError(
-            f"no junction is possible: blocks of the first anchor leave {', '.join(_distinct(leaves))}, and those of the "
-            f"second are entered at {', '.join(_distinct(enters))}; choose anchors with a resolution in common"
-        )
-    widest = max(min(len(heads), len(tails)) for heads, tails in stages)
+    plain = len({feature.grid for feature in leaves}) == len({feature.grid for feature in enters}) == 1
+    if not stages and plain and rescaled:
+        stages = [(list(range(len(leaves))), list(range(len(enters))))]
+    gaps = _gaps(leaves, enters) if across_stages else []
+    if not stages and not gaps:
+        raise ValueError(_impossible(leaves, enters, plain))
+    widest = max((min(len(heads), len(tails)) for heads, tails in stages), default=shallow)
     if not 1 <= kernel_size <= widest or not 1 <= stride <= widest:
         raise ValueError(
             f"kernel_size {kernel_size} and stride {stride} must lie in 1..{widest} (blocks of the shallower anchor)"
@@ -47,7 +60,33 @@ def pairings(leaves: Sequence[Feature], enters: Sequence[Feature], kernel_size: 
         rule = _windows if len(heads) == len(tails) else _nearest_depth
         for pair in rule(len(heads), len(tails), min(kernel_size, shallow), min(stride, shallow)):
             found.append(Pairing(heads[pair.head_stop - 1] + 1, tails[pair.tail_start], heads[0] + pair.layer))
-    return found
+    return found + gaps
+
+
+def _gaps(leaves: Sequence[Feature], enters: Sequence[Feature]) -> list[Pairing]:
+    """From the last block that leaves each resolution to the first that is entered at each lower one."""
+    last = {feature.grid: index for index, feature in enumerate(leaves)}
+    first = {feature.grid: index for index, feature in reversed(list(enumerate(enters)))}
+    pairs = [(a, b) for high, a in last.items() for low, b in sorted(first.items(), key=lambda item: item[1])
+             if high is not None and low is not None and low != high and low[0] <= high[0] and low[1] <= high[1]]  # fmt: skip
+    return [Pairing(a + 1, b, f"{a}to{b}") for a, b in pairs]
+
+
+def _impossible(leaves: Sequence[Feature], enters: Sequence[Feature], plain: bool) -> str:
+    """Why two anchors cannot be joined, and what comes nearest."""
+    choices = [(a, b) for a in leaves for b in enters if a.grid and b.grid]
+    advice = "choose anchors with a resolution in common"
+    if choices:
+        a, b = min(choices, key=lambda pair: abs(math.log(math.prod(pair[0].grid) / math.prod(pair[1].grid))))
+        how = "rescale='bilinear'" if plain else "across_stages=True and rescale='bilinear'"
+        if plain or _gaps(leaves, enters):
+            advice = f"nearest are {a} and {b}: join them with {how}, or {advice}"
+        else:
+            advice = f"nearest are {a} and {b}: {advice}"
+    return (
+        f"no junction is possible: blocks of the first anchor leave {', '.join(_distinct(leaves))}, and those of the "
+        f"second are entered at {', '.join(_distinct(enters))}; {advice}"
+    )
 
 
 def _at(features: Sequence[Feature], grid: tuple[int, int] | None) -> list[int]:

@@ -8,12 +8,13 @@ from itertools import combinations
 from operator import index
 from typing import Any
 
+from .adapters import StitchingLayerSpec, check_adapter, strides_reach
 from .configs import read_config
 from .cost import Precision, route_cost
 from .families import anchor_specs
 from .rules import Pairing, pairings
 from .spec import AnchorSpec
-from .stitch import Junction, Segment, Stitch, StitchingLayerSpec, route_key
+from .stitch import Junction, Segment, Stitch, route_key
 
 DIRECTIONS = ("fast-to-slow", "slow-to-fast", "both")
 PAIRS = ("nearest", "any", "chain")
@@ -31,12 +32,15 @@ class StitchSpace:
         kernel_size, stride: the sliding window of SN-Net; ESTA takes 1 and 1 for LLaMA, 2 and 1 for ViT.
         direction: `"fast-to-slow"` (small head, large tail; default), `"slow-to-fast"` or `"both"`.
         pairs: `"nearest"` neighbours in size (default), `"any"` pair, or `"chain"`: any pair and routes over three.
+        adapter, rescale, adapter_norm: kind of the stitching layers of image anchors (see `StitchingLayerSpec`).
+        across_stages: also join stages of different resolution; without `rescale` the tail runs at the head's.
         precision: the form of weights and cache in which bytes are counted.
 
     Raises:
-        ValueError: fewer than two anchors, anchors not in ascending order, vocabularies that differ, a bad option.
+        ValueError: fewer than two anchors, anchors not in ascending order, vocabularies that differ, a bad option, or a
+            junction that is impossible.
 
-    Source: SN-Net section 3.3, ESTA sections 5.1 and 5.2.
+    Source: SN-Net section 3.3, ESTA sections 5.1 and 5.2, Traft and Cheney section 2.
     """
 
     def __init__(
@@ -46,15 +50,28 @@ class StitchSpace:
         stride: int = 1,
         direction: str = "fast-to-slow",
         pairs: str = "nearest",
+        adapter: str = "linear",
+        rescale: str = "none",
+        adapter_norm: str = "none",
+        across_stages: bool = False,
         precision: Precision = Precision(),
     ):
         _check_anchors(anchors)
+        check_adapter(adapter, rescale, adapter_norm)
         if direction not in DIRECTIONS:
             raise ValueError(f"direction {direction!r} is unknown; one of {', '.join(DIRECTIONS)} is needed")
         if pairs not in PAIRS:
             raise ValueError(f"pairs {pairs!r} is unknown; one of {', '.join(PAIRS)} is needed")
         self.anchors = tuple(anchors)
         self.options = {"kernel_size": kernel_size, "stride": stride, "direction": direction, "pairs": pairs}
+        chosen = {"adapter": adapter, "rescale": rescale, "adapter_norm": adapter_norm, "across_stages": across_stages}
+        self.options |= {name: value for name, value in chosen.items() if value not in ("linear", "none", False)}
+        if self.anchors[0].unit == "token" and len(self.options) > 4:
+            raise ValueError(
+                f"{', '.join(list(self.options)[4:])} is for images: {self.anchors[0].family} reads tokens"
+            )
+        if across_stages and rescale == "none" and pairs == "chain":
+            raise ValueError("routes over three anchors cross stages only with rescale 'bilinear' or 'strided'")
         self.precision = precision
         self.stitching_layers: dict[str, StitchingLayerSpec] = {}
         routes = [((Segment(i, 0, spec.depth),), ()) for i, spec in enumerate(self.anchors)]
@@ -79,16 +96,39 @@ class StitchSpace:
         ]
 
     def _pairings(self, head: int, tail: int) -> list[Pairing]:
-        leaves, enters = self.anchors[head].leaves, self.anchors[tail].enters
-        return pairings(leaves, enters, self.options["kernel_size"], self.options["stride"])
+        return pairings(
+            self.anchors[head].leaves,
+            self.anchors[tail].enters,
+            self.options["kernel_size"],
+            self.options["stride"],
+            rescaled="rescale" in self.options,
+            across_stages="across_stages" in self.options,
+        )
 
     def _junction(self, head: int, tail: int, pairing: Pairing) -> Junction:
-        name = f"{head}_{tail}_{pairing.layer}"
         before, after = self.anchors[head].leaves[pairing.head_stop - 1], self.anchors[tail].enters[pairing.tail_start]
-        own = max(0, after.special_tokens - before.special_tokens)  # the tail's, which nothing maps
-        layer = StitchingLayerSpec(name, before.width, after.width, after.positions - own)
-        self.stitching_layers.setdefault(name, layer)
-        return Junction(name, head, pairing.head_stop, tail, pairing.tail_start)
+        layer = StitchingLayerSpec(
+            f"{head}_{tail}_{pairing.layer}",
+            before.width,
+            after.width,
+            self.options.get("adapter", "linear"),
+            self.options.get("rescale", "none"),
+            self.options.get("adapter_norm", "none"),
+            before.grid,
+            after.grid,
+            min(
+                before.special_tokens, after.special_tokens
+            ),  # further ones of the tail are its own, which nothing maps
+        )
+        if layer.rescale == "strided" and not strides_reach(before.grid, after.grid):
+            raise ValueError(
+                f"no map of one stride joins block {pairing.head_stop - 1} of anchor {head}, which leaves {before}, to "
+                f"block {pairing.tail_start} of anchor {tail}, entered at {after}: rescale='bilinear' joins any two"
+            )
+        if self.stitching_layers.setdefault(layer.name, layer) != layer:  # a window over blocks of other widths
+            layer = replace(layer, name=f"{layer.name}_{before.width}x{after.width}")
+            self.stitching_layers[layer.name] = layer
+        return Junction(layer.name, head, pairing.head_stop, tail, pairing.tail_start)
 
     def _routes_over_two(self) -> list:
         routes = []

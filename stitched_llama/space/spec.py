@@ -1,6 +1,6 @@
 """What a space needs to know of an anchor: sizes, read from its `config.json`, never from weights."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,6 +84,8 @@ class AnchorSpec:
         contract: what all anchors of a space must agree on, such as the size of the vocabulary or of the image.
         unit: what a cost counts: `"token"` or `"image"`.
         tied: the head's matrix is the embedding's; counted once where one route uses both.
+        rebuild: (block, grid) -> the spec of an anchor that is entered there by a map of that grid; None where a block
+            runs at its own alone.
     """
 
     family: str
@@ -96,6 +98,14 @@ class AnchorSpec:
     contract: dict[str, object] = field(default_factory=dict)
     unit: str = "token"
     tied: bool = False
+    rebuild: Callable[[int, tuple[int, int]], "AnchorSpec"] | None = field(default=None, compare=False, repr=False)
+
+    def entered_at(self, block: int, grid: tuple[int, int] | None) -> "AnchorSpec":
+        """This anchor as it costs when `block` is entered by a map of another grid than it was trained for."""
+        if grid == self.enters[block].grid:
+            return self
+        assert self.rebuild is not None, "only image anchors run at another grid"
+        return self.rebuild(block, grid)
 
     @property
     def depth(self) -> int:

@@ -37,27 +37,6 @@ class Junction:
 
 
 @dataclass(frozen=True)
-class StitchingLayerSpec:
-    """A linear map with bias between the residual streams of two anchors.
-
-    `positions` is how many places of an image it maps; 1 for a token.
-    """
-
-    name: str
-    in_width: int
-    out_width: int
-    positions: int = 1
-
-    @property
-    def params(self) -> int:
-        return self.in_width * self.out_width + self.out_width
-
-    @property
-    def macs(self) -> int:
-        return self.positions * self.in_width * self.out_width
-
-
-@dataclass(frozen=True)
 class Stitch:
     """One route through the anchors, with its exact cost as deployed (PST merged).
 

@@ -2,11 +2,22 @@
 
 from dataclasses import replace
 
-from .image_parts import Config, contract, label_count, linear_sizes, norm_and_classifier, pair, patch_grid, staged
+from .image_parts import (
+    Config,
+    Entry,
+    contract,
+    grid_at,
+    label_count,
+    linear_sizes,
+    norm_and_classifier,
+    pair,
+    patch_grid,
+    staged,
+)
 from .spec import AnchorSpec, Feature, Part
 
 
-def vit_spec(config: Config) -> AnchorSpec:
+def vit_spec(config: Config, entry: Entry | None = None) -> AnchorSpec:
     """ViT and DeiT with one head on the class token: equal blocks on a class token, DeiT's distillation token, patches."""
     grid, channels = patch_grid(config, config.get("patch_size", 16)), config.get("num_channels", 3)
     patch, width = pair(config.get("patch_size", 16)), config.get("hidden_size", 768)
@@ -14,8 +25,9 @@ def vit_spec(config: Config) -> AnchorSpec:
     special = 2 if config["model_type"] == "deit" else 1
     heads = config.get("num_attention_heads", 12)
     inner = heads * (config.get("head_dim") or width // heads)
-    feature = Feature(width, grid, special)
-    tokens, pixels = feature.positions, channels * patch[0] * patch[1]
+    positions, pixels = Feature(width, grid, special).positions, channels * patch[0] * patch[1]
+    feature = Feature(width, grid_at(entry, 0, depth, grid), special)
+    tokens = feature.positions
     linears = _attention_linears(width, inner, config.get("qkv_bias", True)) + [(width, ffn, True), (ffn, width, True)]
     block = Part(
         **linear_sizes(linears, norms=4 * width),
@@ -25,7 +37,7 @@ def vit_spec(config: Config) -> AnchorSpec:
     return AnchorSpec(
         family=config["model_type"],
         embedding=Part(
-            params=pixels * width + width + special * width + tokens * width,
+            params=pixels * width + width + special * width + positions * width,
             macs=grid[0] * grid[1] * pixels * width,
         ),
         head=norm_and_classifier(width, config),
@@ -37,7 +49,7 @@ def vit_spec(config: Config) -> AnchorSpec:
     )
 
 
-def dinov2_spec(config: Config) -> AnchorSpec:
+def dinov2_spec(config: Config, entry: Entry | None = None) -> AnchorSpec:
     """DINOv2: a ViT whose two branches are scaled, and whose head reads class token and mean patch."""
     width, ratio = config.get("hidden_size", 768), config.get("mlp_ratio", 4)
     if config.get("use_swiglu_ffn"):
@@ -45,7 +57,8 @@ def dinov2_spec(config: Config) -> AnchorSpec:
             "DINOv2 with use_swiglu_ffn is not supported: take a checkpoint without it (small, base, large)"
         )
     patch = config.get("patch_size", 14)
-    plain = vit_spec({**config, "model_type": "dinov2", "intermediate_size": int(width * ratio), "patch_size": patch})
+    fields = {**config, "model_type": "dinov2", "intermediate_size": int(width * ratio), "patch_size": patch}
+    plain = vit_spec(fields, entry)
     scaled = replace(plain.blocks[0], params=plain.blocks[0].params + 2 * width)
     token = width if config.get("use_mask_token", True) else 0
     labels = label_count(config)
@@ -57,7 +70,7 @@ def dinov2_spec(config: Config) -> AnchorSpec:
     )
 
 
-def swin_spec(config: Config) -> AnchorSpec:
+def swin_spec(config: Config, entry: Entry | None = None) -> AnchorSpec:
     """Swin: window attention in stages, patch merging between them."""
     patch, channels = pair(config.get("patch_size", 4)), config.get("num_channels", 3)
     width, depths = config.get("embed_dim", 96), config.get("depths", (2, 2, 6, 2))
@@ -71,8 +84,14 @@ def swin_spec(config: Config) -> AnchorSpec:
     positions = width * grid[0] * grid[1] if config.get("use_absolute_embeddings") else 0
     stem = Part(params=pixels * width + 3 * width + positions, macs=grid[0] * grid[1] * pixels * width)
     blocks, features, transitions = [], [], []
+    trained = grid
     for stage, (depth, heads) in enumerate(zip(depths, head_counts)):
-        window = min(limit, *grid)
+        window, grid = min(limit, *trained), grid_at(entry, len(blocks), depth, grid)
+        if grid != tuple(side * (grid[0] // trained[0]) for side in trained):
+            raise ValueError(
+                f"Swin cannot run a stage trained at {trained[0]}x{trained[1]} places at {grid[0]}x{grid[1]}, which is no "
+                "multiple: rescale='bilinear' or 'strided' meets its own"
+            )
         padded = (-(-grid[0] // window) * window) * (-(-grid[1] // window) * window)
         places, ffn = grid[0] * grid[1], int(ratio * width)
         attention = _attention_linears(width, width, config.get("qkv_bias", True))
@@ -86,7 +105,7 @@ def swin_spec(config: Config) -> AnchorSpec:
         features += [Feature(width, grid)] * depth
         transitions += [Part()] * (depth if stage == 0 else depth - 1)
         if stage + 1 < len(depths):
-            grid = (-(-grid[0] // 2), -(-grid[1] // 2))
+            grid, trained = (tuple(-(-side // 2) for side in sides) for sides in (grid, trained))
             merged = 8 * width * width
             transitions.append(Part(merged + 8 * width, merged, 2 * width, macs=grid[0] * grid[1] * merged))
             width *= 2
