@@ -4,7 +4,10 @@
         --anchors WinKawaks/vit-tiny-patch16-224 WinKawaks/vit-small-patch16-224 google/vit-base-patch16-224 --rank 32 16 8
 
 ESTA's settings are the defaults: AdamW, cosine, 10 % warm-up, rate `base_lr * batch / 256`, 15 intervals, kernel 2, stride 1.
-SN-Net's are the same recipe with `--sampling uniform --distillation none`; its full fine-tuning is not here yet.
+SN-Net's own procedure is the same recipe with other settings: `--full --sampling uniform --no_inplace_teacher`, `--teacher NAME`
+for an external teacher, `--anchor_lr_scale 0.1` for staged families, `--shared mean`; it adapts then stitches where `--anchors`
+names what `vision_baseline.py --full --save FOLDER` left. `--adapter bottleneck --rescale bilinear --across_stages` joins stages
+of different resolution (Traft and Cheney).
 """
 
 import json
@@ -15,11 +18,20 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoImageProcessor, HfArgumentParser, set_seed
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    HfArgumentParser,
+    set_seed,
+)
 
 import stitched_llama as sl
+from stitched_llama.models import image_class
 from stitched_llama.training import (
     ImageSet,
+    PSTArguments,
+    SpaceArguments,
     batches,
     collate_images,
     dump_record,
@@ -33,13 +45,6 @@ from stitched_llama.training import (
     spearman,
 )
 
-CLASSES = {
-    "vit": sl.StitchedViTForImageClassification, "deit": sl.StitchedViTForImageClassification,
-    "swin": sl.StitchedSwinForImageClassification, "convnext": sl.StitchedConvNextForImageClassification,
-    "resnet": sl.StitchedResNetForImageClassification, "dinov2": sl.StitchedDinov2ForImageClassification,
-    "mobilenet_v2": sl.StitchedMobileNetV2ForImageClassification,
-}  # fmt: skip
-
 
 @dataclass
 class Arguments:
@@ -47,19 +52,29 @@ class Arguments:
 
     anchors: list[str] = field(metadata={"help": "Folders or Hub ids, small to large."})
     data: str = field(metadata={"help": "A task's name, a Hub id, an image folder, or a .npz file."})
+    train_split: str = field(default="train", metadata={"help": "The part to train on; train+val joins two."})
     eval_split: str = field(default="test", metadata={"help": "The part to evaluate on."})
     eval_size: int = field(default=0, metadata={"help": "Pictures to evaluate on; 0 is all."})
     shots: int = field(default=0, metadata={"help": "Training pictures a class; 0 is all (ESTA: 1, 4, 8, 16)."})
     augment: bool = field(default=True, metadata={"help": "Random crop and flip; off for VTAB-1k."})
     base_lr: float = field(default=1e-3, metadata={"help": "Rate at a batch of 256."})
-    rank: list[int] = field(default_factory=lambda: [16], metadata={"help": "LoRA rank, one or one for each anchor."})
-    kernel_size: int = field(default=2, metadata={"help": "Sliding window of the stitching space."})
-    stride: int = field(default=1, metadata={"help": "Its stride."})
+    teacher: str | None = field(default=None, metadata={"help": "A classifier of the same classes that teaches."})
+    init: str = field(
+        default="least_squares", metadata={"help": "Start of the stitching layers: that, kaiming or identity."}
+    )
+    shared: str = field(default="joint", metadata={"help": "Least squares of a shared layer: joint or mean (SN-Net)."})
     calibration_size: int = field(default=100, metadata={"help": "Pictures for the least-squares start (SN-Net 4)."})
     ridge: float = field(default=1e-4, metadata={"help": "Relative ridge of the least squares."})
     dtype: str = field(default="auto", metadata={"help": "Of the anchors: auto, float32, bfloat16 or float16."})
     resume: str | None = field(default=None, metadata={"help": "auto, or the path of a checkpoint."})
     baselines: str | None = field(default=None, metadata={"help": "JSON rows of anchors tuned alone, for the plot."})
+
+
+@dataclass
+class VisionSpaceArguments(SpaceArguments):
+    """The space of ESTA and SN-Net for plain ViTs."""
+
+    kernel_size: int = field(default=2, metadata={"help": "Blocks of the sliding window."})
 
 
 @dataclass
@@ -77,7 +92,8 @@ class VisionTrainingArguments(sl.StitchTrainingArguments):
 
 def main() -> None:
     start = time.time()
-    args, training = HfArgumentParser((Arguments, VisionTrainingArguments)).parse_args_into_dataclasses()
+    parser = HfArgumentParser((Arguments, VisionSpaceArguments, PSTArguments, VisionTrainingArguments))
+    args, space, pst, training = parser.parse_args_into_dataclasses()
     output = Path(training.output_dir)
     set_seed(training.seed)
     if training.learning_rate != VisionTrainingArguments.learning_rate:
@@ -90,7 +106,7 @@ def main() -> None:
     baselines = json.loads(Path(args.baselines).read_text()) if args.baselines else {}
 
     # Data: pictures, a few of each class where asked, prepared by the anchors' own processor
-    images = read_images(args.data)
+    images = read_images(args.data, args.train_split)
     held_out = read_images(args.data, args.eval_split, images.names)
     if args.shots:
         images = few_shot(images, args.shots, training.seed)
@@ -100,25 +116,30 @@ def main() -> None:
     held_out_batches = list(batches(eval_set, collate_images, training.per_device_eval_batch_size, limit))
 
     # Model: frozen anchors with new heads, stitching layers by least squares, then the trainable parts
-    families = {AutoConfig.from_pretrained(name).model_type for name in args.anchors}
-    family = CLASSES[families.pop()] if len(families) == 1 else sl.StitchedMixedForImageClassification
-    model = family.from_anchors(
-        args.anchors, kernel_size=args.kernel_size, stride=args.stride, dtype=args.dtype, num_labels=len(images.names)
-    )
+    model_class = image_class(AutoConfig.from_pretrained(name).model_type for name in args.anchors)
+    model = model_class.from_anchors(args.anchors, **asdict(space), dtype=args.dtype, num_labels=len(images.names))
     model.config.id2label = dict(enumerate(images.names))
     model.config.label2id = {name: number for number, name in enumerate(images.names)}
     model.to(training.device)
-    calibration = model.calibrate(_pictures(train_set, args.calibration_size), ridge=args.ridge, progress=chief)
-    model.attach_pst(sl.PSTConfig(rank=args.rank[0] if len(args.rank) == 1 else tuple(args.rank)))
+    calibration = None
+    if args.init == "least_squares":
+        pictures = _pictures(train_set, args.calibration_size)
+        calibration = model.calibrate(pictures, ridge=args.ridge, shared=args.shared, progress=chief)
+    else:
+        for layer in model.stitching_layers.values():
+            layer.init_kaiming() if args.init == "kaiming" else layer.init_identity()
+    model.attach_pst(pst.settings())
     if chief:
-        print(calibration)
+        print(calibration or f"stitching layers: {args.init}")
         print(f"{len(train_set)} pictures to train on, {len(eval_set)} held out, {len(model.space)} stitches")
         model.print_trainable_parameters()
 
     # The fine-tune, every stitch after
+    teacher = None if args.teacher is None else AutoModelForImageClassification.from_pretrained(args.teacher)
     trainer = sl.StitchImageTrainer(
-        model=model, args=training, train_dataset=train_set, eval_dataset=eval_set, data_collator=collate_images
-    )
+        model=model, args=training, train_dataset=train_set, eval_dataset=eval_set, data_collator=collate_images,
+        teacher=teacher,
+    )  # fmt: skip
     trained = trainer.train(resume_from_checkpoint=checkpoint)
     ranks = {"rank": training.process_index, "world_size": training.world_size}
     after = evaluate_stitches(model, held_out_batches, progress=chief, **ranks)
@@ -143,7 +164,7 @@ def main() -> None:
         "anchors": args.anchors, "data": args.data, "classes": len(images.names), "shots": args.shots,
         "train_images": len(train_set), "held_out_images": len(eval_set), "steps": trained.global_step,
         "train_seconds": round(trained.metrics["train_runtime"], 1), "seconds": round(time.time() - start, 1),
-        "seed": training.seed, "trainable": model.trainable_parameters(), "calibration": asdict(calibration),
+        "seed": training.seed, "trainable": model.trainable_parameters(), "calibration": calibration and asdict(calibration),
         "spearman": orders, "baselines": baselines, "table": model.table.to_dict(model.space),
     }  # fmt: skip
     (output / "result.json").write_text(dump_record(row))

@@ -3,9 +3,19 @@
 import argparse
 import json
 
-from stitched_llama.space import Precision, StitchSpace, format_bytes, format_count
+from stitched_llama.space import (
+    ADAPTER_NORMS,
+    ADAPTERS,
+    DIRECTIONS,
+    PAIRS,
+    RESCALES,
+    SPACE_OPTIONS,
+    Precision,
+    StitchSpace,
+    format_bytes,
+    format_count,
+)
 from stitched_llama.space.cost import BYTES_PER_NUMBER
-from stitched_llama.space.space import DIRECTIONS, PAIRS
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -15,6 +25,10 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--stride", type=int, default=1, help="its stride (default 1)")
     parser.add_argument("--direction", choices=DIRECTIONS, default="fast-to-slow")
     parser.add_argument("--pairs", choices=PAIRS, default="nearest", help="which anchors are joined")
+    parser.add_argument("--adapter", choices=ADAPTERS, default="linear", help="kind of stitching layer, for images")
+    parser.add_argument("--rescale", choices=RESCALES, default="none", help="how it changes the resolution")
+    parser.add_argument("--adapter-norm", choices=ADAPTER_NORMS, default="none", help="norms around it")
+    parser.add_argument("--across-stages", action="store_true", help="also join stages of different resolution")
     parser.add_argument("--dtype", choices=BYTES_PER_NUMBER, default="bfloat16", help="of weights and KV cache")
     parser.add_argument("--quantization", choices=("8bit", "4bit"), help="of the blocks' linear layers")
     parser.add_argument("--context", type=int, default=0, help="tokens attended to, counted in MACs (default 0)")
@@ -25,10 +39,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 def run(options: argparse.Namespace) -> int:
     space = StitchSpace.from_configs(
         options.anchors,
-        kernel_size=options.kernel_size,
-        stride=options.stride,
-        direction=options.direction,
-        pairs=options.pairs,
+        **{name: getattr(options, name) for name in SPACE_OPTIONS},
         precision=Precision(options.dtype, options.quantization, options.context),
     )
     if options.json:

@@ -15,6 +15,8 @@ images          what every stitched image classifier is
 vit, dinov2, swin, convnext, resnet, mobilenet_v2, mixed   one image family each
 """
 
+from collections.abc import Iterable
+
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification
 
 from .calibration import Calibration
@@ -46,10 +48,25 @@ for auto_class, model_class in _CLASSES:
     AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
     auto_class.register(config_class, model_class, exist_ok=True)
 
+
+def image_class(families: Iterable[str]) -> type[StitchedForImageClassification]:
+    """The class that stitches anchors of these `model_type`s.
+
+    Raises:
+        ValueError: a family that is not supported.
+    """
+    found = {"vit" if family == "deit" else family for family in families}
+    names = {name: CLASSES.get(f"stitched_{name}", StitchedPreTrainedModel) for name in found}
+    if unknown := sorted(n for n, known in names.items() if not issubclass(known, StitchedForImageClassification)):
+        raise ValueError(f"model_type {unknown[0]!r} is no image family that can be stitched")
+    return names.popitem()[1] if len(names) == 1 else StitchedMixedForImageClassification
+
+
 __all__ = [
     "CLASSES",
     "Calibration",
     "StitchedConfig",
+    "image_class",
     "StitchedConvNextConfig",
     "StitchedConvNextForImageClassification",
     "StitchedDinov2Config",

@@ -10,18 +10,8 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from stitched_llama.bundles import CONFIG, recover
 from stitched_llama.pst import PSTConfig
-from stitched_llama.space import BYTES_PER_NUMBER, Precision, StitchSpace, anchor_specs
+from stitched_llama.space import BYTES_PER_NUMBER, SPACE_OPTIONS, Precision, StitchSpace, anchor_specs
 
-SPACE_OPTIONS = (
-    "kernel_size",
-    "stride",
-    "direction",
-    "pairs",
-    "adapter",
-    "rescale",
-    "adapter_norm",
-    "across_stages",
-)
 _NOT_KEPT = ("_name_or_path", "transformers_version", "quantization_config")
 
 

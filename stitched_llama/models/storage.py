@@ -17,11 +17,10 @@ from stitched_llama.bundles import (
     Bundle,
     write_bundle,
 )
-from stitched_llama.space import StitchTable
+from stitched_llama.space import SPACE_OPTIONS, StitchTable
 
 from .bundle_tensors import BundleTensors
 from .card import model_card
-from .configuration import SPACE_OPTIONS
 from .loading import bundle_folder, load_anchor, load_anchors
 from .references import commit_of, reference_to, weight_files
 

@@ -21,7 +21,7 @@ from .configs import read_config
 from .cost import BYTES_PER_NUMBER, Precision
 from .families import anchor_spec, anchor_specs
 from .frontier import best_of_intervals, intervals, pareto_front
-from .space import StitchSpace
+from .space import DIRECTIONS, PAIRS, SPACE_OPTIONS, StitchSpace
 from .spec import AnchorSpec, Feature, Part
 from .stitch import Junction, Segment, Stitch
 from .table import StitchTable, higher_is_better
@@ -32,11 +32,14 @@ __all__ = [
     "BYTES_PER_NUMBER",
     "AnchorSpec",
     "Budget",
+    "DIRECTIONS",
     "Feature",
     "Junction",
+    "PAIRS",
     "Part",
     "Precision",
     "RESCALES",
+    "SPACE_OPTIONS",
     "Segment",
     "Stitch",
     "StitchSpace",

@@ -18,6 +18,9 @@ from .stitch import Junction, Segment, Stitch, route_key
 
 DIRECTIONS = ("fast-to-slow", "slow-to-fast", "both")
 PAIRS = ("nearest", "any", "chain")
+SPACE_OPTIONS = (
+    "kernel_size", "stride", "direction", "pairs", "adapter", "rescale", "adapter_norm", "across_stages",
+)  # fmt: skip
 _REMEDIES = {
     "vocab_size": "stitches need one tokenizer",
     "num_labels": "give num_labels, and each anchor gets a new head",

@@ -4,24 +4,27 @@ prompts     templates, also as chat templates
 data        rows in Alpaca's schema to labelled batches
 images      labelled images to batches
 arguments   training arguments
-trainer     one stitch a step, the largest anchor as teacher
+trainer     one stitch a step, the largest anchor as teacher; image_trainer is the same for pictures
 evaluation  loss and exact match of every stitch
+checkpoints which checkpoint to resume from
 plots       the picture and the table of a run
 record      where a result comes from
 samples     the same prompts at several sizes
 smoke       pico anchors for --smoke and tests
 """
 
-from .arguments import DISTILLATIONS, StitchTrainingArguments
+from .arguments import DISTILLATIONS, PSTArguments, SpaceArguments, StitchTrainingArguments
+from .checkpoints import find_checkpoint
 from .data import Collator, InstructionDataset, Row, batches, pad_token_id, read_rows, split_rows
 from .evaluation import evaluate_stitches, image_scores, response_scores, spearman
+from .image_trainer import StitchImageTrainer
 from .images import IMAGE_TASKS, ImageSet, collate_images, few_shot, read_images
 from .plots import format_table, plot_stitches
 from .prompts import TEMPLATES, Template, template
 from .record import dump_record, provenance
 from .samples import sample_budgets
 from .smoke import byte_tokenizer, pico_anchor, smoke_anchors
-from .trainer import StitchImageTrainer, StitchTrainer, find_checkpoint
+from .trainer import StitchTrainer
 
 __all__ = [
     "DISTILLATIONS",
@@ -31,6 +34,8 @@ __all__ = [
     "ImageSet",
     "InstructionDataset",
     "Row",
+    "PSTArguments",
+    "SpaceArguments",
     "StitchImageTrainer",
     "StitchTrainer",
     "StitchTrainingArguments",

@@ -5,9 +5,52 @@ from importlib.util import find_spec
 
 from transformers import TrainingArguments
 
+from stitched_llama.pst import PSTConfig
 from stitched_llama.sampling import SCHEMES, SCORES
+from stitched_llama.space import ADAPTER_NORMS, ADAPTERS, DIRECTIONS, PAIRS, RESCALES
 
 DISTILLATIONS = ("hard", "soft", "none")
+
+
+@dataclass
+class SpaceArguments:
+    """Options of `StitchSpace`."""
+
+    kernel_size: int = field(default=1, metadata={"help": "Blocks of the sliding window."})
+    stride: int = field(default=1, metadata={"help": "Its stride."})
+    direction: str = field(default="fast-to-slow", metadata={"help": f"Of the routes: {', '.join(DIRECTIONS)}."})
+    pairs: str = field(default="nearest", metadata={"help": f"Anchors that are joined: {', '.join(PAIRS)}."})
+    adapter: str = field(default="linear", metadata={"help": f"Kind of stitching layer: {', '.join(ADAPTERS)}."})
+    rescale: str = field(default="none", metadata={"help": f"How it changes the resolution: {', '.join(RESCALES)}."})
+    adapter_norm: str = field(default="none", metadata={"help": f"Norms around it: {', '.join(ADAPTER_NORMS)}."})
+    across_stages: bool = field(default=False, metadata={"help": "Also join stages of different resolution."})
+
+
+@dataclass
+class PSTArguments:
+    """Fields of `PSTConfig`, as a command line has them."""
+
+    rank: list[int] = field(default_factory=lambda: [16], metadata={"help": "LoRA rank, one or one for each anchor."})
+    stitching_rank: str = field(
+        default="auto", metadata={"help": "Of the stitching layers: a number, auto (d1/4), full."}
+    )
+    stitch_bias: bool = field(default=True, metadata={"help": "A bias a stitch."})
+    full: bool = field(
+        default=False, metadata={"help": "All weights train (SN-Net) instead of LoRA, updates and biases."}
+    )
+
+    def settings(self) -> PSTConfig:
+        """What `attach_pst` takes.
+
+        Raises:
+            ValueError: a stitching rank that is no number.
+        """
+        named = {"auto": None, "full": "full"}
+        if self.stitching_rank not in named and not self.stitching_rank.isdecimal():
+            raise ValueError(f"stitching_rank {self.stitching_rank!r} is unknown; a number, 'auto' or 'full' is needed")
+        stitching = named[self.stitching_rank] if self.stitching_rank in named else int(self.stitching_rank)
+        rank = self.rank[0] if len(self.rank) == 1 else tuple(self.rank)
+        return PSTConfig(rank=rank, stitching_rank=stitching, stitch_bias=self.stitch_bias, full=self.full)
 
 
 @dataclass
@@ -35,6 +78,12 @@ class StitchTrainingArguments(TrainingArguments):
     sampling_warmup: float = field(default=0.1, metadata={"help": "Share of all steps drawn uniformly at first."})
     floor: float = field(default=0.5, metadata={"help": "Share of an interval's draws spread evenly."})
     anchor_share: float = field(default=0.1, metadata={"help": "Share of draws for anchors other than the largest."})
+    inplace_teacher: bool = field(
+        default=True, metadata={"help": "The largest anchor trains at every step and teaches; off is SN-Net's way."}
+    )
+    anchor_lr_scale: float = field(
+        default=1.0, metadata={"help": "Rate of the anchors' weights over that of all else (SN-Net: 0.1 for stages)."}
+    )
     distillation: str = field(
         default="hard", metadata={"help": f"Student's teacher signal: {', '.join(DISTILLATIONS)}."}
     )

@@ -48,12 +48,16 @@ def read_images(source: str, split: str = "train", names: Sequence[str] | None =
     A folder holds `{split}/{class}/picture`, or `{class}/picture` where it has no splits.
 
     Args:
-        split: `"train"` or `"test"`, or what the data set calls it.
+        split: `"train"` or `"test"`, or what the data set calls it; `"train+val"` joins two parts.
         names: of the classes, where a training part has named them.
 
     Raises:
         ValueError: the source cannot be read or is empty, a picture cannot be opened, or a label is outside the classes.
     """
+    if "+" in split:
+        parts = [read_images(source, part, names) for part in split.split("+")]
+        pictures, labels = ([x for part in parts for x in getattr(part, name)] for name in ("pictures", "labels"))
+        return Images(pictures, labels, max((part.names for part in parts), key=len))
     path = Path(source)
     if path.suffix == ".npz":
         found = _from_npz(path, split)

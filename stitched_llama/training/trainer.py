@@ -4,7 +4,6 @@ import contextlib
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from stitched_llama.bundles import Bundle
+from stitched_llama.pst import is_low_rank
 from stitched_llama.sampling import Importance, StepSignals, StitchSampler
 from stitched_llama.space import Stitch, intervals
 
@@ -28,16 +28,24 @@ class StitchTrainer(Trainer):
 
     An optimiser step draws one stitch, the student, equal on all ranks and over all its accumulated batches. In each
     batch the largest anchor, the teacher, runs and backpropagates first and leaves its argmax; then the student does.
+    With `inplace_teacher` off only the student trains, on labels and on what `teacher` says (SN-Net, algorithm 1).
     Their gradients are kept apart until the step is complete, so the student's importance is read from its own
     gradients, whatever the split into batches and ranks; then they are added. One graph is alive at a time.
 
     Gradients of the trained parts are summed over ranks by hand, once a step: a route touches other tensors each time,
     which DistributedDataParallel's own reducer cannot follow together with activation checkpointing.
+
+    Args:
+        teacher: a plain model of Transformers whose word students are taught instead of the largest anchor's; frozen.
+        args, kwargs: as `transformers.Trainer` has them.
+
+    Raises:
+        ValueError: a way of training that is not supported, or a teacher of other classes.
     """
 
     args: StitchTrainingArguments
 
-    def __init__(self, *args: Any, **kwargs: Any):
+    def __init__(self, *args: Any, teacher: nn.Module | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
         if self.args.n_gpu > 1:
             raise ValueError(f"{self.args.n_gpu} GPUs in one process: start with `accelerate launch`, one process each")
@@ -58,9 +66,17 @@ class StitchTrainer(Trainer):
         if model.table.importance_score in (None, self.args.importance):  # averages of different scores do not mix
             self.importance.averages.update(model.table.importance)
         self.stitches = [model.space[key] for key in model.keys]
-        self.teacher = model.space.anchor_stitch(-1)
-        if self.teacher.key not in model.keys:
+        self.largest = model.space.anchor_stitch(-1)
+        if self.largest.key not in model.keys:
             raise ValueError("the largest anchor is the teacher and was not loaded: load the whole bundle to train it")
+        self.teacher = None if teacher is None else teacher.requires_grad_(False).eval().to(self.args.device)
+        sizes = [
+            getattr(m.config, "vocab_size", None) or m.config.num_labels for m in (model, teacher) if m is not None
+        ]
+        if len(set(sizes)) > 1:
+            raise ValueError(
+                f"the teacher has {sizes[1]} classes, the stitched model {sizes[0]}: they must be the same"
+            )
         self._sampler: StitchSampler | None = None
         self._kept: dict[str, Gradients] = {"teacher": {}, "student": {}}
         self._step_loss = 0.0
@@ -93,40 +109,52 @@ class StitchTrainer(Trainer):
         labels = inputs.pop("labels")
         if num_items_in_batch is None:
             num_items_in_batch = self._label_count(labels) * self.current_gradient_accumulation_steps
-        student = self.draw(self.state.global_step)
+        student, teacher_logits = self.draw(self.state.global_step), None
         with self._unreduced(model):
-            with self._gradients_of("teacher"):
-                logits, wanted = self._response_logits(model, inputs, labels, self.teacher)
-                loss = teacher_loss = F.cross_entropy(logits, wanted, reduction="sum") / num_items_in_batch
-                self.accelerator.backward(loss)
-                teacher_logits = logits.detach()
-                del logits, loss
-            label_loss = student_loss = teacher_loss.detach()
-            if student.key != self.teacher.key:
+            if self.args.inplace_teacher:
+                with self._gradients_of("teacher"):
+                    logits, wanted = self._response_logits(model, inputs, labels, self.largest)
+                    loss = F.cross_entropy(logits, wanted, reduction="sum") / num_items_in_batch
+                    self.accelerator.backward(loss)
+                    label_loss = student_loss = loss.detach()
+                    teacher_logits = logits.detach()
+                    del logits, loss
+                own = float(label_loss) * self.current_gradient_accumulation_steps
+                self._logged["loss_teacher"].append(own)
+            if self._has_own_gradients(student):
+                if self.teacher is not None:
+                    with torch.no_grad():
+                        teacher_logits, _ = self._response_logits(self.teacher, inputs, labels)
                 with self._gradients_of("student"):
                     logits, wanted = self._response_logits(model, inputs, labels, student)
                     label_loss = F.cross_entropy(logits, wanted, reduction="sum") / num_items_in_batch
                     student_loss = self._distil(logits, teacher_logits, label_loss, num_items_in_batch)
                     self.accelerator.backward(student_loss)
         self._step_loss += float(label_loss.detach())
-        self._logged["loss_teacher"].append(float(teacher_loss.detach()) * self.current_gradient_accumulation_steps)
         if self.accelerator.sync_gradients:
             self._complete_step(student)
         return student_loss.detach() * self.accelerator.num_processes  # the log averages over ranks
 
+    def _has_own_gradients(self, student: Stitch) -> bool:
+        """False where the largest anchor is drawn, which trains as the teacher already."""
+        return not (self.args.inplace_teacher and student.key == self.largest.key)
+
     def _label_count(self, labels: Tensor) -> Tensor:
         return (labels[:, 1:] != IGNORED).sum()
 
-    def _response_logits(self, model: nn.Module, inputs: dict, labels: Tensor, stitch: Stitch) -> tuple[Tensor, Tensor]:
-        """Logits [labels, vocabulary] where a label is wanted, and those labels [labels]."""
-        logits = model(**inputs, stitch_id=stitch.key, use_cache=False).logits[:, :-1]
+    def _response_logits(
+        self, model: nn.Module, inputs: dict, labels: Tensor, stitch: Stitch | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Logits [labels, vocabulary] where a label is wanted, and those labels [labels]; of a plain model without a stitch."""
+        how = {} if stitch is None else {"stitch_id": stitch.key}
+        logits = model(**inputs, **how, use_cache=False).logits[:, :-1]
         wanted = labels[:, 1:].to(logits.device)
         return logits[wanted != IGNORED].float(), wanted[wanted != IGNORED]
 
-    def _distil(self, logits: Tensor, teacher: Tensor, label_loss: Tensor, num_items: Any) -> Tensor:
+    def _distil(self, logits: Tensor, teacher: Tensor | None, label_loss: Tensor, num_items: Any) -> Tensor:
         """The student's loss: its share of the labels and of the teacher's word (ESTA section 4.2, hard labels)."""
         weight = self.args.distillation_weight
-        if self.args.distillation == "none" or weight == 0:
+        if teacher is None or self.args.distillation == "none" or weight == 0:
             return label_loss
         if self.args.distillation == "hard":
             taught = F.cross_entropy(logits, teacher.argmax(-1), reduction="sum")
@@ -154,7 +182,7 @@ class StitchTrainer(Trainer):
         """Sums both roles' gradients over ranks, reads the student's importance, and hands their sum to the optimiser."""
         loss = torch.tensor(self._step_loss, device=self.args.device, dtype=torch.float64)
         self._sum_over_ranks([*self._kept["teacher"].values(), *self._kept["student"].values(), loss])
-        own = self._kept["teacher" if student.key == self.teacher.key else "student"]
+        own = self._kept["student" if self._has_own_gradients(student) else "teacher"]
         signals = self._signals(own, float(loss))
         self.importance.update(student.key, signals)
         self._logged[f"loss_interval_{self._group[student.key]}"].append(float(loss))
@@ -178,6 +206,22 @@ class StitchTrainer(Trainer):
         if self.accelerator.num_processes > 1:
             for tensor in tensors:
                 torch.distributed.all_reduce(tensor)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """As Transformers has it; pretrained weights that train take `anchor_lr_scale` times the rate (SN-Net 4: 0.1)."""
+        made, optimizer = self.optimizer is None, super().create_optimizer(model)
+        if made and self.args.anchor_lr_scale != 1:
+            heads = tuple(self.model.trained_heads(range(len(self.model.anchors))))
+            named = [
+                (n, p) for n, p in self.model.named_parameters() if n.startswith("anchors.") and not is_low_rank(n)
+            ]
+            slow = {p for n, p in named if not n.startswith(heads)}
+            for group in list(optimizer.param_groups):
+                parameters = group["params"]
+                group["params"] = [p for p in parameters if p not in slow]
+                rate = group["lr"] * self.args.anchor_lr_scale
+                optimizer.add_param_group({**group, "params": [p for p in parameters if p in slow], "lr": rate})
+        return optimizer
 
     # ---- logging, evaluation, checkpoints
 
@@ -248,42 +292,3 @@ class StitchTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         self.model.load_bundle(Bundle.open(self.state.best_model_checkpoint))
-
-
-class StitchImageTrainer(StitchTrainer):
-    """The same for image classifiers: every image is one label (ESTA section 5.1)."""
-
-    def _label_count(self, labels: Tensor) -> Tensor:
-        return torch.tensor(len(labels), device=labels.device)
-
-    def _response_logits(self, model: nn.Module, inputs: dict, labels: Tensor, stitch: Stitch) -> tuple[Tensor, Tensor]:
-        """Logits [batch, classes] and labels [batch]."""
-        logits = model(**inputs, stitch_id=stitch.key).logits.float()
-        return logits, labels.to(logits.device)
-
-
-def find_checkpoint(resume: str | None, output_dir: str) -> str | None:
-    """The checkpoint to resume from: `auto` is the newest whole one in `output_dir`, if any; else a path.
-
-    Raises:
-        ValueError: the path holds no whole checkpoint.
-    """
-    if resume in (None, "", "no"):
-        return None
-    if resume == "auto":
-        found = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.split("-")[-1].isdecimal()]
-        whole = [path for path in found if _is_whole(path)]
-        return str(max(whole, key=lambda path: int(path.name.split("-")[-1]))) if whole else None
-    if not _is_whole(Path(resume)):
-        raise ValueError(
-            f"{resume} holds no whole checkpoint (a bundle and trainer_state.json): name another, or 'auto'"
-        )
-    return resume
-
-
-def _is_whole(path: Path) -> bool:
-    try:
-        Bundle.open(path)
-    except (ValueError, OSError):
-        return False
-    return (path / "trainer_state.json").is_file() and (path / "optimizer.pt").is_file()

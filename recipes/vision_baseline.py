@@ -1,0 +1,100 @@
+"""Tune each image classifier alone, by plain PEFT LoRA or whole: the peers that every stitched run is set beside.
+
+    python recipes/vision_baseline.py --anchors TINY SMALL BASE --data cifar100 --rank 32 16 8 --rows baselines.json
+    python recipes/vision_baseline.py --anchors TINY SMALL BASE --data cifar100 --full --save runs/adapted
+
+Same pictures, augmentation, optimiser and steps as `finetune_vision.py`; nothing of `stitched_llama.models` is used. `--save`
+leaves the tuned models as plain checkpoints; named as that recipe's `--anchors` they are adapt-then-stitch, SN-Net's first stage.
+Writes `{key of the anchor: {"loss", "accuracy", "seconds"}}`.
+"""
+
+import json
+import time
+import warnings
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoImageProcessor, AutoModelForImageClassification, HfArgumentParser, Trainer, set_seed
+
+from stitched_llama import StitchTrainingArguments
+from stitched_llama.space import anchor_spec
+from stitched_llama.training import ImageSet, batches, collate_images, few_shot, image_scores, read_images
+
+
+@dataclass
+class Arguments:
+    """What is tuned on what."""
+
+    anchors: list[str] = field(metadata={"help": "Folders or Hub ids; each is tuned alone."})
+    data: str = field(metadata={"help": "A task's name, a Hub id, an image folder, or a .npz file."})
+    train_split: str = field(default="train", metadata={"help": "The part to train on; train+val joins two."})
+    eval_split: str = field(default="test", metadata={"help": "The part to evaluate on."})
+    eval_size: int = field(default=0, metadata={"help": "Pictures to evaluate on; 0 is all."})
+    shots: int = field(default=0, metadata={"help": "Training pictures a class; 0 is all."})
+    augment: bool = field(default=True, metadata={"help": "Random crop and flip; off for VTAB-1k."})
+    base_lr: float = field(default=1e-3, metadata={"help": "Rate at a batch of 256."})
+    rank: list[int] = field(default_factory=lambda: [16], metadata={"help": "LoRA rank, one or one for each anchor."})
+    full: bool = field(default=False, metadata={"help": "All weights train instead of LoRA and the head."})
+    save: str | None = field(default=None, metadata={"help": "A folder for the tuned models."})
+    rows: str = field(default="baselines.json", metadata={"help": "Where the result goes."})
+
+
+@torch.no_grad()
+def evaluate(model: torch.nn.Module, held_out: list[dict[str, torch.Tensor]]) -> tuple[float, float]:
+    """Loss an image and accuracy on held-out batches."""
+    totals = torch.zeros(3, dtype=torch.float64)
+    model.eval()
+    for batch in held_out:
+        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        scores = image_scores(model(pixel_values=batch["pixel_values"]).logits, batch["labels"])
+        totals += torch.stack([score.double().sum().cpu() for score in scores])
+    return float(totals[0] / totals[1]), float(totals[2] / totals[1])
+
+
+def main() -> None:
+    args, training = HfArgumentParser((Arguments, StitchTrainingArguments)).parse_args_into_dataclasses()
+    training.learning_rate = args.base_lr * (training.global_batch_size or training.train_batch_size) / 256
+    images = read_images(args.data, args.train_split)
+    held_out = read_images(args.data, args.eval_split, images.names)
+    if args.shots:
+        images = few_shot(images, args.shots, training.seed)
+    processor = AutoImageProcessor.from_pretrained(args.anchors[-1], use_fast=False)
+    train_set, eval_set = ImageSet(images, processor, args.augment), ImageSet(held_out, processor)
+    size = training.per_device_eval_batch_size
+    held_out_batches = list(batches(eval_set, collate_images, size, args.eval_size or None))
+    ranks = args.rank * len(args.anchors) if len(args.rank) == 1 else args.rank
+    found = {}
+    for index, (name, rank) in enumerate(zip(args.anchors, ranks, strict=True)):
+        set_seed(training.seed)
+        labels = {"id2label": dict(enumerate(images.names)), "label2id": {n: i for i, n in enumerate(images.names)}}
+        model = AutoModelForImageClassification.from_pretrained(name, ignore_mismatched_sizes=True, **labels)
+        spec = anchor_spec(model.config.to_dict())
+        if not args.full:
+            targets = sorted({layer for block in spec.blocks for layer, *_ in block.adapted})
+            lora = LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, modules_to_save=["classifier"])
+            model = get_peft_model(model, lora)
+            model.print_trainable_parameters()
+        start = time.time()
+        quiet = replace(training, save_strategy="no", label_names=["labels"])
+        Trainer(model=model, args=quiet, train_dataset=train_set, data_collator=collate_images).train()
+        loss, accuracy = evaluate(model, held_out_batches)
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        found[f"{index}[0:{spec.depth}]"] = {
+            "loss": loss, "accuracy": accuracy, "trained": trained, "seconds": round(time.time() - start, 1),
+        }  # fmt: skip
+        if args.save:
+            plain = model if args.full else model.merge_and_unload()
+            plain.save_pretrained(Path(args.save) / str(index))
+            processor.save_pretrained(Path(args.save) / str(index))
+    Path(args.rows).parent.mkdir(parents=True, exist_ok=True)
+    Path(args.rows).write_text(json.dumps(found, indent=1) + "\n")
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    warnings.filterwarnings("ignore", message=".*pin_memory.*")
+    main()
+else:
+    raise ImportError("a recipe is run or copied, not imported")

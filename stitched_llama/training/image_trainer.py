@@ -1,0 +1,23 @@
+"""The fine-tune of image classifiers."""
+
+import torch
+from torch import Tensor, nn
+
+from stitched_llama.space import Stitch
+
+from .trainer import StitchTrainer
+
+
+class StitchImageTrainer(StitchTrainer):
+    """The same for image classifiers: every image is one label (ESTA section 5.1)."""
+
+    def _label_count(self, labels: Tensor) -> Tensor:
+        return torch.tensor(len(labels), device=labels.device)
+
+    def _response_logits(
+        self, model: nn.Module, inputs: dict, labels: Tensor, stitch: Stitch | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Logits [batch, classes] and labels [batch]."""
+        how = {} if stitch is None else {"stitch_id": stitch.key}
+        logits = model(**inputs, **how).logits.float()
+        return logits, labels.to(logits.device)
