@@ -38,7 +38,7 @@ def dinov2(width, depth):
 
 
 def swin(width, depths, size=16, patch=2):
-    shape = {"embed_dim": width, "depths": depths, "num_heads": [2, 4], "window_size": 4}
+    shape = {"embed_dim": width, "depths": depths, "num_heads": [2, 4], "window_size": 4, "drop_path_rate": 0.0}
     return SwinForImageClassification(SwinConfig(image_size=size, patch_size=patch, **shape, **LABELS))
 
 

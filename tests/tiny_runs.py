@@ -4,21 +4,30 @@ import json
 import sys
 from pathlib import Path
 
+import torch
 from conftest import fresh, randomise
 
-from stitched_llama import PSTConfig, StitchTrainer, StitchTrainingArguments
+from stitched_llama import PSTConfig, StitchImageTrainer, StitchTrainer, StitchTrainingArguments
 from stitched_llama.training import (
     Collator,
     InstructionDataset,
     Row,
     batches,
     byte_tokenizer,
+    collate_images,
     evaluate_stitches,
     template,
 )
 
 WORDS = ("alpaca", "wool", "hill", "grass", "river", "stone", "cloud", "path")
 ROWS = [Row(f"say {a}", "", f"{a} {b}"[: 4 + i % 7]) for i, a in enumerate(WORDS) for b in WORDS[:4]]
+
+
+DEFAULTS = {
+    "max_steps": 4, "per_device_train_batch_size": 8, "global_batch_size": 8, "learning_rate": 1e-2, "logging_steps": 1,
+    "save_strategy": "no", "report_to": "none", "use_cpu": True, "disable_tqdm": True, "dataloader_pin_memory": False,
+    "seed": 3, "interval_count": 3, "warmup_steps": 0,
+}  # fmt: skip
 
 
 def dataset(rows=ROWS):
@@ -31,12 +40,7 @@ def stitched_model(folders, seed=0, **how):
 
 def trainer(model, output, callbacks=None, **options):
     """A trainer of four steps on eight rows each; PST is as the model has it."""
-    defaults = {
-        "output_dir": str(output), "max_steps": 4, "per_device_train_batch_size": 8, "global_batch_size": 8,
-        "learning_rate": 1e-2, "logging_steps": 1, "save_strategy": "no", "report_to": "none", "use_cpu": True,
-        "disable_tqdm": True, "dataloader_pin_memory": False, "seed": 3, "interval_count": 3, "warmup_steps": 0,
-    }  # fmt: skip
-    arguments = StitchTrainingArguments(**{**defaults, **options})
+    arguments = StitchTrainingArguments(**{**DEFAULTS, "output_dir": str(output), **options})
     data = dataset()
     return StitchTrainer(
         model=model, args=arguments, train_dataset=data, eval_dataset=dataset(ROWS[:5]), data_collator=Collator(0),
@@ -52,14 +56,33 @@ def evaluated(model, **ranks):
     return evaluate_stitches(model, batches(dataset(ROWS[:5]), Collator(0), 2), progress=False, **ranks)
 
 
-def main(output, folders, options):
-    """Trains and evaluates on all ranks; each writes what it drew, what it found and what it holds."""
-    import torch
+def image_model(options):
+    """Two Swins joined across their stages by bottlenecks with norms, and PST."""
+    from image_anchors import FAMILIES, build
 
-    model = randomise(stitched_model(folders))
-    run = trainer(model, output, **options)
+    model = FAMILIES["swin"][0].from_anchors(build("swin"), **options)
+    model.attach_pst(PSTConfig(rank=2))
+    return model
+
+
+def main(output, folders, options):
+    """Trains and evaluates on all ranks; each writes what it drew, what it found and what it holds.
+
+    `folders` of text anchors, or the options of `image_model`.
+    """
+    if isinstance(folders, dict):
+        model = randomise(image_model(folders))
+        run = image_trainer(model, output, **options)
+        data = collate_images([run.train_dataset[i] for i in range(16)])
+    else:
+        model = randomise(stitched_model(folders))
+        run = trainer(model, output, **options)
     run.train()
-    found = evaluated(model, rank=run.args.process_index, world_size=run.args.world_size)
+    ranks = {"rank": run.args.process_index, "world_size": run.args.world_size}
+    if isinstance(folders, dict):
+        found = evaluate_stitches(model, [data], progress=False, **ranks)
+    else:
+        found = evaluated(model, **ranks)
     state = {
         "weights": trained(model),
         "found": found,
@@ -67,6 +90,27 @@ def main(output, folders, options):
         "world": run.args.world_size,
     }
     torch.save(state | {"visits": run.importance.visits}, Path(output) / f"rank{run.args.process_index}.pt")
+
+
+class Pictures(torch.utils.data.Dataset):
+    """Sixteen pictures of noise with a label each, one batch of tensors a row."""
+
+    def __init__(self, side):
+        self.pixels = torch.randn(16, 3, side, side, generator=torch.Generator().manual_seed(0))
+
+    def __len__(self):
+        return len(self.pixels)
+
+    def __getitem__(self, index):
+        return {"pixel_values": self.pixels[index], "labels": index % 7}
+
+
+def image_trainer(model, output, teacher=None, **options):
+    arguments = StitchTrainingArguments(**{**DEFAULTS, "output_dir": str(output), **options})
+    data = Pictures(model.config.image_size)
+    return StitchImageTrainer(
+        model=model, args=arguments, train_dataset=data, data_collator=collate_images, teacher=teacher
+    )
 
 
 if __name__ == "__main__":

@@ -182,6 +182,8 @@ class StitchTrainer(Trainer):
         """Sums both roles' gradients over ranks, reads the student's importance, and hands their sum to the optimiser."""
         loss = torch.tensor(self._step_loss, device=self.args.device, dtype=torch.float64)
         self._sum_over_ranks([*self._kept["teacher"].values(), *self._kept["student"].values(), loss])
+        statistics = [tensor for tensor in self.model.stitching_layers.buffers() if tensor.is_floating_point()]
+        self._sum_over_ranks(statistics, share=1 / self.accelerator.num_processes)
         own = self._kept["student" if self._has_own_gradients(student) else "teacher"]
         signals = self._signals(own, float(loss))
         self.importance.update(student.key, signals)
@@ -201,11 +203,11 @@ class StitchTrainer(Trainer):
         squares = sum((g.square().sum().to(device) for g in gradients.values()), torch.zeros((), device=device))
         return StepSignals(float(saliency) / scale, float(squares) ** 0.5 / scale, loss)
 
-    def _sum_over_ranks(self, tensors: list[Tensor]) -> None:
+    def _sum_over_ranks(self, tensors: list[Tensor], share: float = 1.0) -> None:
         """All ranks drew the same stitch, so they hold gradients of the same tensors, in the same order."""
         if self.accelerator.num_processes > 1:
             for tensor in tensors:
-                torch.distributed.all_reduce(tensor)
+                torch.distributed.all_reduce(tensor.mul_(share))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """As Transformers has it; pretrained weights that train take `anchor_lr_scale` times the rate (SN-Net 4: 0.1)."""

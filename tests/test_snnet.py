@@ -1,0 +1,133 @@
+"""SN-Net's own procedure by settings: no in-place teacher, another teacher, the anchors' own rate, all weights trained."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, python, randomise
+from image_anchors import CLASSES, build, swin, vit
+from tiny_runs import Pictures, image_model, image_trainer, stitched_model, trainer
+from transformers import TrainerCallback
+
+from stitched_llama import PSTConfig, StitchedSwinForImageClassification
+from stitched_llama.pst import is_low_rank
+from stitched_llama.training import collate_images, evaluate_stitches, pico_anchor
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*junctions do not fit:UserWarning")
+
+
+class Keep(TrainerCallback):
+    """Keeps the gradients that reach the optimiser."""
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def whole(**how):
+    torch.manual_seed(0)
+    model = StitchedSwinForImageClassification.from_anchors(build("swin"), kernel_size=2, **how)
+    model.attach_pst(PSTConfig(full=True))
+    return model
+
+
+@pytest.mark.parametrize("kind", ["labels", "teacher"])
+def test_a_step_without_in_place_teacher_is_the_students_alone(kind, tmp_path):
+    teacher = swin(8, [2, 2]) if kind == "teacher" else None
+    model, twin, keep = whole(), whole().train(), Keep()
+    run = image_trainer(
+        model, tmp_path, teacher, max_steps=1, max_grad_norm=0, inplace_teacher=False, sampling="uniform",
+        distillation_weight=0.3, per_device_train_batch_size=16, global_batch_size=16,
+    )  # fmt: skip
+    run.add_callback(keep)
+    student = run.draw(0)
+    assert not student.is_anchor
+    run.train()
+    data = Pictures(model.config.image_size)
+    batch = collate_images([data[i] for i in range(16)])
+    pixels, labels = batch["pixel_values"], batch["labels"]
+    logits = twin(pixels, stitch_id=student.key).logits
+    loss = F.cross_entropy(logits, labels)
+    if kind == "teacher":
+        with torch.no_grad():
+            taught = teacher(pixels).logits.argmax(-1)
+        loss = 0.7 * loss + 0.3 * F.cross_entropy(logits, taught)
+    loss.backward()
+    own = {n: p.grad for n, p in twin.named_parameters() if p.grad is not None}
+    assert set(own) == set(keep.gradients)
+    for name, gradient in keep.gradients.items():
+        torch.testing.assert_close(gradient, own[name], atol=1e-5, rtol=1e-3)
+    assert "loss_teacher" not in {name for entry in run.state.log_history for name in entry}
+
+
+def test_a_teacher_of_other_classes_is_refused(tmp_path, anchors):
+    other = vit(16, 3, id2label={0: "a", 1: "b"})
+    with pytest.raises(ValueError, match=f"the teacher has 2 classes, the stitched model {CLASSES}"):
+        image_trainer(whole(), tmp_path, other)
+    text = stitched_model(anchors["unequal"])
+    run = trainer(text, tmp_path)
+    with pytest.raises(ValueError, match="the teacher has 99 classes"):
+        type(run)(model=text, args=run.args, teacher=pico_anchor(16, 2, 2, 2, 99))
+
+
+def test_anchors_take_their_share_of_the_rate(tmp_path):
+    model = whole()
+    run = image_trainer(model, tmp_path, anchor_lr_scale=0.1, learning_rate=0.5)
+    rates = {p: group["lr"] for group in run.create_optimizer().param_groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        slow = name.startswith("anchors.") and "classifier" not in name
+        assert rates[parameter] == pytest.approx(0.05 if slow else 0.5), name
+    light = image_model({})  # LoRA is none of the anchors' weights
+    run = image_trainer(light, tmp_path, anchor_lr_scale=0.1, learning_rate=0.5)
+    rates = {p: group["lr"] for group in run.create_optimizer().param_groups for p in group["params"]}
+    assert {rates[p] for n, p in light.named_parameters() if is_low_rank(n)} == {0.5}
+
+
+def test_full_training_lowers_the_loss_of_every_stitch_and_moves_the_anchors(tmp_path):
+    how = {"adapter": "bottleneck", "rescale": "bilinear", "across_stages": True, "adapter_norm": "batch"}
+    model = StitchedSwinForImageClassification.from_anchors(build("swin"), **how)
+    model.calibrate([{"pixel_values": Pictures(16).pixels}], progress=False)
+    model.attach_pst(PSTConfig(full=True))
+    before = {name: tensor.clone() for name, tensor in model.anchors.named_parameters()}
+    run = image_trainer(model, tmp_path, inplace_teacher=False, sampling="uniform", max_steps=120, learning_rate=3e-3)
+    data = [collate_images([run.train_dataset[i] for i in range(16)])]
+    first = evaluate_stitches(model, data, progress=False)["loss"]
+    run.train()
+    last = evaluate_stitches(model, data, progress=False)["loss"]
+    assert all(last[key] < first[key] for key in first), (first, last)
+    assert not any(torch.equal(before[name], tensor) for name, tensor in model.anchors.named_parameters())
+
+
+def test_resume_of_whole_training_continues_bit_for_bit(tmp_path):
+    how = {"adapter": "conv3x3_relu", "rescale": "strided", "across_stages": True, "adapter_norm": "batch"}
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    one = whole(**how)
+    image_trainer(one, tmp_path, **options).train()
+    again = whole(**how)
+    image_trainer(again, tmp_path, **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    for (name, wanted), found in zip(one.state_dict().items(), again.state_dict().values()):
+        if "num_batches" not in name:
+            assert torch.equal(wanted, found), name
+
+
+def test_two_ranks_stitch_pictures_as_one_process(tmp_path):
+    """Norms of an adapter see one rank's pictures at a time, so weights agree among ranks, not with one process."""
+    across = {"across_stages": True, "rescale": "bilinear", "adapter": "bottleneck"}
+    options = {"per_device_train_batch_size": 4}
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", ROOT / "tests" / "tiny_runs.py"]
+    for norm in ("none", "batch"):
+        how = {**across, "adapter_norm": norm}
+        python(*command, tmp_path, json.dumps(how), json.dumps(options), ACCELERATE_USE_CPU="1")
+        ranks = [torch.load(tmp_path / f"rank{number}.pt") for number in (0, 1)]
+        assert [rank["world"] for rank in ranks] == [2, 2]
+        assert ranks[0]["found"] == ranks[1]["found"]
+        for name, tensor in ranks[0]["weights"].items():
+            assert torch.equal(tensor, ranks[1]["weights"][name]), name
+        model = randomise(image_model(how))
+        run = image_trainer(model, tmp_path / "one", **options)
+        run.train()
+        data = [collate_images([run.train_dataset[i] for i in range(16)])]
+        own = evaluate_stitches(model, data, progress=False)
+        for key, value in own["loss"].items():
+            assert ranks[0]["found"]["loss"][key] == pytest.approx(value, rel=1e-2 if norm == "none" else 0.5)
