@@ -305,6 +305,29 @@ def test_a_gap_alone_makes_a_space_and_without_it_the_error_says_how():
     assert {s.key for s in space if s.junctions} == {"0[0:2]>1[0:4]", "0[0:4]>1[0:4]"}
 
 
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_bfloat16_and_pst_in_float32_run_together(adapter):
+    torch.manual_seed(0)
+    anchors = [anchor.to(torch.bfloat16) for anchor in build("swin")]
+    model = sl.StitchedSwinForImageClassification.from_anchors(
+        anchors, adapter=adapter, rescale="bilinear", adapter_norm="batch", across_stages=True
+    )
+    model.attach_pst(PSTConfig(rank=2))
+    randomise(model)
+    exact = sl.StitchedSwinForImageClassification.from_anchors(
+        build("swin"), adapter=adapter, rescale="bilinear", adapter_norm="batch", across_stages=True
+    )
+    exact.attach_pst(PSTConfig(rank=2))
+    with torch.no_grad():
+        for (name, wanted), tensor in zip(model.named_parameters(), exact.parameters()):
+            assert wanted.dtype == (torch.float32 if wanted.requires_grad else torch.bfloat16), name
+            tensor.copy_(wanted)
+    for stitch in model.space:
+        pixels = images(model)
+        found, wanted = logits(model, pixels, stitch.key).float(), logits(exact, pixels, stitch.key)
+        torch.testing.assert_close(found, wanted, atol=0.1 * float(wanted.abs().max()), rtol=0)
+
+
 def test_adapters_are_for_images():
     text = LlamaConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32).to_dict()
     with pytest.raises(ValueError, match="adapter is for images: llama reads tokens"):

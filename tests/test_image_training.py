@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SHARED, python
-from image_anchors import vit
+from image_anchors import build, vit
 from PIL import Image
 from transformers import AutoModelForImageClassification, ViTImageProcessor
 
@@ -199,3 +199,41 @@ def test_the_vision_demos_halves_are_disjoint_and_its_vits_fit_them(monkeypatch)
     assert np.array_equal(make_vits.digits(0)["y_train"], arrays["y_train"])
     space = StitchSpace.from_configs([make_vits.vit(width).config.to_dict() for width in (32, 64, 128)], kernel_size=2)
     assert len(space) == 35
+
+
+@pytest.mark.parametrize(("family", "options"), [
+    ("resnet-swin", ["--across_stages", "--adapter", "bottleneck", "--rescale", "bilinear", "--adapter_norm", "batch"]),
+    ("convnext", ["--shared", "mean", "--kernel_size", 1]),
+])  # fmt: skip
+def test_sn_nets_procedure_from_checkpoints_to_an_evaluated_bundle(family, options, tmp_path):
+    """Anchors adapted whole, each alone; then stitched, all weights training, taught by another model."""
+    side, folders = 16 if family != "resnet-swin" else 32, []
+    for number, anchor in enumerate(build(family)):
+        anchor.save_pretrained(tmp_path / str(number))
+        ViTImageProcessor(size={"height": side, "width": side}).save_pretrained(tmp_path / str(number))
+        folders.append(tmp_path / str(number))
+    (x, y), (x_val, y_val) = pictures(24, 0), pictures(12, 1)
+    np.savez(tmp_path / "d.npz", x_train=x, y_train=y, x_val=x_val, y_val=y_val, x_test=x_val, y_test=y_val)
+    common = [
+        "--data", tmp_path / "d.npz", "--train_split", "train+val", "--max_steps", 4, "--use_cpu", "--report_to", "none",
+        "--global_batch_size", 8, "--per_device_train_batch_size", 8, "--save_strategy", "no",
+    ]  # fmt: skip
+    adapted = tmp_path / "adapted"
+    for how in (["--full", "--save", adapted], ["--rank", 2]):
+        rows = tmp_path / "rows.json"
+        python("recipes/vision_baseline.py", "--anchors", *folders, *common, *how, "--rows", rows)
+        found = json.loads(rows.read_text())
+        assert [set(row) for row in found.values()] == [{"loss", "accuracy", "trained", "seconds"}] * 2
+    python(
+        "recipes/finetune_vision.py", "--anchors", adapted / "0", adapted / "1", *common, *options, "--full", "--sampling",
+        "uniform", "--no_inplace_teacher", "--teacher", adapted / "1", "--anchor_lr_scale", "0.1", "--dtype", "float32",
+        "--baselines", rows, "--output_dir", tmp_path / "out",
+    )  # fmt: skip
+    row = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert row["train_images"] == 36
+    assert set(row["trainable"]) == {"anchors", "stitching_layers"}
+    assert len(row["baselines"]) == 2
+    assert set(row["baselines"]) < {stitch["key"] for stitch in row["table"]["stitches"]}
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "out" / "bundle")
+    assert len(model.space) == len(row["table"]["stitches"]) > 2
+    assert model.choose("1B").key in {stitch.key for stitch in model.published}

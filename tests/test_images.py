@@ -227,6 +227,19 @@ def test_a_new_head_trains_and_lies_in_the_bundle(folders, tmp_path):
     assert "heads" not in frozen.trainable_parameters()
 
 
+def test_the_card_of_an_image_bundle_is_for_images(folders, tmp_path):
+    stitched(folders, "vit").save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert "pipeline_tag: image-classification" in card
+    assert "AutoModelForCausalLM" not in card
+    lines = card.split("```python\n")[1].split("```")[0].replace("this/bundle", str(tmp_path)).splitlines()
+    assert len(lines) == 6
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path)
+    scope = {"image": Image.new("RGB", (16, 16))}
+    exec("\n".join(lines), scope)  # as a reader would
+    assert scope["model"].keys
+
+
 def test_bad_images_and_labels_are_named(folders):
     model = stitched(folders, "vit")
     with pytest.raises(ValueError, match=r"\[3, 20, 16\], these anchors take \[3, 16, 16\]"):

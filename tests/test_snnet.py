@@ -14,7 +14,6 @@ from stitched_llama import PSTConfig, StitchedSwinForImageClassification
 from stitched_llama.pst import is_low_rank
 from stitched_llama.training import collate_images, evaluate_stitches, pico_anchor
 
-
 pytestmark = pytest.mark.filterwarnings("ignore:.*junctions do not fit:UserWarning")
 
 

@@ -4,6 +4,19 @@ from pathlib import Path
 
 from stitched_llama.space import Stitch, StitchTable, format_bytes, format_count
 
+_TEXT_USE = """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("this/bundle")
+tokenizer = AutoTokenizer.from_pretrained("this/bundle")
+model.generate(**tokenizer("Hello", return_tensors="pt"), budget="{budget}")"""
+_IMAGE_USE = """\
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+model = AutoModelForImageClassification.from_pretrained("this/bundle", budget="{budget}")
+processor = AutoImageProcessor.from_pretrained("this/bundle")
+model(**processor(image, return_tensors="pt")).logits"""
+
 
 def model_card(anchors: list[dict], stitches: list[Stitch], table: StitchTable) -> str:
     """Markdown with Hub metadata: which anchors are needed, which sizes are published, how to load one."""
@@ -11,7 +24,9 @@ def model_card(anchors: list[dict], stitches: list[Stitch], table: StitchTable) 
     hub_ids = [
         name for name in names if name.count("/") == 1 and not name.startswith((".", "/")) and not Path(name).exists()
     ]
-    head = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags:", "- stitched-llama"]
+    images = stitches[0].unit == "image"
+    task = "image-classification" if images else "text-generation"
+    head = ["---", "library_name: transformers", f"pipeline_tag: {task}", "tags:", "- stitched-llama"]
     if hub_ids:
         head += ["base_model:", *(f"- {name}" for name in hub_ids), "base_model_relation: adapter"]
     published = table.published(stitches)
@@ -34,10 +49,7 @@ def model_card(anchors: list[dict], stitches: list[Stitch], table: StitchTable) 
             "trained at once by parameter-efficient stitch fine-tuning. The anchors' weights are not in it: they are "
             "loaded from where they were published.", "",
             "```python", "import stitched_llama  # registers the classes",
-            "from transformers import AutoModelForCausalLM, AutoTokenizer", "",
-            'model = AutoModelForCausalLM.from_pretrained("this/bundle")',
-            'tokenizer = AutoTokenizer.from_pretrained("this/bundle")',
-            f'model.generate(**tokenizer("Hello", return_tensors="pt"), budget="{budget}")', "```", "",
+            *((_IMAGE_USE if images else _TEXT_USE).format(budget=budget).splitlines()), "```", "",
             "## Published sizes", "", "A budget chooses among these; every stitch stays reachable by `stitch_id`.", "",
             *rows, "",
         ]
