@@ -334,17 +334,22 @@ def test_any_stitch_exports(family, folders):
         torch.testing.assert_close(exported(pixels), logits(model, pixels, key), atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("family", ["vit", "dinov2"])
-def test_activation_checkpointing_changes_no_gradient(family, folders):
+@pytest.mark.parametrize("family", ["vit", "dinov2", "swin", "convnext", "resnet", "mobilenet", "resnet-swin"])
+def test_activation_checkpointing_computes_blocks_again_and_changes_no_gradient(family, folders):
     model = stitched(folders, family, PSTConfig(rank=2)).train()
-    pixels, labels = images(model), torch.tensor([0, 1, 2])
+    pixels, labels, calls = images(model), torch.tensor([0, 1, 2]), []
+    for anchor in range(len(model.anchors)):
+        for block in model.blocks(anchor):
+            next(iter(block.children())).register_forward_hook(lambda *_: calls.append(1))
     for stitch in model.space:
         found = []
         for enabled in (False, True):
             if enabled:
                 model.activation_checkpointing_enable()
             model.zero_grad()
+            calls.clear()
             model(pixels, labels=labels, stitch_id=stitch.key).loss.backward()
+            assert len(calls) == stitch.depth * (2 if enabled else 1)
             model.activation_checkpointing_disable()
             found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
         assert found[0].keys() == found[1].keys()

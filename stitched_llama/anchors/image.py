@@ -1,10 +1,12 @@
 """What the image families share: blocks in stages, run one by one with what lies between the stages."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 @dataclass
@@ -13,9 +15,11 @@ class ImageContext:
 
     Attributes:
         stitch_bias: for each slot the biases of the adapted layers; None without PST.
+        checkpoint: runs a block so that its activations are computed again in the backward pass; None keeps them.
     """
 
     stitch_bias: Sequence[tuple[Tensor, ...]] | None = None
+    checkpoint: Callable[..., Tensor] | None = None
 
 
 class ImageFamily:
@@ -70,5 +74,7 @@ class ImageFamily:
                 hidden = self.approach(anchor, hidden, index)
             bias = context.stitch_bias
             extra = {} if bias is None else {"stitch_bias": bias[slot + index - start]}
-            hidden = self.step(blocks[index], hidden, **extra)
+            step = partial(self.step, blocks[index], **extra)
+            itself = isinstance(blocks[index], GradientCheckpointingLayer)  # Transformers' own way
+            hidden = step(hidden) if itself or context.checkpoint is None else context.checkpoint(step, hidden)
         return hidden

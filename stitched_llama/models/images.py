@@ -53,7 +53,7 @@ class StitchedForImageClassification(StitchedPreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     config_fields = ("num_labels", "id2label", "label2id")
-    supports_gradient_checkpointing = True
+    gradient_checkpointing = False  # Transformers switches it, for blocks that do not see to it themselves
     _supports_sdpa = True
 
     @can_return_tuple
@@ -81,7 +81,9 @@ class StitchedForImageClassification(StitchedPreTrainedModel):
         self._check_images(pixel_values)
         first, last = stitch.segments[0].anchor, stitch.segments[-1].anchor
         hidden = self._embed(first, pixel_values)
-        context = ImageContext(None if self.stitch_bias is None else self.stitch_bias(stitch.key))
+        bias = None if self.stitch_bias is None else self.stitch_bias(stitch.key)
+        checkpoint = self._gradient_checkpointing_func if self.gradient_checkpointing and self.training else None
+        context = ImageContext(bias, checkpoint)
         hidden = walk(self.families, self.space.anchors, self.anchors, self.stitching_layers, stitch, hidden, context)
         logits = self.families[last].head(self.anchors[last], hidden)
         loss = None
