@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 @dataclass
@@ -75,6 +74,6 @@ class ImageFamily:
             bias = context.stitch_bias
             extra = {} if bias is None else {"stitch_bias": bias[slot + index - start]}
             step = partial(self.step, blocks[index], **extra)
-            itself = isinstance(blocks[index], GradientCheckpointingLayer)  # Transformers' own way
+            itself = hasattr(blocks[index], "gradient_checkpointing")  # Transformers sees to it
             hidden = step(hidden) if itself or context.checkpoint is None else context.checkpoint(step, hidden)
         return hidden
