@@ -1,0 +1,158 @@
+"""The papers' claims, measured at demo scale: `make evidence`, or
+
+    python benchmarks/evidence.py --task vision|language [--seeds 0 1 2] [--only a c] [--workers 2]
+
+Peers, in the same run: each setting beside this package's default, anchors tuned alone by plain PEFT, SN-Net's procedure. Runs are
+independent processes of one thread each; a run that is done is read again, unless another version or machine wrote it: that is
+refused. Writes `rows/`, `evidence.json`, `table.txt` and `curves.png`; prints the table and, last, one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from claims import CLAIMS, verdicts
+from judgements import Row, Rows
+from studies import ROOT, TASKS, Run
+
+from stitched_llama.bundles import write_atomically
+from stitched_llama.training import dump_record, provenance
+
+
+def row_path(output: Path, run: Run) -> Path:
+    content = json.dumps(asdict(run), sort_keys=True)
+    return output / "rows" / f"{run.name}-{run.seed}-{hashlib.sha256(content.encode()).hexdigest()[:8]}.json"
+
+
+def read_row(path: Path, here: dict[str, Any]) -> dict[str, Any]:
+    """A row that is done.
+
+    Raises:
+        SystemExit: other versions or another machine wrote it; names both and the way out.
+    """
+    row = json.loads(path.read_text())
+    for name in ("versions", "machine"):
+        if row[name] != here[name]:
+            raise SystemExit(
+                f"{path} was measured with {name} {row[name]}, here are {here[name]}: rows of two do not mix; move the folder "
+                "away, or pass another --output"
+            )
+    return row
+
+
+def measure(run: Run, output: Path, cache: Path, smoke: bool) -> float:
+    """Does a run in a process of its own; returns its seconds."""
+    path, start = row_path(output, run), time.monotonic()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    wanted = cache / f"{path.stem}.wanted.json"
+    wanted.write_text(json.dumps({"run": asdict(run), "cache": str(cache), "smoke": smoke}))
+    threads = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    command = [sys.executable, "-W", "ignore", str(ROOT / "benchmarks" / "studies.py"), str(wanted), str(path)]
+    done = subprocess.run(command, env=os.environ | threads, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{run.name}, seed {run.seed}, died and left no row:\n{done.stderr[-2000:]}")
+    return time.monotonic() - start
+
+
+def complete(runs: list[Run], output: Path, cache: Path, workers: int, smoke: bool, here: dict) -> None:
+    """Does what is not done yet."""
+    missing = [run for run in runs if not row_path(output, run).is_file()]
+    for run in runs:
+        if run not in missing:
+            read_row(row_path(output, run), here)
+    with ThreadPoolExecutor(workers) as pool:
+        for number, (run, seconds) in enumerate(
+            zip(missing, pool.map(lambda run: measure(run, output, cache, smoke), missing)), 1
+        ):
+            print(f"{number}/{len(missing)} {run.name}, seed {run.seed}: {seconds:.0f} s", flush=True)
+
+
+def in_equal_time(runs: list[Run], output: Path, here: dict) -> list[Run]:
+    """The steps of every run that is to last as long as the default of its seed, from the rate of the run it names."""
+    found = []
+    for run in runs:
+        if "equal_time_of" in run.training:
+            name = run.training["equal_time_of"]
+            others = {
+                r.name: read_row(row_path(output, r), here)
+                for r in runs
+                if r.seed == run.seed and r.name in (name, "default")
+            }
+            rest = {k: v for k, v in run.training.items() if k != "equal_time_of"}
+            peer = others[name]
+            seconds = others["default"]["train_seconds"] / peer["train_seconds"]
+            found.append(
+                replace(run, training={**rest, "max_steps": max(1, round(peer["settings"]["max_steps"] * seconds))})
+            )
+        else:
+            found.append(run)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure the papers' claims at demo scale.")
+    parser.add_argument("--task", choices=TASKS, required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--only", nargs="+", help="claims by letter; all by default")
+    parser.add_argument("--output", type=Path, help="default: benchmarks/results/evidence-TASK")
+    parser.add_argument("--cache", type=Path, default=ROOT / "runs" / "evidence", help="anchors and adapted anchors")
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--smoke", action="store_true", help="six steps a run: does it run, not what it finds")
+    options = parser.parse_args()
+    cache = options.cache.resolve()
+    results = cache / "smoke" if options.smoke else ROOT / "benchmarks" / "results"
+    output = options.output or results / f"evidence-{options.task}"
+    cache.mkdir(parents=True, exist_ok=True)
+    claims = [
+        claim for claim in CLAIMS if options.task in claim.tasks and claim.letter in (options.only or claim.letter)
+    ]
+    if not claims:
+        raise SystemExit(
+            f"no claim of {options.task} is called {options.only}; there are {', '.join(c.letter for c in CLAIMS)}"
+        )
+    with ThreadPoolExecutor(options.workers) as pool:
+        list(pool.map(lambda seed: TASKS[options.task].prepare(cache, seed), options.seeds))
+    settings = {run.name: run for claim in claims for run in claim.runs(options.task)}
+    runs = [replace(run, seed=seed) for run in settings.values() for seed in options.seeds]
+    torch.set_num_threads(1)  # as every run has it
+    here, start = provenance(), time.monotonic()
+    first = [run for run in runs if not run.adapted and "equal_time_of" not in run.training]
+    complete(first, output, cache, options.workers, options.smoke, here)
+    adapted = [run for run in runs if run.adapted and "equal_time_of" not in run.training]
+    complete(adapted, output, cache, options.workers, options.smoke, here)
+    runs = in_equal_time(runs, output, here)
+    complete(runs, output, cache, options.workers, options.smoke, here)
+
+    rows = Rows([Row(run.name, run.seed, read_row(row_path(output, run), here)) for run in runs])
+    found = verdicts(claims, rows, options.task)
+    lines = [f"{'':3} {'claim':<62} {'paper':<34} {'here':<70} verdict"]
+    for row in found:
+        lines.append(f"{row['letter']:<3} {row['claim']:<62} {row['paper']:<34} {row['here']:<70} {row['verdict']}")
+    table = "\n".join(lines)
+    print(table)
+    command = f"python benchmarks/evidence.py --task {options.task} --seeds {' '.join(map(str, options.seeds))}"
+    record = here | {
+        "command": command,
+        "seconds": round(time.monotonic() - start),
+        "seeds": options.seeds,
+        "claims": found,
+    }
+    write_atomically(output / "table.txt", lambda path: Path(path).write_text(table + "\n"))
+    write_atomically(output / "evidence.json", lambda path: Path(path).write_text(dump_record(record)))
+    rows.plot(output / "curves.png", options.task)
+    print(json.dumps(json.loads(dump_record(record))))
+
+
+if __name__ == "__main__":
+    main()
