@@ -221,7 +221,8 @@ def _stitched(run: Run, task: Any, arguments: Any, cache: Path) -> dict[str, Any
             layer.init_kaiming()
     else:
         r2 = model.calibrate(task.calibration(), shared=run.init, progress=False).r2
-    model.attach_pst(PSTConfig(**{"rank": task.rank, **run.pst}))
+    pst = run.pst if run.pst.get("full") else {"rank": task.rank, **run.pst}
+    model.attach_pst(PSTConfig(**pst))
     row: dict[str, Any] = {"r2": r2, "trained": sum(model.trainable_parameters().values())}
     held_out = _batches(task)
     if run.before:

@@ -30,6 +30,7 @@ import stitched_llama as sl
 from stitched_llama.models import image_class
 from stitched_llama.training import (
     ImageSet,
+    ImageTrainingArguments,
     PSTArguments,
     SpaceArguments,
     batches,
@@ -57,7 +58,6 @@ class Arguments:
     eval_size: int = field(default=0, metadata={"help": "Pictures to evaluate on; 0 is all."})
     shots: int = field(default=0, metadata={"help": "Training pictures a class; 0 is all (ESTA: 1, 4, 8, 16)."})
     augment: bool = field(default=True, metadata={"help": "Random crop and flip; off for VTAB-1k."})
-    base_lr: float = field(default=1e-3, metadata={"help": "Rate at a batch of 256."})
     teacher: str | None = field(default=None, metadata={"help": "A classifier of the same classes that teaches."})
     init: str = field(
         default="least_squares", metadata={"help": "Start of the stitching layers: that, kaiming or identity."}
@@ -77,30 +77,12 @@ class VisionSpaceArguments(SpaceArguments):
     kernel_size: int = field(default=2, metadata={"help": "Blocks of the sliding window."})
 
 
-@dataclass
-class VisionTrainingArguments(sl.StitchTrainingArguments):
-    """ESTA's choices for pictures as defaults (section 5.1, appendix A)."""
-
-    output_dir: str = field(default="runs/vision", metadata={"help": "Where checkpoints, table, plot and bundle go."})
-    num_train_epochs: float = field(default=100, metadata={"help": "Passes over the data."})
-    per_device_train_batch_size: int = field(default=64, metadata={"help": "Pictures a device takes at once."})
-    global_batch_size: int = field(default=64, metadata={"help": "Pictures a step, over all devices."})
-    weight_decay: float = field(default=1e-4, metadata={"help": "Of AdamW."})
-    warmup_steps: float = field(default=0.1, metadata={"help": "Steps, or share of all steps, of warm-up."})
-    interval_count: int = field(default=15, metadata={"help": "Cost intervals to draw from."})
-
-
 def main() -> None:
     start = time.time()
-    parser = HfArgumentParser((Arguments, VisionSpaceArguments, PSTArguments, VisionTrainingArguments))
+    parser = HfArgumentParser((Arguments, VisionSpaceArguments, PSTArguments, ImageTrainingArguments))
     args, space, pst, training = parser.parse_args_into_dataclasses()
     output = Path(training.output_dir)
     set_seed(training.seed)
-    if training.learning_rate != VisionTrainingArguments.learning_rate:
-        raise SystemExit(
-            "--learning_rate follows from --base_lr and the batch here: pass --base_lr (the rate at a batch of 256)"
-        )
-    training.learning_rate = args.base_lr * (training.global_batch_size or training.train_batch_size) / 256
     chief = training.process_index == 0
     checkpoint = find_checkpoint(args.resume, training.output_dir)
     baselines = json.loads(Path(args.baselines).read_text()) if args.baselines else {}

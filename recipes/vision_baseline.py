@@ -18,9 +18,17 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoImageProcessor, AutoModelForImageClassification, HfArgumentParser, Trainer, set_seed
 
-from stitched_llama import StitchTrainingArguments
+from stitched_llama.pst import show_convolutions
 from stitched_llama.space import anchor_spec
-from stitched_llama.training import ImageSet, batches, collate_images, few_shot, image_scores, read_images
+from stitched_llama.training import (
+    ImageSet,
+    ImageTrainingArguments,
+    batches,
+    collate_images,
+    few_shot,
+    image_scores,
+    read_images,
+)
 
 
 @dataclass
@@ -34,7 +42,6 @@ class Arguments:
     eval_size: int = field(default=0, metadata={"help": "Pictures to evaluate on; 0 is all."})
     shots: int = field(default=0, metadata={"help": "Training pictures a class; 0 is all."})
     augment: bool = field(default=True, metadata={"help": "Random crop and flip; off for VTAB-1k."})
-    base_lr: float = field(default=1e-3, metadata={"help": "Rate at a batch of 256."})
     rank: list[int] = field(default_factory=lambda: [16], metadata={"help": "LoRA rank, one or one for each anchor."})
     full: bool = field(default=False, metadata={"help": "All weights train instead of LoRA and the head."})
     save: str | None = field(default=None, metadata={"help": "A folder for the tuned models."})
@@ -54,8 +61,10 @@ def evaluate(model: torch.nn.Module, held_out: list[dict[str, torch.Tensor]]) ->
 
 
 def main() -> None:
-    args, training = HfArgumentParser((Arguments, StitchTrainingArguments)).parse_args_into_dataclasses()
-    training.learning_rate = args.base_lr * (training.global_batch_size or training.train_batch_size) / 256
+    args, training = HfArgumentParser((Arguments, ImageTrainingArguments)).parse_args_into_dataclasses()
+    ranks = args.rank * len(args.anchors) if len(args.rank) == 1 else args.rank
+    if len(ranks) != len(args.anchors):
+        raise SystemExit(f"{len(ranks)} ranks for {len(args.anchors)} anchors: give one --rank, or one for each anchor")
     images = read_images(args.data, args.train_split)
     held_out = read_images(args.data, args.eval_split, images.names)
     if args.shots:
@@ -64,9 +73,8 @@ def main() -> None:
     train_set, eval_set = ImageSet(images, processor, args.augment), ImageSet(held_out, processor)
     size = training.per_device_eval_batch_size
     held_out_batches = list(batches(eval_set, collate_images, size, args.eval_size or None))
-    ranks = args.rank * len(args.anchors) if len(args.rank) == 1 else args.rank
     found = {}
-    for index, (name, rank) in enumerate(zip(args.anchors, ranks, strict=True)):
+    for index, (name, rank) in enumerate(zip(args.anchors, ranks)):
         set_seed(training.seed)
         labels = {"id2label": dict(enumerate(images.names)), "label2id": {n: i for i, n in enumerate(images.names)}}
         model = AutoModelForImageClassification.from_pretrained(name, ignore_mismatched_sizes=True, **labels)
@@ -75,6 +83,7 @@ def main() -> None:
             targets = sorted({layer for block in spec.blocks for layer, *_ in block.adapted})
             lora = LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, modules_to_save=["classifier"])
             model = get_peft_model(model, lora)
+            show_convolutions(model)
             model.print_trainable_parameters()
         start = time.time()
         quiet = replace(training, save_strategy="no", label_names=["labels"])
@@ -88,8 +97,8 @@ def main() -> None:
             plain = model if args.full else model.merge_and_unload()
             plain.save_pretrained(Path(args.save) / str(index))
             processor.save_pretrained(Path(args.save) / str(index))
-    Path(args.rows).parent.mkdir(parents=True, exist_ok=True)
-    Path(args.rows).write_text(json.dumps(found, indent=1) + "\n")
+        Path(args.rows).parent.mkdir(parents=True, exist_ok=True)
+        Path(args.rows).write_text(json.dumps(found, indent=1) + "\n")
     print(json.dumps(found))
 
 

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from conftest import randomise
 from image_anchors import CLASSES, FAMILIES, basic, build, convnext, lively, mobilenet, resnet, swin, vit
+from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageClassification, LlamaConfig, ResNetConfig, SwinConfig
 
@@ -12,6 +13,7 @@ import stitched_llama as sl
 from stitched_llama import PSTConfig, StitchSpace
 from stitched_llama.layers import Fit, StitchingLayer
 from stitched_llama.space import ADAPTERS, RESCALES
+from stitched_llama.space.adapters import strides_reach
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*junctions do not fit:UserWarning", "ignore:.*ridge decides:UserWarning"
@@ -305,19 +307,21 @@ def test_a_gap_alone_makes_a_space_and_without_it_the_error_says_how():
     assert {s.key for s in space if s.junctions} == {"0[0:2]>1[0:4]", "0[0:4]>1[0:4]"}
 
 
+@pytest.mark.parametrize("rank", [None, "full"])
 @pytest.mark.parametrize("adapter", ADAPTERS)
-def test_bfloat16_and_pst_in_float32_run_together(adapter):
+def test_bfloat16_and_pst_in_float32_run_together(adapter, rank):
     torch.manual_seed(0)
     anchors = [anchor.to(torch.bfloat16) for anchor in build("swin")]
     model = sl.StitchedSwinForImageClassification.from_anchors(
         anchors, adapter=adapter, rescale="bilinear", adapter_norm="batch", across_stages=True
     )
-    model.attach_pst(PSTConfig(rank=2))
+    model.attach_pst(PSTConfig(rank=2, stitching_rank=rank))
+    assert model.space.precision.dtype == "bfloat16"
     randomise(model)
     exact = sl.StitchedSwinForImageClassification.from_anchors(
         build("swin"), adapter=adapter, rescale="bilinear", adapter_norm="batch", across_stages=True
     )
-    exact.attach_pst(PSTConfig(rank=2))
+    exact.attach_pst(PSTConfig(rank=2, stitching_rank=rank))
     with torch.no_grad():
         for (name, wanted), tensor in zip(model.named_parameters(), exact.parameters()):
             assert wanted.dtype == (torch.float32 if wanted.requires_grad else torch.bfloat16), name
@@ -326,6 +330,105 @@ def test_bfloat16_and_pst_in_float32_run_together(adapter):
         pixels = images(model)
         found, wanted = logits(model, pixels, stitch.key).float(), logits(exact, pixels, stitch.key)
         torch.testing.assert_close(found, wanted, atol=0.1 * float(wanted.abs().max()), rtol=0)
+
+
+def test_norms_of_frozen_adapters_keep_their_statistics():
+    model = stitched("swin", adapter_norm="batch")
+    model.attach_pst(PSTConfig(rank=2, stitching_rank=0))
+    pixels, key = images(model, 8), crossing(model.space)[0].key
+    before = logits(model, pixels, key)
+    model.train()
+    for _ in range(3):
+        model(pixels, stitch_id=key)
+    assert torch.equal(logits(model.eval(), pixels, key), before)
+
+
+def test_r2_across_a_gap_is_of_what_the_tail_was_trained_for():
+    """An un-rescaled map is judged after interpolation, and a map onto what it can reach exactly is perfect."""
+    model = stitched("resnet")
+    key = crossing(model.space)[-1].junctions[0]
+    report = model.calibrate([{"pixel_values": images(model, 32, seed)} for seed in range(9)], progress=False)
+    made, held_out = model.stitching_layers[key.layer], images(model, 32, 7)
+    with torch.no_grad():
+        x = model.block_outputs(key.head, held_out).leaves[key.head_stop - 1]
+        y = model.block_outputs(key.tail, held_out).enters[key.tail_start]
+        mapped = F.conv2d(x, made.core.weight[:, :, None, None], made.core.bias)
+        mapped = F.interpolate(mapped, y.shape[2:], mode="bilinear")
+    rows = y.transpose(0, 1).flatten(1).double()
+    r2 = 1 - float((mapped - y).double().square().sum() / (rows - rows.mean(1, keepdim=True)).square().sum())
+    assert report.r2[str(key)] == pytest.approx(r2, abs=1e-4)
+
+
+def test_class_tokens_have_an_r2_of_their_own():
+    model = stitched("patches", rescale="bilinear", across_stages=False)
+    with torch.no_grad():
+        for anchor in model.anchors:
+            anchor.vit.embeddings.cls_token.mul_(50).add_(20)
+    report = model.calibrate([{"pixel_values": images(model, 16, seed)} for seed in range(9)], progress=False)
+    assert any(abs(report.r2[name] - report.r2_with_first[name]) > 0.01 for name in report.r2)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "reached"),
+    [((9, 9), (2, 2), True), ((7, 7), (3, 3), True), ((16, 16), (3, 3), True), ((8, 8), (4, 4), True),
+     ((8, 6), (4, 2), False), ((6, 6), (4, 4), False), ((8, 12), (4, 6), True)],
+)  # fmt: skip
+def test_strides_that_reach(before, after, reached):
+    assert strides_reach(before, after) == reached
+
+
+@pytest.mark.parametrize("adapter", ["linear", "conv3x3_relu", "bottleneck"])
+def test_int8_bundles_hold_every_core_in_8_bits(adapter, tmp_path):
+    for number, anchor in enumerate(build("swin")):
+        anchor.save_pretrained(tmp_path / str(number))
+    model = sl.StitchedSwinForImageClassification.from_anchors([tmp_path / "0", tmp_path / "1"], adapter=adapter)
+    model.calibrate([{"pixel_values": images(model, 16)}], progress=False)
+    model.save_pretrained(tmp_path / "b", stitching_dtype="int8")
+    tensors = load_file(tmp_path / "b" / "model.safetensors")
+    cores = [tensor for name, tensor in tensors.items() if name.endswith("proj.weight")]
+    assert {tensor.dtype for tensor in cores} == {torch.int8}
+    again = AutoModelForImageClassification.from_pretrained(tmp_path / "b")
+    pixels = images(model)
+    for stitch in model.space:
+        wanted = logits(model, pixels, stitch.key)
+        torch.testing.assert_close(
+            logits(again, pixels, stitch.key), wanted, atol=0.05 * float(wanted.abs().max()), rtol=0
+        )
+
+
+def test_a_wholly_trained_bundle_counts_and_takes_the_bytes_it_is_asked_for(tmp_path):
+    for number, anchor in enumerate(build("vit")):
+        anchor.save_pretrained(tmp_path / str(number))
+    model = sl.StitchedViTForImageClassification.from_anchors([tmp_path / "0", tmp_path / "1"], dtype="bfloat16")
+    model.attach_pst(PSTConfig(full=True))
+    assert model.space.precision.dtype == "float32"
+    model.save_pretrained(tmp_path / "b")
+    for dtype, size in ((None, 4), (torch.bfloat16, 2)):
+        one = sl.StitchedViTForImageClassification.from_pretrained(tmp_path / "b", stitch_id=1, dtype=dtype)
+        stitch = one.space[1]
+        assert stitch.weight_bytes == size * stitch.params
+        assert {p.dtype for p in one.parameters()} == {torch.float32 if dtype is None else torch.bfloat16}
+
+
+@pytest.mark.parametrize("settings", [{"rank": 4}, {"stitching_rank": 3}, {"stitch_bias": False}, {"dropout": 0.1}])
+def test_settings_without_a_part_in_full_training_are_refused(settings):
+    with pytest.raises(ValueError, match=f"full trains everything, {next(iter(settings))} would have no part"):
+        PSTConfig(full=True, **settings)
+
+
+def test_other_mistakes_are_named():
+    with pytest.raises(ValueError, match="stitching_rank is 'auto': a whole number, None .* or 'full'"):
+        PSTConfig(stitching_rank="auto")
+    with pytest.raises(ValueError, match="num_labels shape anchors as they are loaded: name folders or Hub ids"):
+        sl.StitchedViTForImageClassification.from_anchors(build("vit"), num_labels=3)
+    turned = vit(24, 3, id2label={i: f"class {6 - i}" for i in range(7)})
+    with pytest.raises(ValueError, match="class 0 is 'class 0' in anchor 0 and 'class 6' in anchor 1; give num_labels"):
+        sl.StitchedViTForImageClassification.from_anchors([vit(16, 3), turned])
+    with pytest.raises(ValueError, match="an odd number cannot be merged by two"):
+        StitchSpace.from_configs([swin(8, [2, 2], 18, 2).config.to_dict(), swin(12, [2, 4], 18, 2).config.to_dict()])
+    model = stitched("swin")
+    with pytest.raises(ValueError, match="use_reentrant=True loses gradients"):
+        model.activation_checkpointing_enable({"use_reentrant": True})
 
 
 def test_adapters_are_for_images():

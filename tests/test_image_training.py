@@ -1,6 +1,7 @@
 """Pictures in, bundle out: reading, few shots, the image trainer and its recipe."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from conftest import ROOT, SHARED, python
 from image_anchors import build, vit
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, ViTImageProcessor
 
 from stitched_llama import (
@@ -20,6 +22,7 @@ from stitched_llama import (
 from stitched_llama.training import (
     IMAGE_TASKS,
     ImageSet,
+    ImageTrainingArguments,
     collate_images,
     evaluate_stitches,
     few_shot,
@@ -163,6 +166,34 @@ def test_vision_recipe_leaves_bundle_plot_table_and_row(colours, anchors, tmp_pa
     assert [s.key for s in model.published]
 
 
+def test_a_wrong_number_of_ranks_is_told_before_anything_is_read(anchors):
+    done = python(
+        "recipes/vision_baseline.py",
+        "--anchors",
+        *anchors,
+        "--data",
+        "none.npz",
+        "--rank",
+        2,
+        2,
+        2,
+        "--use_cpu",
+        check=False,
+    )
+    assert "3 ranks for 2 anchors" in done.stderr
+
+
+def test_the_rate_follows_the_whole_batch_and_both_recipes_have_one_set_of_defaults():
+    for options in ({"global_batch_size": 32}, {"global_batch_size": 0, "gradient_accumulation_steps": 4}):
+        made = ImageTrainingArguments(per_device_train_batch_size=8, base_lr=1e-3, use_cpu=True, **options)
+        assert made.learning_rate == pytest.approx(1e-3 * 32 / 256)
+        assert replace(made, save_strategy="no").learning_rate == made.learning_rate
+    with pytest.raises(ValueError, match="pass --base_lr"):
+        ImageTrainingArguments(learning_rate=0.1, use_cpu=True)
+    for name in ("finetune_vision", "vision_baseline"):
+        assert "ImageTrainingArguments" in (ROOT / "recipes" / f"{name}.py").read_text()
+
+
 def test_vision_recipe_refuses_a_rate_it_would_not_use(colours, anchors, tmp_path):
     command = (
         "recipes/finetune_vision.py",
@@ -202,12 +233,13 @@ def test_the_vision_demos_halves_are_disjoint_and_its_vits_fit_them(monkeypatch)
 
 
 @pytest.mark.parametrize(("family", "options"), [
+    ("mobilenet", ["--kernel_size", 1]),
     ("resnet-swin", ["--across_stages", "--adapter", "bottleneck", "--rescale", "bilinear", "--adapter_norm", "batch"]),
     ("convnext", ["--shared", "mean", "--kernel_size", 1]),
 ])  # fmt: skip
 def test_sn_nets_procedure_from_checkpoints_to_an_evaluated_bundle(family, options, tmp_path):
     """Anchors adapted whole, each alone; then stitched, all weights training, taught by another model."""
-    side, folders = 16 if family != "resnet-swin" else 32, []
+    side, folders = 16 if family == "convnext" else 32, []
     for number, anchor in enumerate(build(family)):
         anchor.save_pretrained(tmp_path / str(number))
         ViTImageProcessor(size={"height": side, "width": side}).save_pretrained(tmp_path / str(number))
@@ -232,6 +264,9 @@ def test_sn_nets_procedure_from_checkpoints_to_an_evaluated_bundle(family, optio
     row = json.loads((tmp_path / "out" / "result.json").read_text())
     assert row["train_images"] == 36
     assert set(row["trainable"]) == {"anchors", "stitching_layers"}
+    before = load_file(tmp_path / "1" / "model.safetensors")
+    after = load_file(adapted / "1" / "model.safetensors")
+    assert not any(torch.equal(tensor, after[name]) for name, tensor in before.items() if tensor.ndim > 1)
     assert len(row["baselines"]) == 2
     assert set(row["baselines"]) < {stitch["key"] for stitch in row["table"]["stitches"]}
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "out" / "bundle")

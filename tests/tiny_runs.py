@@ -85,6 +85,7 @@ def main(output, folders, options):
         found = evaluated(model, **ranks)
     state = {
         "weights": trained(model),
+        "statistics": {n: t for n, t in model.stitching_layers.named_buffers() if t.is_floating_point()},
         "found": found,
         "averages": run.importance.averages,
         "world": run.args.world_size,

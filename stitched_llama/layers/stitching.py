@@ -62,6 +62,7 @@ class StitchingLayer(nn.Module):
         super().__init__()
         self.adapter, self.rescale, self.special_tokens, self.step = adapter, rescale, special_tokens, step
         self.in_grid, self.out_grid = in_grid, out_grid
+        self.out_dtype = dtype or torch.get_default_dtype()  # of the tail, also where the core trains in float32
         how = {"dtype": dtype, "device": device}
         branch = {"dtype": torch.float32, "device": device}  # trains, whatever the anchors are
         if adapter == "conv3x3_relu":
@@ -86,6 +87,11 @@ class StitchingLayer(nn.Module):
     def tail_grid(self) -> tuple[int, int] | None:
         """The grid of what comes out."""
         return self.in_grid if self.rescale == "none" else self.out_grid
+
+    def _apply(self, fn, recurse: bool = True):
+        """As torch has it; what comes out follows `to(dtype)`."""
+        self.out_dtype = fn(torch.empty(0, dtype=self.out_dtype)).dtype
+        return super()._apply(fn, recurse)
 
     # ---- initialisation
 
@@ -176,7 +182,7 @@ class StitchingLayer(nn.Module):
             mapped = mapped + self.expand(inner).to(mapped.dtype)
         elif self.adapter != "linear":
             mapped = mapped.relu()
-        return _normed(self.after, mapped)
+        return _normed(self.after, mapped).to(self.out_dtype)
 
 
 def _normed(norm: nn.BatchNorm1d | None, rows: Tensor) -> Tensor:

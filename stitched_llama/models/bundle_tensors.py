@@ -1,6 +1,6 @@
 """Which tensors a bundle holds of a model, and their way in and out."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,9 +26,7 @@ class BundleTensors:
         """
         own = self._own_tensors(self.keys)
         names = list(own)
-        int8 = (
-            [n for n in names if _is_stitching_weight(n, own)] if bundle.config.get("stitching_dtype") == "int8" else []
-        )
+        int8 = [n for n in names if _is_stitching_weight(n)] if bundle.config.get("stitching_dtype") == "int8" else []
         scales = {f"{name}_scale": own[name].shape[:1] for name in int8}
         for name in names:
             if name in bundle.shapes and bundle.shapes[name] != tuple(own[name].shape):
@@ -51,7 +49,9 @@ class BundleTensors:
         with torch.no_grad():
             for name, tensor in own.items():
                 saved = tensors[name]
-                tensor.copy_(dequantize_rows(saved, tensors[f"{name}_scale"]) if name in int8 else saved)
+                if name in int8:
+                    saved = dequantize_rows(saved.flatten(1), tensors[f"{name}_scale"]).view_as(tensor)
+                tensor.copy_(saved)
 
     def _own_tensors(self, keys: Sequence[str]) -> dict[str, Tensor]:
         """What a bundle holds of this model, by the name it has there."""
@@ -90,13 +90,14 @@ class BundleTensors:
     def _bundle_tensors(self, keys: Sequence[str], stitching_dtype: str | None) -> dict[str, Tensor]:
         tensors = dict(self._own_tensors(keys))
         if stitching_dtype == "int8":
-            for name in [name for name in tensors if _is_stitching_weight(name, tensors)]:
-                tensors[name], tensors[f"{name}_scale"] = quantize_rows(tensors[name].detach())
+            for name in [name for name in tensors if _is_stitching_weight(name)]:
+                weight, tensors[f"{name}_scale"] = quantize_rows(tensors[name].detach().flatten(1))
+                tensors[name] = weight.view_as(tensors[name])
         return tensors
 
 
-def _is_stitching_weight(name: str, tensors: Mapping[str, Tensor]) -> bool:
-    return name.startswith("stitching_layers.") and name.endswith(".proj.weight") and tensors[name].ndim == 2
+def _is_stitching_weight(name: str) -> bool:
+    return name.startswith("stitching_layers.") and name.endswith(".proj.weight")
 
 
 def _bundle_name(name: str) -> str:

@@ -91,7 +91,8 @@ class StitchedConfig(PreTrainedConfig):
     def precision(self, dtype: Any = None, quantization_config: Any = None) -> Precision:
         """In which form the weights will be held when the anchors are loaded with these options."""
         if dtype in (None, "auto"):
-            dtype = self.anchor_configs[-1].get("dtype") or "float32"
+            full = self.pst is not None and self.pst_config.full  # trained, and saved, in float32
+            dtype = "float32" if full else self.anchor_configs[-1].get("dtype") or "float32"
         flags = {"8bit": "load_in_8bit", "4bit": "load_in_4bit"}
         asked = quantization_config if isinstance(quantization_config, dict) else vars(quantization_config or object)
         wanted = [name for name, flag in flags.items() if asked.get(flag) or asked.get(f"_{flag}")]

@@ -32,6 +32,24 @@ class StitchedImageConfig(StitchedConfig):
     hidden_size: int = 768
     train_head: bool = True
 
+    @classmethod
+    def from_anchor_configs(cls, configs: Any, **options: Any):
+        """As `StitchedConfig` has it.
+
+        Raises:
+            ValueError: also where anchors call a class by different names.
+        """
+        config = super().from_anchor_configs(configs, **options)
+        named = [c["id2label"] for c in config.anchor_configs if c.get("id2label")]
+        for index, labels in enumerate(named[1:], 1):
+            for (number, first), other in zip(named[0].items(), labels.values()):
+                if first != other and len(labels) == len(named[0]):
+                    raise ValueError(
+                        f"anchors do not belong together: class {number} is {first!r} in anchor 0 and {other!r} in anchor "
+                        f"{index}; give num_labels, and each anchor gets a new head"
+                    )
+        return config
+
     def __post_init__(self, **kwargs: Any):
         labels = self.anchor_configs[-1].get("id2label") if self.anchor_configs else None
         if labels and self.id2label is None:  # JSON made texts of the numbers
@@ -116,11 +134,16 @@ class StitchedForImageClassification(StitchedPreTrainedModel):
             )
 
     def train(self, mode: bool = True):
-        """As Transformers has it; batch norms of the frozen anchors keep their running statistics."""
+        """As Transformers has it; batch norms of the anchors, and of stitching layers that do not train, keep their running
+        statistics."""
         super().train(mode)
-        for module in self.anchors.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.eval()
+        frozen = [
+            layer for layer in self.stitching_layers.values() if not any(p.requires_grad for p in layer.parameters())
+        ]
+        for part in [*self.anchors, *frozen]:
+            for module in part.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
         return self
 
     # ---- heads that train

@@ -91,7 +91,7 @@ class StitchedPreTrainedModel(BundleMixin, PreTrainedModel):
         """Counts bytes in the dtype and quantisation that the anchors were loaded in."""
         flags = {"8bit": "is_loaded_in_8bit", "4bit": "is_loaded_in_4bit"}
         loaded = [name for name, flag in flags.items() if any(getattr(a, flag, False) for a in self.anchors)]
-        dtype = str(next((layer.core.weight.dtype for layer in self.stitching_layers.values()), self.dtype))
+        dtype = str(next((layer.out_dtype for layer in self.stitching_layers.values()), self.dtype))
         name = dtype.removeprefix("torch.")
         if name in BYTES_PER_NUMBER:  # float64 has no place in a budget
             self.space = self.space.with_precision(Precision(name, loaded[0] if loaded else None))
@@ -195,6 +195,19 @@ class StitchedPreTrainedModel(BundleMixin, PreTrainedModel):
             raise ValueError(f"PST is attached already ({self.config.pst}): load the anchors anew for other settings")
         self.stitch_bias = attach_pst(self.anchors, self.stitching_layers, self.space, config, self.keys)
         self.config.pst = config.to_dict()
+        self._count_bytes_as_loaded()
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict | None = None, **kwargs: Any
+    ) -> None:
+        """As Transformers has it, but for reentrant checkpointing, which loses gradients behind a frozen embedding.
+
+        Raises:
+            ValueError: `use_reentrant` is asked for.
+        """
+        if (activation_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise ValueError("use_reentrant=True loses gradients where the embedding is frozen: leave it False")
+        super().activation_checkpointing_enable(activation_checkpointing_kwargs, **kwargs)
 
     def trainable_parameters(self) -> dict[str, int]:
         """Numbers that train, by part, counted on the built tensors."""

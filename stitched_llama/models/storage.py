@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import HfApi
 from transformers import AutoConfig, GenerationConfig
 
@@ -75,6 +76,10 @@ class BundleMixin(BundleTensors):
         if isinstance(anchors, (str, os.PathLike)):
             raise ValueError(
                 f"anchors is {os.fspath(anchors)!r}: a list of two or more anchors is needed, small to large"
+            )
+        if fields and not all(isinstance(a, (str, os.PathLike)) for a in anchors):
+            raise ValueError(
+                f"{', '.join(fields)} shape anchors as they are loaded: name folders or Hub ids, not models"
             )
         names = [os.fspath(a) if isinstance(a, os.PathLike) else a for a in anchors]
         names = [os.path.abspath(a) if isinstance(a, str) and os.path.isdir(a) else a for a in names]
@@ -152,6 +157,9 @@ class BundleMixin(BundleTensors):
             config.pst = None
             model.attach_pst(pst)
         model.load_bundle(bundle)
+        if pst is not None and pst.full and load.get("dtype") not in (None, "auto"):
+            dtype = load["dtype"]
+            model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
         if (bundle.folder / GENERATION).is_file():
             model.generation_config = GenerationConfig.from_pretrained(bundle.folder)
         config._name_or_path = name

@@ -47,10 +47,7 @@ def attach_pst(
             biased.append((block, layers))
         if rank and targets:
             inject_adapter_in_model(_lora(rank, targets, config), anchor)
-            for module in anchor.modules():  # MobileNetV2 pads by what it reads off its convolutions
-                if isinstance(convolution := getattr(module, "base_layer", None), nn.Conv2d):
-                    for name in ("stride", "kernel_size", "dilation"):
-                        setattr(module, name, getattr(convolution, name))
+            show_convolutions(anchor)
         if config.stitch_bias:
             for block, layers in biased:
                 install_bias_hooks(family, block, layers)
@@ -70,6 +67,14 @@ def attach_pst(
         return None
     device = next((p.device for p in stitching_layers.parameters()), torch.device("cpu"))
     return StitchBias(space, [space[key] for key in keys], torch.float32, device)
+
+
+def show_convolutions(model: nn.Module) -> None:
+    """Gives PEFT's wrapped convolutions the sizes of what they wrap: MobileNetV2 pads by what it reads off them."""
+    for module in model.modules():
+        if isinstance(convolution := getattr(module, "base_layer", None), nn.Conv2d):
+            for name in ("stride", "kernel_size", "dilation"):
+                setattr(module, name, getattr(convolution, name))
 
 
 def is_low_rank(name: str) -> bool:

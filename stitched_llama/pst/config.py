@@ -27,6 +27,18 @@ class PSTConfig:
     dropout: float = 0.0
     full: bool = False
 
+    def __post_init__(self):
+        if self.full:
+            given = [f.name for f in fields(self) if f.name != "full" and getattr(self, f.name) != f.default]
+            if given:
+                raise ValueError(
+                    f"full trains everything, {', '.join(given)} would have no part: leave one of them out"
+                )
+        if isinstance(self.stitching_rank, str) and self.stitching_rank != "full":
+            raise ValueError(
+                f"stitching_rank is {self.stitching_rank!r}: a whole number, None (a quarter of the width) or 'full' is needed"
+            )
+
     def ranks(self, space: StitchSpace) -> tuple[int, ...]:
         """The LoRA rank of each anchor.
 

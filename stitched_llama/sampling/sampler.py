@@ -24,8 +24,9 @@ class StitchSampler:
         interval_count: equal parts of the parameter range (ESTA: 6 for LLaMA, about 15 for ViT).
         warmup_steps: steps drawn uniformly at first, to fill the averages.
         floor: share of the draws spread evenly over the stitches of an interval (`importance` only).
-        anchor_share: share of the draws given to anchors other than the largest (`importance` only); the largest
-            trains at every step as teacher.
+        anchor_share: share of the draws given to anchors (`importance` only); to those other than the largest where that
+            one `teaches`, as it trains at every step then.
+        teaches: the largest anchor is the teacher of every step.
         seed: of all draws.
 
     Raises:
@@ -39,6 +40,7 @@ class StitchSampler:
     floor: float = 0.5
     anchor_share: float = 0.1
     seed: int = 0
+    teaches: bool = True
 
     def __post_init__(self) -> None:
         if not self.stitches:
@@ -55,7 +57,8 @@ class StitchSampler:
         if self.scheme == "uniform":
             return rng.choice(self.stitches).key
         if self.scheme == "importance":
-            anchors = [stitch.key for stitch in self.stitches if stitch.is_anchor][:-1]
+            anchors = [stitch.key for stitch in self.stitches if stitch.is_anchor]
+            anchors = anchors[:-1] if self.teaches else anchors
             if anchors and rng.random() < self.anchor_share:
                 return rng.choice(anchors)
         if self.scheme != "interval" and step < self.warmup_steps:

@@ -105,7 +105,7 @@ def strides_reach(in_grid: Grid | None, out_grid: Grid | None) -> bool:
 
 
 def _step(in_grid: Grid | None, out_grid: Grid | None) -> int:
-    return 1 if in_grid is None or out_grid is None else max(1, round(in_grid[0] / out_grid[0]))
+    return 1 if in_grid is None or out_grid is None else max(-(-a // b) for a, b in zip(in_grid, out_grid))
 
 
 def _places(grid: Grid | None) -> int:

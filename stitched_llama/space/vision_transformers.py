@@ -85,6 +85,13 @@ def swin_spec(config: Config, entry: Entry | None = None) -> AnchorSpec:
     stem = Part(params=pixels * width + 3 * width + positions, macs=grid[0] * grid[1] * pixels * width)
     blocks, features, transitions = [], [], []
     trained = grid
+    sides = pair(config.get("image_size", 224))
+    merged = [tuple(side // 2**stage for side in grid) for stage in range(len(depths))]
+    if any(side % size for side, size in zip(sides, pair(patch))) or any(n % 2 for stage in merged[:-1] for n in stage):
+        raise ValueError(
+            f"Swin at image_size {sides} with patch_size {patch} has stages of {merged} places: an odd number cannot be "
+            "merged by two; choose an image size that halves evenly at every stage"
+        )
     for stage, (depth, heads) in enumerate(zip(depths, head_counts)):
         window, grid = min(limit, *trained), grid_at(entry, len(blocks), depth, grid)
         if grid != tuple(side * (grid[0] // trained[0]) for side in trained):

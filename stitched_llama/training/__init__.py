@@ -4,6 +4,7 @@ prompts     templates, also as chat templates
 data        rows in Alpaca's schema to labelled batches
 images      labelled images to batches
 arguments   training arguments
+checks      what is known to be wrong before a run starts
 trainer     one stitch a step, the largest anchor as teacher; image_trainer is the same for pictures
 evaluation  loss and exact match of every stitch
 checkpoints which checkpoint to resume from
@@ -13,7 +14,7 @@ samples     the same prompts at several sizes
 smoke       pico anchors for --smoke and tests
 """
 
-from .arguments import DISTILLATIONS, PSTArguments, SpaceArguments, StitchTrainingArguments
+from .arguments import DISTILLATIONS, ImageTrainingArguments, PSTArguments, SpaceArguments, StitchTrainingArguments
 from .checkpoints import find_checkpoint
 from .data import Collator, InstructionDataset, Row, batches, pad_token_id, read_rows, split_rows
 from .evaluation import evaluate_stitches, image_scores, response_scores, spearman
@@ -32,6 +33,7 @@ __all__ = [
     "IMAGE_TASKS",
     "Collator",
     "ImageSet",
+    "ImageTrainingArguments",
     "InstructionDataset",
     "Row",
     "PSTArguments",

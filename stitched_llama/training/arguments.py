@@ -94,6 +94,8 @@ class StitchTrainingArguments(TrainingArguments):
             raise ValueError(
                 f"distillation {self.distillation!r} is unknown; one of {', '.join(DISTILLATIONS)} is needed"
             )
+        if not self.anchor_lr_scale > 0:
+            raise ValueError(f"anchor_lr_scale is {self.anchor_lr_scale}; a factor above 0 is needed")
         if not 0 <= self.distillation_weight <= 1:
             raise ValueError(f"distillation_weight is {self.distillation_weight}; a share lies in 0..1")
         super().__post_init__()
@@ -112,3 +114,28 @@ class StitchTrainingArguments(TrainingArguments):
                     f"other: that batch is {self.gradient_accumulation_steps} times {rows} rows; set --global_batch_size 0 "
                     "to use the former"
                 )
+
+
+@dataclass
+class ImageTrainingArguments(StitchTrainingArguments):
+    """ESTA's choices for pictures as defaults (section 5.1, appendix A); the rate follows from `base_lr` and the batch."""
+
+    output_dir: str = field(default="runs/vision", metadata={"help": "Where checkpoints, table, plot and bundle go."})
+    num_train_epochs: float = field(default=100, metadata={"help": "Passes over the data."})
+    base_lr: float = field(default=1e-3, metadata={"help": "Rate at a batch of 256."})
+    per_device_train_batch_size: int = field(default=64, metadata={"help": "Pictures a device takes at once."})
+    global_batch_size: int = field(default=64, metadata={"help": "Pictures a step, over all devices."})
+    weight_decay: float = field(default=1e-4, metadata={"help": "Of AdamW."})
+    warmup_steps: float = field(default=0.1, metadata={"help": "Steps, or share of all steps, of warm-up."})
+    interval_count: int = field(default=15, metadata={"help": "Cost intervals to draw from."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        pictures = self.per_device_train_batch_size * self.gradient_accumulation_steps * max(1, self.world_size)
+        rate = self.base_lr * pictures / 256
+        if self.learning_rate not in (StitchTrainingArguments.learning_rate, rate):
+            raise ValueError(
+                f"learning_rate {self.learning_rate} would be lost, it follows from base_lr and the batch here ({rate:g}): "
+                "pass --base_lr (the rate at a batch of 256)"
+            )
+        self.learning_rate = rate

@@ -17,6 +17,7 @@ from stitched_llama.sampling import Importance, StepSignals, StitchSampler
 from stitched_llama.space import Stitch, intervals
 
 from .arguments import StitchTrainingArguments
+from .checks import check_run
 from .data import IGNORED, batches
 from .evaluation import evaluate_stitches
 
@@ -47,36 +48,14 @@ class StitchTrainer(Trainer):
 
     def __init__(self, *args: Any, teacher: nn.Module | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        if self.args.n_gpu > 1:
-            raise ValueError(f"{self.args.n_gpu} GPUs in one process: start with `accelerate launch`, one process each")
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise ValueError("FSDP and DeepSpeed are not supported: the trained parts are small, use plain DDP")
-        if self.args.world_size > 1 and not self.args.average_tokens_across_devices:
-            raise ValueError(
-                "average_tokens_across_devices is off: ranks would weigh their tokens differently, switch it on"
-            )
+        check_run(self, teacher)
         model = self.model
-        if self.args.device.type == "cpu" and any(
-            getattr(anchor, "is_loaded_in_4bit", False) for anchor in model.anchors
-        ):
-            raise ValueError(
-                "anchors in 4 bits cannot be trained on a CPU (bitsandbytes): load them in 8 bits, or use a GPU"
-            )
         self.importance = Importance(self.args.importance, self.args.eta)
         if model.table.importance_score in (None, self.args.importance):  # averages of different scores do not mix
             self.importance.averages.update(model.table.importance)
         self.stitches = [model.space[key] for key in model.keys]
         self.largest = model.space.anchor_stitch(-1)
-        if self.largest.key not in model.keys:
-            raise ValueError("the largest anchor is the teacher and was not loaded: load the whole bundle to train it")
         self.teacher = None if teacher is None else teacher.requires_grad_(False).eval().to(self.args.device)
-        sizes = [
-            getattr(m.config, "vocab_size", None) or m.config.num_labels for m in (model, teacher) if m is not None
-        ]
-        if len(set(sizes)) > 1:
-            raise ValueError(
-                f"the teacher has {sizes[1]} classes, the stitched model {sizes[0]}: they must be the same"
-            )
         self._sampler: StitchSampler | None = None
         self._kept: dict[str, Gradients] = {"teacher": {}, "student": {}}
         self._step_loss = 0.0
@@ -97,6 +76,7 @@ class StitchTrainer(Trainer):
                 floor=self.args.floor,
                 anchor_share=self.args.anchor_share,
                 seed=self.args.seed,
+                teaches=self.args.inplace_teacher,
             )
         return self.model.space[self._sampler.draw(step, self.importance.averages)]
 
@@ -119,12 +99,13 @@ class StitchTrainer(Trainer):
                     label_loss = student_loss = loss.detach()
                     teacher_logits = logits.detach()
                     del logits, loss
-                own = float(label_loss) * self.current_gradient_accumulation_steps
-                self._logged["loss_teacher"].append(own)
+                self._logged["loss_teacher"].append(float(label_loss) * self.current_gradient_accumulation_steps)
             if self._has_own_gradients(student):
                 if self.teacher is not None:
                     with torch.no_grad():
-                        teacher_logits, _ = self._response_logits(self.teacher, inputs, labels)
+                        dtype = next(self.teacher.parameters()).dtype
+                        own = {n: t.to(dtype) if t.is_floating_point() else t for n, t in inputs.items()}
+                        teacher_logits, _ = self._response_logits(self.teacher, own, labels)
                 with self._gradients_of("student"):
                     logits, wanted = self._response_logits(model, inputs, labels, student)
                     label_loss = F.cross_entropy(logits, wanted, reduction="sum") / num_items_in_batch
@@ -281,6 +262,15 @@ class StitchTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """A checkpoint is a bundle: its tensors, and the importance averages, come back whole or not at all."""
         bundle = Bundle.open(resume_from_checkpoint)
+        for name, saved, wanted in (
+            ("space", bundle.table["space_digest"], self.model.space.digest),
+            ("PST settings", bundle.config.get("pst"), self.model.config.pst),
+        ):
+            if saved != wanted:
+                raise ValueError(
+                    f"{resume_from_checkpoint} has the {name} {saved}, this run has {wanted}: resume with the options it "
+                    "began with, or in another output_dir"
+                )
         score = bundle.table.get("importance_score")
         if score != self.args.importance:
             raise ValueError(

@@ -1,0 +1,61 @@
+"""What is known to be wrong before a run starts."""
+
+from typing import Any
+
+
+def check_run(trainer: Any, teacher: Any) -> None:
+    """Refuses a way of training that is not supported.
+
+    Raises:
+        ValueError: names the setting, its value and the fix.
+    """
+    args, model = trainer.args, trainer.model
+    if args.n_gpu > 1:
+        raise ValueError(f"{args.n_gpu} GPUs in one process: start with `accelerate launch`, one process each")
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        raise ValueError("FSDP and DeepSpeed are not supported: the trained parts are small, use plain DDP")
+    if args.world_size > 1 and not args.average_tokens_across_devices:
+        raise ValueError(
+            "average_tokens_across_devices is off: ranks would weigh their tokens differently, switch it on"
+        )
+    if args.device.type == "cpu" and any(getattr(anchor, "is_loaded_in_4bit", False) for anchor in model.anchors):
+        raise ValueError(
+            "anchors in 4 bits cannot be trained on a CPU (bitsandbytes): load them in 8 bits, or use a GPU"
+        )
+    if model.space.anchor_stitch(-1).key not in model.keys:
+        raise ValueError("the largest anchor is the teacher and was not loaded: load the whole bundle to train it")
+    if args.label_smoothing_factor:
+        raise ValueError(f"label_smoothing_factor {args.label_smoothing_factor} is not supported: leave it 0")
+    if args.anchor_lr_scale != 1 and not (model.config.pst is not None and model.config.pst_config.full):
+        raise ValueError(
+            f"anchor_lr_scale {args.anchor_lr_scale} is for anchors that train whole (PSTConfig(full=True)); these are frozen"
+        )
+    if teacher is not None:
+        check_teacher(model.config, teacher.config, args)
+
+
+def check_teacher(student: Any, teacher: Any, args: Any) -> None:
+    """Refuses a teacher whose word would not fit, from both configurations.
+
+    Raises:
+        ValueError: other classes, other names of them, another image size, or nothing that would be taught.
+    """
+    if args.distillation == "none" or args.distillation_weight == 0:
+        raise ValueError(
+            f"a teacher is given and distillation is {args.distillation!r} with weight {args.distillation_weight}: it would "
+            "teach nothing; leave one out"
+        )
+    sizes = [getattr(config, "vocab_size", None) or config.num_labels for config in (student, teacher)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"the teacher has {sizes[1]} classes, the stitched model {sizes[0]}: they must be the same")
+    if not hasattr(student, "image_size"):
+        return
+    size = getattr(teacher, "image_size", None)
+    if size is not None and size != student.image_size:
+        raise ValueError(f"the teacher takes images of {size}, the stitched model of {student.image_size}")
+    for number, name in student.id2label.items():
+        other = teacher.id2label.get(number)
+        if other != name and other != f"LABEL_{number}" and name != f"LABEL_{number}":
+            raise ValueError(
+                f"class {number} is {name!r} here and {other!r} for the teacher: train it on the same classes"
+            )
