@@ -351,7 +351,8 @@ def _adapted(cache: Path, task: str, name: str, seed: int) -> Path:
 
 
 def _python(*arguments: Any) -> None:
-    subprocess.run([sys.executable, *map(str, arguments)], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    subprocess.run([sys.executable, *map(str, arguments)], check=True, cwd=ROOT, **quiet)
 
 
 def main() -> None:
