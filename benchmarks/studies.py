@@ -252,6 +252,8 @@ def _alone(run: Run, task: Any, arguments: Any, cache: Path) -> dict[str, Any]:
     from peft import LoraConfig, get_peft_model
     from transformers import Trainer
 
+    from stitched_llama.training import evaluate_plain
+
     ranks = task.rank if isinstance(task.rank, tuple) else (task.rank,) * len(task.anchors)
     row: dict[str, Any] = {task.metric: {}, "loss": {}, "train_seconds": 0.0, "trained": 0}
     folder = _adapted(cache, run.task, run.name, run.seed)
@@ -266,7 +268,7 @@ def _alone(run: Run, task: Any, arguments: Any, cache: Path) -> dict[str, Any]:
         Trainer(model=model, args=arguments, train_dataset=task.train, data_collator=task.collate).train()
         row["train_seconds"] += time.monotonic() - start
         row["trained"] += sum(p.numel() for p in model.parameters() if p.requires_grad)
-        row["loss"][str(index)], row[task.metric][str(index)] = _plain_quality(model, _batches(task), task.metric)
+        row["loss"][str(index)], row[task.metric][str(index)] = evaluate_plain(model, _batches(task))
         plain = model if run.pst.get("full") else model.merge_and_unload()
         plain.save_pretrained(folder / str(index))
         task.processor.save_pretrained(folder / str(index))
@@ -293,24 +295,6 @@ def _quality(model: Any, held_out: list[dict], metric: str) -> dict[str, Any]:
         for name in ("loss", metric)
     }
     return both | {"halves": [found[metric] for found in halves], "half_rows": rows}
-
-
-def _plain_quality(model: Any, held_out: list[dict], metric: str) -> tuple[float, float]:
-    import torch
-
-    from stitched_llama.training import image_scores, response_scores
-
-    totals, rows = torch.zeros(3, dtype=torch.float64), 0
-    model.eval()
-    with torch.no_grad():
-        for batch in held_out:
-            inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-            scores = (image_scores if metric == "accuracy" else response_scores)(
-                model(**inputs).logits, batch["labels"]
-            )
-            totals += torch.stack([score.double().sum() for score in scores])
-            rows += len(batch["labels"])
-    return float(totals[0] / totals[1]), float(totals[2] / rows)
 
 
 def _angles(model: Any, task: Any) -> dict[str, float]:

@@ -29,6 +29,7 @@ from transformers import (
 import stitched_llama as sl
 from stitched_llama.models import image_class
 from stitched_llama.training import (
+    ImageDataArguments,
     ImageSet,
     ImageTrainingArguments,
     PSTArguments,
@@ -48,16 +49,9 @@ from stitched_llama.training import (
 
 
 @dataclass
-class Arguments:
-    """What is tuned on what."""
+class Arguments(ImageDataArguments):
+    """What is tuned on what, and how it starts."""
 
-    anchors: list[str] = field(metadata={"help": "Folders or Hub ids, small to large."})
-    data: str = field(metadata={"help": "A task's name, a Hub id, an image folder, or a .npz file."})
-    train_split: str = field(default="train", metadata={"help": "The part to train on; train+val joins two."})
-    eval_split: str = field(default="test", metadata={"help": "The part to evaluate on."})
-    eval_size: int = field(default=0, metadata={"help": "Pictures to evaluate on; 0 is all."})
-    shots: int = field(default=0, metadata={"help": "Training pictures a class; 0 is all (ESTA: 1, 4, 8, 16)."})
-    augment: bool = field(default=True, metadata={"help": "Random crop and flip; off for VTAB-1k."})
     teacher: str | None = field(default=None, metadata={"help": "A classifier of the same classes that teaches."})
     init: str = field(
         default="least_squares", metadata={"help": "Start of the stitching layers: that, kaiming or identity."}
@@ -82,6 +76,8 @@ def main() -> None:
     parser = HfArgumentParser((Arguments, VisionSpaceArguments, PSTArguments, ImageTrainingArguments))
     args, space, pst, training = parser.parse_args_into_dataclasses()
     output = Path(training.output_dir)
+    if args.init not in ("least_squares", "kaiming", "identity"):
+        raise SystemExit(f"--init {args.init} is unknown; one of least_squares, kaiming, identity is needed")
     set_seed(training.seed)
     chief = training.process_index == 0
     checkpoint = find_checkpoint(args.resume, training.output_dir)

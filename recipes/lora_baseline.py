@@ -12,7 +12,6 @@ import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, Trainer, set_seed
 
@@ -21,9 +20,9 @@ from stitched_llama.training import (
     Collator,
     InstructionDataset,
     batches,
+    evaluate_plain,
     pad_token_id,
     read_rows,
-    response_scores,
     split_rows,
     template,
 )
@@ -45,20 +44,6 @@ class Arguments:
     rows: str = field(default="baselines.json", metadata={"help": "Where the result goes."})
 
 
-@torch.no_grad()
-def evaluate(model: torch.nn.Module, held_out: list[dict[str, torch.Tensor]]) -> tuple[float, float]:
-    """Loss a token and exact match on held-out batches."""
-    totals, rows = torch.zeros(3, dtype=torch.float64), 0
-    model.eval()
-    for batch in held_out:
-        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        labels = batch.pop("labels")
-        scores = response_scores(model(**batch, use_cache=False).logits, labels)
-        totals += torch.stack([score.double().sum().cpu() for score in scores])
-        rows += len(labels)
-    return float(totals[0] / totals[1]), float(totals[2] / rows)
-
-
 def main() -> None:
     args, training = HfArgumentParser((Arguments, StitchTrainingArguments)).parse_args_into_dataclasses()
     prompt, found = template(args.template), {}
@@ -75,14 +60,14 @@ def main() -> None:
     for index, name in enumerate(args.anchors):
         set_seed(training.seed)
         anchor = AutoModelForCausalLM.from_pretrained(name, dtype=args.dtype)
-        before = evaluate(anchor, held_out_batches)
+        before = evaluate_plain(anchor, held_out_batches)
         lora = LoraConfig(r=args.rank, lora_alpha=args.rank, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
         model = get_peft_model(anchor, lora)
         model.print_trainable_parameters()
         start = time.time()
         quiet = replace(training, save_strategy="no")
         Trainer(model=model, args=quiet, train_dataset=train_set, data_collator=collator).train()
-        after = evaluate(model, held_out_batches)
+        after = evaluate_plain(model, held_out_batches)
         found[f"{index}[0:{anchor.config.num_hidden_layers}]"] = {
             "loss": after[0], "exact_match": after[1], "loss_before": before[0], "exact_match_before": before[1],
             "seconds": round(time.time() - start, 1),

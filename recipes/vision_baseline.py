@@ -14,50 +14,31 @@ import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoImageProcessor, AutoModelForImageClassification, HfArgumentParser, Trainer, set_seed
 
 from stitched_llama.pst import show_convolutions
 from stitched_llama.space import anchor_spec
 from stitched_llama.training import (
+    ImageDataArguments,
     ImageSet,
     ImageTrainingArguments,
     batches,
     collate_images,
+    evaluate_plain,
     few_shot,
-    image_scores,
     read_images,
 )
 
 
 @dataclass
-class Arguments:
+class Arguments(ImageDataArguments):
     """What is tuned on what."""
 
-    anchors: list[str] = field(metadata={"help": "Folders or Hub ids; each is tuned alone."})
-    data: str = field(metadata={"help": "A task's name, a Hub id, an image folder, or a .npz file."})
-    train_split: str = field(default="train", metadata={"help": "The part to train on; train+val joins two."})
-    eval_split: str = field(default="test", metadata={"help": "The part to evaluate on."})
-    eval_size: int = field(default=0, metadata={"help": "Pictures to evaluate on; 0 is all."})
-    shots: int = field(default=0, metadata={"help": "Training pictures a class; 0 is all."})
-    augment: bool = field(default=True, metadata={"help": "Random crop and flip; off for VTAB-1k."})
     rank: list[int] = field(default_factory=lambda: [16], metadata={"help": "LoRA rank, one or one for each anchor."})
     full: bool = field(default=False, metadata={"help": "All weights train instead of LoRA and the head."})
     save: str | None = field(default=None, metadata={"help": "A folder for the tuned models."})
     rows: str = field(default="baselines.json", metadata={"help": "Where the result goes."})
-
-
-@torch.no_grad()
-def evaluate(model: torch.nn.Module, held_out: list[dict[str, torch.Tensor]]) -> tuple[float, float]:
-    """Loss an image and accuracy on held-out batches."""
-    totals = torch.zeros(3, dtype=torch.float64)
-    model.eval()
-    for batch in held_out:
-        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        scores = image_scores(model(pixel_values=batch["pixel_values"]).logits, batch["labels"])
-        totals += torch.stack([score.double().sum().cpu() for score in scores])
-    return float(totals[0] / totals[1]), float(totals[2] / totals[1])
 
 
 def main() -> None:
@@ -88,7 +69,7 @@ def main() -> None:
         start = time.time()
         quiet = replace(training, save_strategy="no", label_names=["labels"])
         Trainer(model=model, args=quiet, train_dataset=train_set, data_collator=collate_images).train()
-        loss, accuracy = evaluate(model, held_out_batches)
+        loss, accuracy = evaluate_plain(model, held_out_batches)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         found[f"{index}[0:{spec.depth}]"] = {
             "loss": loss, "accuracy": accuracy, "trained": trained, "seconds": round(time.time() - start, 1),

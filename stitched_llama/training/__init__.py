@@ -14,10 +14,17 @@ samples     the same prompts at several sizes
 smoke       pico anchors for --smoke and tests
 """
 
-from .arguments import DISTILLATIONS, ImageTrainingArguments, PSTArguments, SpaceArguments, StitchTrainingArguments
+from .arguments import (
+    DISTILLATIONS,
+    ImageDataArguments,
+    ImageTrainingArguments,
+    PSTArguments,
+    SpaceArguments,
+    StitchTrainingArguments,
+)
 from .checkpoints import find_checkpoint
 from .data import Collator, InstructionDataset, Row, batches, pad_token_id, read_rows, split_rows
-from .evaluation import evaluate_stitches, image_scores, response_scores, spearman
+from .evaluation import evaluate_plain, evaluate_stitches, image_scores, response_scores, spearman
 from .image_trainer import StitchImageTrainer
 from .images import IMAGE_TASKS, ImageSet, collate_images, few_shot, read_images
 from .plots import format_table, plot_stitches
@@ -32,6 +39,7 @@ __all__ = [
     "TEMPLATES",
     "IMAGE_TASKS",
     "Collator",
+    "ImageDataArguments",
     "ImageSet",
     "ImageTrainingArguments",
     "InstructionDataset",
@@ -46,6 +54,7 @@ __all__ = [
     "byte_tokenizer",
     "collate_images",
     "dump_record",
+    "evaluate_plain",
     "evaluate_stitches",
     "few_shot",
     "find_checkpoint",

@@ -117,6 +117,19 @@ class StitchTrainingArguments(TrainingArguments):
 
 
 @dataclass
+class ImageDataArguments:
+    """Which anchors meet which pictures."""
+
+    anchors: list[str] = field(metadata={"help": "Folders or Hub ids, small to large."})
+    data: str = field(metadata={"help": "A task's name, a Hub id, an image folder, or a .npz file."})
+    train_split: str = field(default="train", metadata={"help": "The part to train on; train+val joins two."})
+    eval_split: str = field(default="test", metadata={"help": "The part to evaluate on."})
+    eval_size: int = field(default=0, metadata={"help": "Pictures to evaluate on; 0 is all."})
+    shots: int = field(default=0, metadata={"help": "Training pictures a class; 0 is all (ESTA: 1, 4, 8, 16)."})
+    augment: bool = field(default=True, metadata={"help": "Random crop and flip; off for VTAB-1k."})
+
+
+@dataclass
 class ImageTrainingArguments(StitchTrainingArguments):
     """ESTA's choices for pictures as defaults (section 5.1, appendix A); the rate follows from `base_lr` and the batch."""
 

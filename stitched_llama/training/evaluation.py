@@ -59,16 +59,7 @@ def evaluate_stitches(
     model.eval()
     found = {}
     for key in tqdm(keys[rank::world_size], desc="evaluate stitches", disable=not progress or rank != 0):
-        totals = torch.zeros(3, dtype=torch.float64)
-        rows = 0
-        for batch in batches:
-            batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-            labels = batch.pop("labels")
-            logits = model(**batch, stitch_id=key, **({} if images else {"use_cache": False})).logits
-            scores = (image_scores if images else response_scores)(logits, labels)
-            totals += torch.stack([score.double().sum().cpu() for score in scores])
-            rows += len(labels)
-        found[key] = (float(totals[0] / totals[1]), float(totals[2] / rows))
+        found[key] = _evaluate(model, batches, stitch_id=key)
     model.train(training)
     if world_size > 1:
         gathered: list[Any] = [None] * world_size
@@ -78,6 +69,25 @@ def evaluate_stitches(
         "loss": {key: found[key][0] for key in keys},
         "accuracy" if images else "exact_match": {key: found[key][1] for key in keys},
     }
+
+
+@torch.no_grad()
+def evaluate_plain(model: Any, batches: Iterable[dict[str, Tensor]]) -> tuple[float, float]:
+    """Loss and exact match or accuracy of a plain model of Transformers, as `evaluate_stitches` has them."""
+    model.eval()
+    return _evaluate(model, batches)
+
+
+def _evaluate(model: Any, batches: Iterable[dict[str, Tensor]], **how: Any) -> tuple[float, float]:
+    images, totals, rows = model.main_input_name == "pixel_values", torch.zeros(3, dtype=torch.float64), 0
+    for batch in batches:
+        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        labels = batch.pop("labels")
+        logits = model(**batch, **how, **({} if images else {"use_cache": False})).logits
+        scores = (image_scores if images else response_scores)(logits, labels)
+        totals += torch.stack([score.double().sum().cpu() for score in scores])
+        rows += len(labels)
+    return float(totals[0] / totals[1]), float(totals[2] / rows)
 
 
 def spearman(first: Sequence[float], second: Sequence[float]) -> float:
