@@ -94,6 +94,25 @@ def test_bad_pictures_are_named(colours, tmp_path):
     assert all(id.count("/") == 1 for id, _ in IMAGE_TASKS.values())
 
 
+def test_a_task_is_read_from_the_hub_by_name(monkeypatch):
+    import datasets
+
+    asked, pixels = [], np.arange(2 * 6 * 6 * 3, dtype=np.uint8).reshape(2, 6, 6, 3)
+    features = datasets.Features({"img": datasets.Image(), "fine_label": datasets.ClassLabel(names=["cat", "dog"])})
+    table = datasets.Dataset.from_dict(
+        {"img": [Image.fromarray(p) for p in pixels], "fine_label": [1, 0]}, features=features
+    )
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **how: asked.append((args, how)) or table)
+    images = read_images("cifar100", "train+test")
+    assert asked == [((*IMAGE_TASKS["cifar100"],), {"split": part}) for part in ("train", "test")]
+    assert (images.names, images.labels) == (["cat", "dog"], [1, 0, 1, 0])
+    assert np.array_equal(np.asarray(images.pictures[2]), pixels[0])
+    other = table.rename_column("img", "sound")
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **how: other)
+    with pytest.raises(ValueError, match=r"me/set has the columns \['sound', 'fine_label'\]: an image and a label"):
+        read_images("me/set")
+
+
 def test_few_shots_are_equal_a_class_and_follow_the_seed(colours):
     images = read_images(str(colours))
     one, again, other = few_shot(images, 4, 0), few_shot(images, 4, 0), few_shot(images, 4, 1)
