@@ -59,6 +59,38 @@ def test_a_step_without_in_place_teacher_is_the_students_alone(kind, tmp_path):
     assert "loss_teacher" not in {name for entry in run.state.log_history for name in entry}
 
 
+@pytest.mark.parametrize("drawn", ["smallest", "other"])
+def test_a_sandwich_adds_the_smallest_anchor_and_importance_does_not_see_it(drawn, tmp_path, monkeypatch):
+    """One step of labels alone: gradients of the largest, the student and the smallest, each once."""
+    model, twin, keep = image_model({}), image_model({}).train(), Keep()
+    run = image_trainer(
+        model, tmp_path, max_steps=1, max_grad_norm=0, sandwich=True, distillation="none", importance="snip",
+        per_device_train_batch_size=16, global_batch_size=16,
+    )  # fmt: skip
+    run.add_callback(keep)
+    small, large = model.space.anchor_stitch(0), model.space.anchor_stitch(-1)
+    student = small if drawn == "smallest" else next(s for s in model.space if not s.is_anchor)
+    monkeypatch.setattr(run, "draw", lambda step: student)
+    data = Pictures(model.config.image_size)
+    batch = collate_images([data[i] for i in range(16)])
+    run.train()
+    gradients = {}
+    for stitch in {s.key: s for s in (large, student, small)}.values():
+        twin.zero_grad()
+        loss = F.cross_entropy(twin(batch["pixel_values"], stitch_id=stitch.key).logits, batch["labels"])
+        loss.backward()
+        found = {n: p.grad.clone() for n, p in twin.named_parameters() if p.grad is not None}
+        if stitch is student:
+            named = dict(twin.named_parameters())
+            saliency = sum(float((g * named[n]).detach().abs().sum()) for n, g in found.items())
+        for name, gradient in found.items():
+            gradients[name] = gradients[name] + gradient if name in gradients else gradient
+    assert set(gradients) == set(keep.gradients)
+    for name, gradient in keep.gradients.items():
+        torch.testing.assert_close(gradient, gradients[name], atol=1e-5, rtol=1e-3)
+    assert run.importance.averages == {student.key: pytest.approx(saliency, rel=1e-3)}
+
+
 def test_a_teacher_that_does_not_fit_is_refused_before_the_run(tmp_path, anchors):
     turned = {i: f"class {CLASSES - 1 - i}" for i in range(CLASSES)}
     for other, options, named in (

@@ -81,6 +81,7 @@ class StitchTrainingArguments(TrainingArguments):
     inplace_teacher: bool = field(
         default=True, metadata={"help": "The largest anchor trains at every step and teaches; off is SN-Net's way."}
     )
+    sandwich: bool = field(default=False, metadata={"help": "The smallest anchor trains at every step too."})
     anchor_lr_scale: float = field(
         default=1.0, metadata={"help": "Rate of the anchors' weights over that of all else (SN-Net: 0.1 for stages)."}
     )

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from stitched_llama.bundles import Bundle
+
 
 def check_run(trainer: Any, teacher: Any) -> None:
     """Refuses a way of training that is not supported.
@@ -24,6 +26,8 @@ def check_run(trainer: Any, teacher: Any) -> None:
         )
     if model.space.anchor_stitch(-1).key not in model.keys:
         raise ValueError("the largest anchor is the teacher and was not loaded: load the whole bundle to train it")
+    if args.sandwich and model.space.anchor_stitch(0).key not in model.keys:
+        raise ValueError("sandwich trains the smallest anchor, which was not loaded: load the whole bundle to train it")
     if args.label_smoothing_factor:
         raise ValueError(f"label_smoothing_factor {args.label_smoothing_factor} is not supported: leave it 0")
     if args.anchor_lr_scale != 1 and not (model.config.pst is not None and model.config.pst_config.full):
@@ -59,3 +63,26 @@ def check_teacher(student: Any, teacher: Any, args: Any) -> None:
             raise ValueError(
                 f"class {number} is {name!r} here and {other!r} for the teacher: train it on the same classes"
             )
+
+
+def check_checkpoint(bundle: Bundle, path: str, model: Any, args: Any) -> None:
+    """Refuses to go on from a checkpoint of another run.
+
+    Raises:
+        ValueError: another space, other PST settings or another importance; names both.
+    """
+    for name, saved, wanted in (
+        ("space", bundle.table["space_digest"], model.space.digest),
+        ("PST settings", bundle.config.get("pst"), model.config.pst),
+    ):
+        if saved != wanted:
+            raise ValueError(
+                f"{path} has the {name} {saved}, this run has {wanted}: resume with the options it "
+                "began with, or in another output_dir"
+            )
+    score = bundle.table.get("importance_score")
+    if score != args.importance:
+        raise ValueError(
+            f"{path} averaged the importance {score!r}, this run wants {args.importance!r}: resume "
+            "with the same --importance"
+        )

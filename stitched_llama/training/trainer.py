@@ -17,7 +17,7 @@ from stitched_llama.sampling import Importance, StepSignals, StitchSampler
 from stitched_llama.space import Stitch, intervals
 
 from .arguments import StitchTrainingArguments
-from .checks import check_run
+from .checks import check_checkpoint, check_run
 from .data import IGNORED, batches
 from .evaluation import evaluate_stitches
 
@@ -29,6 +29,7 @@ class StitchTrainer(Trainer):
 
     An optimiser step draws one stitch, the student, equal on all ranks and over all its accumulated batches. In each
     batch the largest anchor, the teacher, runs and backpropagates first and leaves its argmax; then the student does.
+    With `sandwich` the smallest anchor trains at every step as well, taught like the student.
     With `inplace_teacher` off only the student trains, on labels and on what `teacher` says (SN-Net, algorithm 1).
     Their gradients are kept apart until the step is complete, so the student's importance is read from its own
     gradients, whatever the split into batches and ranks; then they are added. One graph is alive at a time.
@@ -54,10 +55,10 @@ class StitchTrainer(Trainer):
         if model.table.importance_score in (None, self.args.importance):  # averages of different scores do not mix
             self.importance.averages.update(model.table.importance)
         self.stitches = [model.space[key] for key in model.keys]
-        self.largest = model.space.anchor_stitch(-1)
+        self.smallest, self.largest = model.space.anchor_stitch(0), model.space.anchor_stitch(-1)
         self.teacher = None if teacher is None else teacher.requires_grad_(False).eval().to(self.args.device)
         self._sampler: StitchSampler | None = None
-        self._kept: dict[str, Gradients] = {"teacher": {}, "student": {}}
+        self._kept: dict[str, Gradients] = {"teacher": {}, "student": {}, "smallest": {}}
         self._step_loss = 0.0
         self._logged: dict[str, list[float]] = defaultdict(list)
         groups = intervals([stitch.params for stitch in self.stitches], self.args.interval_count)
@@ -100,21 +101,38 @@ class StitchTrainer(Trainer):
                     teacher_logits = logits.detach()
                     del logits, loss
                 self._logged["loss_teacher"].append(float(label_loss) * self.current_gradient_accumulation_steps)
+            if self.teacher is not None:
+                with torch.no_grad():
+                    dtype = next(self.teacher.parameters()).dtype
+                    own = {n: t.to(dtype) if t.is_floating_point() else t for n, t in inputs.items()}
+                    teacher_logits, _ = self._response_logits(self.teacher, own, labels)
+            batch = (inputs, labels, teacher_logits, num_items_in_batch)
             if self._has_own_gradients(student):
-                if self.teacher is not None:
-                    with torch.no_grad():
-                        dtype = next(self.teacher.parameters()).dtype
-                        own = {n: t.to(dtype) if t.is_floating_point() else t for n, t in inputs.items()}
-                        teacher_logits, _ = self._response_logits(self.teacher, own, labels)
-                with self._gradients_of("student"):
-                    logits, wanted = self._response_logits(model, inputs, labels, student)
-                    label_loss = F.cross_entropy(logits, wanted, reduction="sum") / num_items_in_batch
-                    student_loss = self._distil(logits, teacher_logits, label_loss, num_items_in_batch)
-                    self.accelerator.backward(student_loss)
-        self._step_loss += float(label_loss.detach())
+                label_loss, student_loss = self._learn("student", model, student, *batch)
+            if self.args.sandwich and student.key != self.smallest.key:
+                self._learn("smallest", model, self.smallest, *batch)
+        self._step_loss += float(label_loss)
         if self.accelerator.sync_gradients:
             self._complete_step(student)
-        return student_loss.detach() * self.accelerator.num_processes  # the log averages over ranks
+        return student_loss * self.accelerator.num_processes  # the log averages over ranks
+
+    def _learn(
+        self,
+        role: str,
+        model: nn.Module,
+        stitch: Stitch,
+        inputs: dict,
+        labels: Tensor,
+        taught: Tensor | None,
+        items: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """Forward and backward of a stitch on labels and on what it is taught; its loss on labels alone, and in all."""
+        with self._gradients_of(role):
+            logits, wanted = self._response_logits(model, inputs, labels, stitch)
+            label_loss = F.cross_entropy(logits, wanted, reduction="sum") / items
+            loss = self._distil(logits, taught, label_loss, items)
+            self.accelerator.backward(loss)
+        return label_loss.detach(), loss.detach()
 
     def _has_own_gradients(self, student: Stitch) -> bool:
         """False where the largest anchor is drawn, which trains as the teacher already."""
@@ -160,16 +178,16 @@ class StitchTrainer(Trainer):
             parameter.grad = None
 
     def _complete_step(self, student: Stitch) -> None:
-        """Sums both roles' gradients over ranks, reads the student's importance, and hands their sum to the optimiser."""
+        """Sums all roles' gradients over ranks, reads the student's importance, and hands their sum to the optimiser."""
         loss = torch.tensor(self._step_loss, device=self.args.device, dtype=torch.float64)
-        self._sum_over_ranks([*self._kept["teacher"].values(), *self._kept["student"].values(), loss])
+        self._sum_over_ranks([*(g for kept in self._kept.values() for g in kept.values()), loss])
         statistics = [tensor for tensor in self.model.stitching_layers.buffers() if tensor.is_floating_point()]
         self._sum_over_ranks(statistics, share=1 / self.accelerator.num_processes)
         own = self._kept["student" if self._has_own_gradients(student) else "teacher"]
         signals = self._signals(own, float(loss))
         self.importance.update(student.key, signals)
         self._logged[f"loss_interval_{self._group[student.key]}"].append(float(loss))
-        for role in ("teacher", "student"):
+        for role in self._kept:
             for parameter, gradient in self._kept[role].items():
                 parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
             self._kept[role] = {}
@@ -262,21 +280,7 @@ class StitchTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """A checkpoint is a bundle: its tensors, and the importance averages, come back whole or not at all."""
         bundle = Bundle.open(resume_from_checkpoint)
-        for name, saved, wanted in (
-            ("space", bundle.table["space_digest"], self.model.space.digest),
-            ("PST settings", bundle.config.get("pst"), self.model.config.pst),
-        ):
-            if saved != wanted:
-                raise ValueError(
-                    f"{resume_from_checkpoint} has the {name} {saved}, this run has {wanted}: resume with the options it "
-                    "began with, or in another output_dir"
-                )
-        score = bundle.table.get("importance_score")
-        if score != self.args.importance:
-            raise ValueError(
-                f"{resume_from_checkpoint} averaged the importance {score!r}, this run wants {self.args.importance!r}: resume "
-                "with the same --importance"
-            )
+        check_checkpoint(bundle, resume_from_checkpoint, self.model, self.args)
         self.model.load_bundle(bundle)
         self.importance.averages = {
             row["key"]: row["importance"] for row in bundle.table["stitches"] if "importance" in row
