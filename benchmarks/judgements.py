@@ -246,15 +246,25 @@ def cost(rows: Rows, task: str) -> Verdict:
 
 
 def against_alone(rows: Rows, task: str) -> Verdict:
+    here, worst = gaps_to_alone(rows, "default")
+    return f"{here} against its own run of as many steps", "holds" if worst >= -3 else "does not"
+
+
+def starving(rows: Rows, task: str) -> Verdict:
+    found = {name: gaps_to_alone(rows, name) for name in ("default", "sandwich")}
+    here = "; ".join(f"{name}: {text}" for name, (text, _) in found.items())
+    return here, " / ".join("holds" if worst >= -3 else "does not" for _, worst in found.values())
+
+
+def gaps_to_alone(rows: Rows, name: str) -> tuple[str, float]:
+    """Points of each anchor over its own run, and the worst of all."""
     parts, worst = [], []
-    for index in range(len(rows["default"][0].anchors)):
-        gaps = []
-        for row, alone in zip(rows["default"], rows["alone"]):
-            key = sorted(row.anchors)[index]
-            gaps.append(row.metric[key] - alone.metric[str(index)])
+    for index in range(len(rows[name][0].anchors)):
+        pairs = zip(rows[name], rows["alone"], strict=True)
+        gaps = [row.metric[sorted(row.anchors)[index]] - alone.metric[str(index)] for row, alone in pairs]
         parts.append(f"anchor {index} {spread(gaps)}")
         worst.append(min(gaps))
-    return "; ".join(parts) + " against its own run of as many steps", "holds" if min(worst) >= -3 else "does not"
+    return ", ".join(parts), min(worst)
 
 
 def importance(rows: Rows, task: str) -> Verdict:
