@@ -111,7 +111,7 @@ def test_a_fall_within_chance_is_told_from_one_beyond_it(suite):
     _, _, judgements, _ = suite
     assert judgements.margin(50, 50, 100) == pytest.approx(13.86, abs=0.01)
     slight = judgements.Rows([row(judgements, "default", 0, [(0.1, 0.50), (0.2, 0.45), (0.3, 0.6)])])
-    assert judgements.monotone(slight, "vision") == ("1 of 2 steps fall, 0 of them by more than chance", "holds")
+    assert judgements.monotone(slight, "vision") == ("1 of 3 steps fall, 0 of them by more than chance", "holds")
     deep = judgements.Rows([row(judgements, "default", 0, [(0.1, 0.9), (0.2, 0.3), (0.3, 0.95)])])
     assert judgements.monotone(deep, "vision") == ("1 of 3 steps fall, 1 of them by more than chance", "does not")
 
