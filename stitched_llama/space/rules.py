@@ -67,9 +67,12 @@ def _gaps(leaves: Sequence[Feature], enters: Sequence[Feature]) -> list[Pairing]
     """From the last block that leaves each resolution to the first that is entered at each lower one."""
     last = {feature.grid: index for index, feature in enumerate(leaves)}
     first = {feature.grid: index for index, feature in reversed(list(enumerate(enters)))}
-    pairs = [(a, b) for high, a in last.items() for low, b in sorted(first.items(), key=lambda item: item[1])
-             if high is not None and low is not None and low != high and low[0] <= high[0] and low[1] <= high[1]]  # fmt: skip
-    return [Pairing(a + 1, b, f"{a}to{b}") for a, b in pairs]
+    found = []
+    for high, a in last.items():
+        for low, b in first.items():
+            if high and low and low != high and low[0] <= high[0] and low[1] <= high[1]:
+                found.append(Pairing(a + 1, b, f"{a}to{b}"))
+    return found
 
 
 def _impossible(leaves: Sequence[Feature], enters: Sequence[Feature], plain: bool) -> str:
