@@ -202,8 +202,26 @@ def test_resuming_with_other_options_is_refused(tmp_path):
 def test_without_in_place_teaching_the_largest_anchor_gets_its_share_of_draws():
     model = image_model({})
     stitches = list(model.space)
-    for teaches in (True, False):
-        sampler = StitchSampler(stitches, interval_count=3, anchor_share=0.5, teaches=teaches)
+    small, large = (model.space.anchor_stitch(i).key for i in (0, -1))
+    for always, shared in (
+        (None, {small}),
+        ([], {small, large}),
+        ([large], {small}),
+        ([small], {large}),
+        ([small, large], set()),
+    ):
+        sampler = StitchSampler(stitches, interval_count=3, anchor_share=0.5, always=always)
         drawn = [sampler.draw(step, {}) for step in range(2000)]
-        large = drawn.count(model.space.anchor_stitch(-1).key)
-        assert (large > 400) != teaches
+        assert {key for key in (small, large) if drawn.count(key) > 400} == shared
+
+
+def test_the_trainer_shares_draws_among_anchors_that_do_not_train_anyway(tmp_path):
+    for options, wanted in (
+        ({}, ["large"]),
+        ({"sandwich": True}, ["large", "small"]),
+        ({"inplace_teacher": False}, []),
+    ):
+        run = image_trainer(image_model({}), tmp_path, **options)
+        run.draw(0)
+        named = {run.largest.key: "large", run.smallest.key: "small"}
+        assert [named[key] for key in run._sampler.always] == wanted

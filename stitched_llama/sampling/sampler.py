@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from stitched_llama.space import Stitch, intervals
@@ -24,9 +24,8 @@ class StitchSampler:
         interval_count: equal parts of the parameter range (ESTA: 6 for LLaMA, about 15 for ViT).
         warmup_steps: steps drawn uniformly at first, to fill the averages.
         floor: share of the draws spread evenly over the stitches of an interval (`importance` only).
-        anchor_share: share of the draws given to anchors (`importance` only); to those other than the largest where that
-            one `teaches`, as it trains at every step then.
-        teaches: the largest anchor is the teacher of every step.
+        anchor_share: share of the draws given to the anchors that do not train at every step (`importance` only).
+        always: keys of those that do; None is the largest anchor alone, the teacher.
         seed: of all draws.
 
     Raises:
@@ -40,7 +39,7 @@ class StitchSampler:
     floor: float = 0.5
     anchor_share: float = 0.1
     seed: int = 0
-    teaches: bool = True
+    always: Collection[str] | None = None
 
     def __post_init__(self) -> None:
         if not self.stitches:
@@ -58,7 +57,8 @@ class StitchSampler:
             return rng.choice(self.stitches).key
         if self.scheme == "importance":
             anchors = [stitch.key for stitch in self.stitches if stitch.is_anchor]
-            anchors = anchors[:-1] if self.teaches else anchors
+            always = anchors[-1:] if self.always is None else self.always
+            anchors = [key for key in anchors if key not in always]
             if anchors and rng.random() < self.anchor_share:
                 return rng.choice(anchors)
         if self.scheme != "interval" and step < self.warmup_steps:

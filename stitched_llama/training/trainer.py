@@ -69,6 +69,7 @@ class StitchTrainer(Trainer):
     def draw(self, step: int) -> Stitch:
         """The student of optimiser step `step`."""
         if self._sampler is None:
+            always = [self.largest.key] * self.args.inplace_teacher + [self.smallest.key] * self.args.sandwich
             self._sampler = StitchSampler(
                 self.stitches,
                 scheme=self.args.sampling,
@@ -77,7 +78,7 @@ class StitchTrainer(Trainer):
                 floor=self.args.floor,
                 anchor_share=self.args.anchor_share,
                 seed=self.args.seed,
-                teaches=self.args.inplace_teacher,
+                always=always,
             )
         return self.model.space[self._sampler.draw(step, self.importance.averages)]
 
