@@ -32,7 +32,8 @@ from stitched_llama.training import dump_record, provenance
 
 def row_path(output: Path, run: Run) -> Path:
     content = json.dumps(asdict(run), sort_keys=True)
-    return output / "rows" / f"{run.name}-{run.seed}-{hashlib.sha256(content.encode()).hexdigest()[:8]}.json"
+    name = run.name.replace(", ", "-").replace(" ", "-")
+    return output / "rows" / f"{name}-{run.seed}-{hashlib.sha256(content.encode()).hexdigest()[:8]}.json"
 
 
 def read_row(path: Path, here: dict[str, Any]) -> dict[str, Any]:
@@ -126,7 +127,7 @@ def main() -> None:
     settings = {run.name: run for claim in claims for run in claim.runs(options.task)}
     runs = [replace(run, seed=seed) for run in settings.values() for seed in options.seeds]
     torch.set_num_threads(1)  # as every run has it
-    here, start = provenance(), time.monotonic()
+    here = provenance()
     first = [run for run in runs if not run.adapted and "equal_time_of" not in run.training]
     complete(first, output, cache, options.workers, options.smoke, here)
     adapted = [run for run in runs if run.adapted and "equal_time_of" not in run.training]
@@ -142,9 +143,12 @@ def main() -> None:
     table = "\n".join(lines)
     print(table)
     command = f"python benchmarks/evidence.py --task {options.task} --seeds {' '.join(map(str, options.seeds))}"
+    if options.only:
+        command += f" --only {' '.join(options.only)}"
+    seconds = sum(row["train_seconds"] + row.content.get("evaluation_seconds", 0) for row in rows.rows)
     record = here | {
         "command": command,
-        "seconds": round(time.monotonic() - start),
+        "seconds_of_one_thread": round(seconds),
         "seeds": options.seeds,
         "claims": found,
     }
