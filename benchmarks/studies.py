@@ -345,6 +345,7 @@ def main() -> None:
 
     wanted = json.loads(Path(sys.argv[1]).read_text())
     row = execute(Run(**wanted["run"]), Path(wanted["cache"]), wanted["smoke"])
+    row["command"] = "studies.py"  # the run itself stands in the row
     write_atomically(sys.argv[2], lambda path: Path(path).write_text(dump_record(row)))
 
 
