@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Run:
 class Vision:
     """Three ViTs of scikit-learn's digits 0 to 6 (`data/make_vits.py`, a family of its own for each seed), adapted to all ten."""
 
-    metric = "accuracy"
+    metric, trainer = "accuracy", "StitchImageTrainer"
     rank: Any = (16, 8, 4)
     space = {"kernel_size": 2}
     steps = 600
@@ -114,19 +115,13 @@ class Vision:
             anchor, ignore_mismatched_sizes=True, id2label=dict(enumerate(self.names))
         )
 
-    def trainer(self) -> type:
-        import stitched_llama as sl
-
-        return sl.StitchImageTrainer
-
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
     head = ["classifier"]
 
 
 class Language:
     """The demo's two byte-level LLaMAs (`data/anchors`), fine-tuned on 24 instruction skills (`data/skills.py`)."""
 
-    metric = "exact_match"
+    metric, trainer = "exact_match", "StitchTrainer"
     rank: Any = 16
     space: dict = {}
     steps = 600
@@ -169,12 +164,6 @@ class Language:
 
         return AutoModelForCausalLM.from_pretrained(anchor, dtype="float32")
 
-    def trainer(self) -> type:
-        import stitched_llama as sl
-
-        return sl.StitchTrainer
-
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
     head: list[str] = []
 
 
@@ -208,7 +197,7 @@ def execute(run: Run, cache: Path, smoke: bool = False) -> dict[str, Any]:
 
 
 def _stitched(run: Run, task: Any, arguments: Any, cache: Path) -> dict[str, Any]:
-    from stitched_llama import PSTConfig
+    import stitched_llama as sl
     from stitched_llama.training import spearman
 
     anchors = task.anchors
@@ -222,13 +211,15 @@ def _stitched(run: Run, task: Any, arguments: Any, cache: Path) -> dict[str, Any
     else:
         r2 = model.calibrate(task.calibration(), shared=run.init, progress=False).r2
     pst = run.pst if run.pst.get("full") else {"rank": task.rank, **run.pst}
-    model.attach_pst(PSTConfig(**pst))
+    model.attach_pst(sl.PSTConfig(**pst))
     row: dict[str, Any] = {"r2": r2, "trained": sum(model.trainable_parameters().values())}
     held_out = _batches(task)
     if run.before:
         row["before"] = _quality(model, held_out, task.metric)[task.metric]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    trainer = task.trainer()(model=model, args=arguments, train_dataset=task.train, data_collator=task.collate)
+    trainer = getattr(sl, task.trainer)(
+        model=model, args=arguments, train_dataset=task.train, data_collator=task.collate
+    )
     start = time.monotonic()
     trainer.train()
     row["train_seconds"] = round(time.monotonic() - start, 1)
@@ -262,7 +253,7 @@ def _alone(run: Run, task: Any, arguments: Any, cache: Path) -> dict[str, Any]:
     for index, (anchor, rank) in enumerate(zip(task.anchors, ranks)):
         model = task.plain(anchor)
         if not run.pst.get("full"):
-            lora = LoraConfig(r=rank, lora_alpha=rank, target_modules=task.targets, modules_to_save=task.head or None)
+            lora = LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS, modules_to_save=task.head or None)
             model = get_peft_model(model, lora)
         start = time.monotonic()
         Trainer(model=model, args=arguments, train_dataset=task.train, data_collator=task.collate).train()

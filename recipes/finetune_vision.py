@@ -95,9 +95,8 @@ def main() -> None:
 
     # Model: frozen anchors with new heads, stitching layers by least squares, then the trainable parts
     model_class = image_class(AutoConfig.from_pretrained(name).model_type for name in args.anchors)
-    model = model_class.from_anchors(args.anchors, **asdict(space), dtype=args.dtype, num_labels=len(images.names))
-    model.config.id2label = dict(enumerate(images.names))
-    model.config.label2id = {name: number for number, name in enumerate(images.names)}
+    classes = dict(enumerate(images.names))
+    model = model_class.from_anchors(args.anchors, **asdict(space), dtype=args.dtype, id2label=classes)
     model.to(training.device)
     calibration = None
     if args.init == "least_squares":

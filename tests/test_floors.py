@@ -90,10 +90,12 @@ def test_auto_classes_know_us_in_either_import_order(order):
 
 @pytest.mark.parametrize("room", ["anchors", "pst", "training"])
 def test_any_room_can_be_the_first_import(room):
-    python(
+    done = python(
         "-c",
-        f"import stitched_llama.{room}; from transformers import AutoModelForCausalLM; from stitched_llama import PSTConfig",
+        f"import stitched_llama.{room}; from transformers import AutoModelForCausalLM; from stitched_llama import PSTConfig; "
+        "print(PSTConfig.__name__)",
     )
+    assert done.stdout.split() == ["PSTConfig"]
 
 
 def test_every_public_name_resolves():

@@ -227,6 +227,22 @@ def test_a_new_head_trains_and_lies_in_the_bundle(folders, tmp_path):
     assert "heads" not in frozen.trainable_parameters()
 
 
+def test_anchors_that_name_the_same_classes_otherwise_are_joined_by_id2label(folders, tmp_path):
+    paths = folders("vit")
+    other = build("vit")[1]
+    other.config.id2label = {i: f"the class {i}" for i in range(CLASSES)}
+    other.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="say so by id2label"):
+        StitchedViTForImageClassification.from_anchors([paths[0], tmp_path])
+    named = {i: f"kind {i}" for i in range(CLASSES)}
+    model = StitchedViTForImageClassification.from_anchors([paths[0], tmp_path], id2label=named)
+    assert model.config.id2label == named
+    pixels = images(model)
+    with torch.no_grad():
+        wanted = other(pixels).logits
+    assert torch.equal(logits(model, pixels, model.space.anchor_stitch(1).key), wanted)  # its head is kept
+
+
 def test_the_card_of_an_image_bundle_is_for_images(folders, tmp_path):
     stitched(folders, "vit").save_pretrained(tmp_path)
     card = (tmp_path / "README.md").read_text()

@@ -1,5 +1,6 @@
 """What the image families share: blocks in stages, run one by one with what lies between the stages."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +22,7 @@ class ImageContext:
     checkpoint: Callable[..., Tensor] | None = None
 
 
-class ImageFamily:
+class ImageFamily(ABC):
     """The verbs of `Family` for a `...ForImageClassification`; a family says where its parts lie."""
 
     layout = "channels"
@@ -32,9 +33,9 @@ class ImageFamily:
 
         return AutoModelForImageClassification
 
+    @abstractmethod
     def stages(self, anchor: nn.Module) -> list[tuple[str, nn.Module]]:
         """Name and module of each list of blocks."""
-        raise NotImplementedError
 
     def block_names(self, anchor: nn.Module) -> list[str]:
         return [f"{name}.{index}" for name, blocks in self.stages(anchor) for index in range(len(blocks))]

@@ -46,7 +46,7 @@ class StitchedImageConfig(StitchedConfig):
                 if first != other and len(labels) == len(named[0]):
                     raise ValueError(
                         f"anchors do not belong together: class {number} is {first!r} in anchor 0 and {other!r} in anchor "
-                        f"{index}; give num_labels, and each anchor gets a new head"
+                        f"{index}; where they mean the same classes, say so by id2label"
                     )
         return config
 

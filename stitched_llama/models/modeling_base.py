@@ -73,16 +73,16 @@ class StitchedPreTrainedModel(BundleMixin, PreTrainedModel):
         block = self.blocks(junction.tail)[junction.tail_start]
         norm = next(p for p in block.parameters() if p.ndim == 1 and p.is_floating_point())
         return StitchingLayer(
-            spec.in_width,
-            spec.out_width,
-            spec.adapter,
-            spec.rescale,
-            spec.norm,
-            spec.in_grid,
-            spec.out_grid,
-            spec.special_tokens,
-            spec.step,
-            spec.inner_width,
+            in_width=spec.in_width,
+            out_width=spec.out_width,
+            adapter=spec.adapter,
+            rescale=spec.rescale,
+            norm=spec.norm,
+            in_grid=spec.in_grid,
+            out_grid=spec.out_grid,
+            special_tokens=spec.special_tokens,
+            step=spec.step,
+            inner_width=spec.inner_width,
             dtype=norm.dtype,
             device=norm.device,
         )
