@@ -2,11 +2,13 @@
 
     python data/make_anchors.py --preset demo --output data/anchors [--large data/anchors/large]
     python data/make_anchors.py --preset books --text FILE... --output DIR
+    python data/make_anchors.py --preset demo --large data/anchors/large --apart --output DIR    # the control
 
 Command, machine, time and losses of the committed pair stand in `data/anchors/README.md`.
 Steps: tokenizer and corpus; pretrain the large anchor (`--large` takes one that is there already); cut the small one
 out of it; train that with cross-entropy plus feature alignment at the junctions. The alignment is trained in, on
-purpose: two models trained apart do not stitch this well.
+purpose: two models trained apart do not stitch this well. `--apart` makes that control: the small anchor starts from its
+own random numbers and meets only text.
 """
 
 from __future__ import annotations
@@ -232,6 +234,9 @@ def main() -> None:
     parser.add_argument("--large", type=Path, help="a large anchor of this preset to cut the small one out of")
     parser.add_argument("--large-steps", type=int, help="instead of the preset's")
     parser.add_argument("--small-steps", type=int, help="instead of the preset's")
+    parser.add_argument(
+        "--apart", action="store_true", help="train the small anchor by itself, neither cut nor aligned"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2, help="1 is faster where other work fills a core")
     arguments = parser.parse_args()
@@ -270,14 +275,18 @@ def main() -> None:
     large_losses = validation_losses(large, corpus, preset.batch)
 
     small_config = llama_config(preset.small, preset, tokenizer)
-    small, channels = prune(large, small_config, corpus.batch(preset.batch))
-    alignment = Alignment(large.requires_grad_(False), small_config, channels)
+    if arguments.apart:
+        small, alignment = LlamaForCausalLM(small_config), None
+    else:
+        small, channels = prune(large, small_config, corpus.batch(preset.batch))
+        alignment = Alignment(large.requires_grad_(False), small_config, channels)
     error, small_seconds = measured(lambda: train("small", small, corpus, preset.small_steps, preset, alignment))
     small_losses = validation_losses(small, corpus, preset.batch)
 
     report = {
         "preset": arguments.preset,
         "seed": arguments.seed,
+        "apart": arguments.apart,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -295,7 +304,7 @@ def main() -> None:
             "loss": losses,
             "loss_of_bfloat16_copy": validation_losses(saved, corpus, preset.batch),
         }
-    report["alignment_error"] = round(error, 4)
+    report["alignment_error"] = None if alignment is None else round(error, 4)
     print(json.dumps(report))
 
 
