@@ -60,16 +60,17 @@ class StitchTrainer(Trainer):
         self._sampler: StitchSampler | None = None
         self._kept: dict[str, Gradients] = {"teacher": {}, "student": {}, "smallest": {}}
         self._step_loss = 0.0
+        self._trained, self._ran = list[nn.Parameter](), set[Stitch]()
         self._logged: dict[str, list[float]] = defaultdict(list)
         groups = intervals([stitch.params for stitch in self.stitches], self.args.interval_count)
         self._group = {self.stitches[i].key: number for number, group in enumerate(groups) for i in group}
+        self._middles = {self.stitches[group[len(group) // 2]].key for group in groups}
 
     # ---- drawing
 
     def draw(self, step: int) -> Stitch:
         """The student of optimiser step `step`."""
         if self._sampler is None:
-            always = [self.largest.key] * self.args.inplace_teacher + [self.smallest.key] * self.args.sandwich
             self._sampler = StitchSampler(
                 self.stitches,
                 scheme=self.args.sampling,
@@ -78,20 +79,26 @@ class StitchTrainer(Trainer):
                 floor=self.args.floor,
                 anchor_share=self.args.anchor_share,
                 seed=self.args.seed,
-                always=always,
+                always=[stitch.key for stitch in self._always()],
             )
         return self.model.space[self._sampler.draw(step, self.importance.averages)]
+
+    def _always(self) -> list[Stitch]:
+        return [self.largest] * self.args.inplace_teacher + [self.smallest] * self.args.sandwich
 
     # ---- one step
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Teacher's and student's forward and backward on one batch; returns the student's loss for logging."""
-        model.train()
+        if not model.training:
+            model.train()
+        self._trained = self._trained or [p for p in self.model.parameters() if p.requires_grad]
         inputs = self._prepare_inputs(inputs)
         labels = inputs.pop("labels")
         if num_items_in_batch is None:
             num_items_in_batch = self._label_count(labels) * self.current_gradient_accumulation_steps
         student, teacher_logits = self.draw(self.state.global_step), None
+        self._ran = {student, *self._always()}
         with self._unreduced(model):
             if self.args.inplace_teacher:
                 with self._gradients_of("teacher"):
@@ -169,11 +176,10 @@ class StitchTrainer(Trainer):
     def _gradients_of(self, role: str) -> Iterator[None]:
         """Backward inside adds to the gradients kept for `role`, and to no others."""
         kept = self._kept[role]
-        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        for parameter in trained:
+        for parameter in self._trained:
             parameter.grad = kept.get(parameter)
         yield
-        for parameter in trained:
+        for parameter in self._trained:
             if parameter.grad is not None:
                 kept[parameter] = parameter.grad
             parameter.grad = None
@@ -227,6 +233,12 @@ class StitchTrainer(Trainer):
 
     # ---- logging, evaluation, checkpoints
 
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Of the stitches that trained on this batch: three forwards each, as Transformers counts a step."""
+        name = self.model.main_input_name
+        units = inputs[name].numel() if name == "input_ids" else len(inputs[name])
+        return 6 * units * sum(stitch.macs for stitch in self._ran)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the mean loss of the teacher and of each interval's students since the last log."""
         if "loss" in logs:
@@ -243,11 +255,7 @@ class StitchTrainer(Trainer):
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if keys is None:
-            members: dict[int, list[str]] = defaultdict(list)
-            for key, group in self._group.items():
-                members[group].append(key)
-            middles = {group[len(group) // 2] for group in members.values()}
-            keys = [stitch.key for stitch in self.stitches if stitch.is_anchor or stitch.key in middles]
+            keys = [stitch.key for stitch in self.stitches if stitch.is_anchor or stitch.key in self._middles]
         found = evaluate_stitches(
             self.model,
             batches(dataset, self.data_collator, self.args.per_device_eval_batch_size),
