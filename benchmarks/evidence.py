@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from claims import CLAIMS, verdicts
 from judgements import Row, Rows
-from studies import ROOT, TASKS, Run
+from tasks import ROOT, TASKS, Run
 
 from stitched_llama.bundles import write_atomically
 from stitched_llama.training import dump_record, provenance
@@ -79,26 +79,15 @@ def complete(runs: list[Run], output: Path, cache: Path, workers: int, smoke: bo
             print(f"{number}/{len(missing)} {run.name}, seed {run.seed}: {seconds:.0f} s", flush=True)
 
 
-def in_equal_time(runs: list[Run], output: Path, here: dict) -> list[Run]:
-    """The steps of every run that is to last as long as the default of its seed, from the rate of the run it names."""
-    found = []
-    for run in runs:
-        if "equal_time_of" in run.training:
-            name = run.training["equal_time_of"]
-            others = {
-                r.name: read_row(row_path(output, r), here)
-                for r in runs
-                if r.seed == run.seed and r.name in (name, "default")
-            }
-            rest = {k: v for k, v in run.training.items() if k != "equal_time_of"}
-            peer = others[name]
-            seconds = others["default"]["train_seconds"] / peer["train_seconds"]
-            found.append(
-                replace(run, training={**rest, "max_steps": max(1, round(peer["settings"]["max_steps"] * seconds))})
-            )
-        else:
-            found.append(run)
-    return found
+def with_steps(run: Run, runs: list[Run], output: Path, here: dict) -> Run:
+    """A run that is to last as long as others of its seed, with the steps that fit, all stages counted."""
+    if not run.lasts:
+        return run
+    rows = {r.name: read_row(row_path(output, r), here) for r in runs if r.seed == run.seed and not r.lasts}
+    seconds = sum(rows[name]["train_seconds"] + rows[name].get("aligned_seconds", 0.0) for name in run.lasts)
+    peer = rows[run.rate_of]
+    steps = max(1, round(peer["settings"]["max_steps"] * seconds / peer["train_seconds"]))
+    return replace(run, training={**run.training, "max_steps": steps})
 
 
 def main() -> None:
@@ -122,18 +111,24 @@ def main() -> None:
         raise SystemExit(
             f"no claim of {options.task} is called {options.only}; there are {', '.join(c.letter for c in CLAIMS)}"
         )
-    with ThreadPoolExecutor(options.workers) as pool:
-        list(pool.map(lambda seed: TASKS[options.task].prepare(cache, seed), options.seeds))
     settings = {run.name: run for claim in claims for run in claim.runs(options.task)}
     runs = [replace(run, seed=seed) for run in settings.values() for seed in options.seeds]
+    with ThreadPoolExecutor(options.workers) as pool:
+        wanted = dict.fromkeys((run.family, run.seed) for run in runs)
+        list(pool.map(lambda made: TASKS[options.task].prepare(cache, *made), wanted))
     torch.set_num_threads(1)  # as every run has it
     here = provenance()
-    first = [run for run in runs if not run.adapted and "equal_time_of" not in run.training]
-    complete(first, output, cache, options.workers, options.smoke, here)
-    adapted = [run for run in runs if run.adapted and "equal_time_of" not in run.training]
-    complete(adapted, output, cache, options.workers, options.smoke, here)
-    runs = in_equal_time(runs, output, here)
-    complete(runs, output, cache, options.workers, options.smoke, here)
+    stages = [
+        lambda run: not run.adapted and not run.lasts,
+        lambda run: run.adapted and not run.lasts,
+        lambda run: run.lasts,
+    ]
+    done: list[Run] = []
+    for stage in stages:  # each needs what the one before it left
+        now = [with_steps(run, runs, output, here) for run in runs if stage(run)]
+        complete(now, output, cache, options.workers, options.smoke, here)
+        done += now
+    runs = done
 
     rows = Rows([Row(run.name, run.seed, read_row(row_path(output, run), here)) for run in runs])
     found = verdicts(claims, rows, options.task)

@@ -1,13 +1,14 @@
 """The recipe that makes small vision anchors: three ViTs of 6 blocks, 32, 64 and 128 wide, pretrained apart from each other.
 
-    python data/make_vits.py --output DIR [--source digits|pictures] [--seed 0]
+    python data/make_vits.py --output DIR [--source digits|pictures] [--family vit|convnext|resnet-swin] [--seed 0]
 
 `digits` (the demo's): scikit-learn's handwritten digits, 8x8; writes `digits.npz`, half of the 1,797 pictures to train on, half held
 out, and pretrains on the digits 0 to 6 of the training half. The fine-tune then meets three digits that no anchor has seen.
 
 `pictures`: 30,000 rendered pictures of 32x32 (`pictures.py`), for real 32x32 tasks that no anchor has seen.
 
-Both write `anchors/tiny`, `small` and `base`.
+Both write `anchors/tiny`, `small` and `base`. Of the other families two are made, `small` and `base`, and pictures are enlarged
+to 16 (ConvNeXt) or 32 pixels (ResNet and Swin).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,9 +26,19 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor
 from tqdm import tqdm
-from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
+from transformers import (
+    ConvNextConfig,
+    ConvNextForImageClassification,
+    PreTrainedModel,
+    ResNetConfig,
+    ResNetForImageClassification,
+    SwinConfig,
+    SwinForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+)
 
-WIDTHS = {"tiny": 32, "small": 64, "base": 128}
 BATCH, RATE = 64, 1e-3
 KNOWN = 7  # digits that pretraining sees
 
@@ -89,10 +100,50 @@ def vit(
     )  # fmt: skip
 
 
-def to_pixels(pictures: np.ndarray) -> Tensor:
-    """[images, 3, height, width] in -1..1, as the processor gives them."""
+def convnext(width: int, depths: list[int], names: Sequence[str]) -> ConvNextForImageClassification:
+    """Maps of 8x8 and 4x4."""
+    shape = {"hidden_sizes": [width, 2 * width], "depths": depths, "num_stages": 2, "layer_scale_init_value": 0.1}
+    return ConvNextForImageClassification(
+        ConvNextConfig(image_size=16, patch_size=2, id2label=dict(enumerate(names)), **shape)
+    )
+
+
+def resnet(names: Sequence[str]) -> ResNetForImageClassification:
+    """Maps of 8x8 and 4x4."""
+    shape = {"embedding_size": 16, "hidden_sizes": [24, 48], "depths": [2, 2], "layer_type": "basic"}
+    config = ResNetConfig(id2label=dict(enumerate(names)), **shape)
+    config.image_size = 32
+    return ResNetForImageClassification(config)
+
+
+def swin(names: Sequence[str]) -> SwinForImageClassification:
+    """Maps of 8x8 and 4x4."""
+    shape = {"embed_dim": 40, "depths": [2, 4], "num_heads": [2, 4], "window_size": 4, "drop_path_rate": 0.0}
+    return SwinForImageClassification(SwinConfig(image_size=32, patch_size=4, id2label=dict(enumerate(names)), **shape))
+
+
+# family -> side of its pictures (None: the source's own), and what makes each anchor from a source
+FAMILIES: dict[str, tuple[int | None, dict[str, Callable[[Source], PreTrainedModel]]]] = {
+    "vit": (
+        None,
+        {
+            name: lambda s, width=width: vit(width, s.pictures.shape[1], s.patch, s.names)
+            for name, width in (("tiny", 32), ("small", 64), ("base", 128))
+        },
+    ),
+    "convnext": (
+        16,
+        {"small": lambda s: convnext(16, [2, 2], s.names), "base": lambda s: convnext(32, [3, 4], s.names)},
+    ),
+    "resnet-swin": (32, {"small": lambda s: resnet(s.names), "base": lambda s: swin(s.names)}),
+}
+
+
+def to_pixels(pictures: np.ndarray, side: int | None = None) -> Tensor:
+    """[images, 3, height, width] in -1..1, as the processor gives them; enlarged to `side`, about as it does."""
     pixels = torch.tensor(pictures).float() / 127.5 - 1
-    return pixels[:, None].repeat(1, 3, 1, 1) if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)
+    pixels = pixels[:, None].repeat(1, 3, 1, 1) if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)
+    return pixels if side is None else torch.nn.functional.interpolate(pixels, (side, side), mode="bilinear")
 
 
 def shifted(pixels: Tensor) -> Tensor:
@@ -103,10 +154,11 @@ def shifted(pixels: Tensor) -> Tensor:
     return padded[:, :, down : down + side, right : right + side]
 
 
-def pretrain(name: str, source: Source, seed: int) -> ViTForImageClassification:
-    """A ViT that tells the source's classes apart."""
+def pretrain(name: str, family: str, source: Source, seed: int) -> PreTrainedModel:
+    """A model that tells the source's classes apart."""
     torch.manual_seed(seed)
-    model = vit(WIDTHS[name], source.pictures.shape[1], source.patch, source.names).train()
+    side, makers = FAMILIES[family]
+    model = makers[name](source).train()
     inner = [p for p in model.vit.layers.parameters() if p.ndim == 2] if source.muon else []
     rest = [p for p in model.parameters() if not any(p is matrix for matrix in inner)]
     optimizers = [torch.optim.AdamW(rest, lr=RATE, weight_decay=0.05)]
@@ -121,7 +173,7 @@ def pretrain(name: str, source: Source, seed: int) -> ViTForImageClassification:
     bar = tqdm(range(steps), desc=name)
     for step in bar:
         chosen = torch.randint(len(labels), (BATCH,))
-        loss = model(pixel_values=shifted(to_pixels(source.pictures[chosen.numpy()])), labels=labels[chosen]).loss
+        loss = model(pixel_values=shifted(to_pixels(source.pictures[chosen.numpy()], side)), labels=labels[chosen]).loss
         loss.backward()
         for optimizer, schedule in zip(optimizers, schedules):
             optimizer.step()
@@ -136,8 +188,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Make small vision anchors, and the demo's data.")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--source", choices=("digits", "pictures"), default="digits")
+    parser.add_argument("--family", choices=FAMILIES, default="vit")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    if arguments.family != "vit" and arguments.source != "digits":
+        parser.error(f"pictures are for ViTs here, not {arguments.family}: leave --source out")
     arguments.output.mkdir(parents=True, exist_ok=True)
     if arguments.source == "digits":
         arrays = digits(arguments.seed)
@@ -145,15 +200,19 @@ def main() -> None:
         source = digits_source(arrays)
     else:
         source = pictures_source(arguments.seed)
-    side = source.pictures.shape[1]
+    enlarged, makers = FAMILIES[arguments.family]
+    side = enlarged or source.pictures.shape[1]
     processor = ViTImageProcessor(size={"height": side, "width": side})
     report = {}
-    for number, name in enumerate(WIDTHS):
+    for number, name in enumerate(makers):
         start = time.monotonic()
-        model = pretrain(name, source, arguments.seed + number)
+        model = pretrain(name, arguments.family, source, arguments.seed + number)
         with torch.no_grad():
             found = torch.cat(
-                [model(pixel_values=to_pixels(part)).logits.argmax(-1) for part in np.array_split(source.held_out, 8)]
+                [
+                    model(pixel_values=to_pixels(part, enlarged)).logits.argmax(-1)
+                    for part in np.array_split(source.held_out, 8)
+                ]
             )
         report[name] = {
             "parameters": model.num_parameters(),

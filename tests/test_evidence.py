@@ -2,10 +2,13 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
 from conftest import ROOT
 from image_anchors import vit
+
+from stitched_llama.training import byte_tokenizer, pico_anchor
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*junctions do not fit:UserWarning",
@@ -21,8 +24,9 @@ def suite(monkeypatch):
     import evidence
     import judgements
     import studies
+    import tasks
 
-    return claims, evidence, judgements, studies
+    return claims, evidence, judgements, studies, tasks
 
 
 @pytest.fixture(scope="module")
@@ -39,14 +43,31 @@ def cache(tmp_path_factory):
         import make_vits
     finally:
         sys.path.pop(0)
-    family = folder / "vision-0"
-    family.mkdir()
-    np.savez(family / "digits.npz", **make_vits.digits(0))
-    for name, width in (("tiny", 32), ("small", 36), ("base", 40)):
-        torch.manual_seed(width)
-        vit(width, 3, size=8).save_pretrained(family / "anchors" / name)
-        make_vits.ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(family / "anchors" / name)
-    (family / "anchors.json").write_text("{}")
+    digits = make_vits.digits(0)
+    processor = make_vits.ViTImageProcessor(size={"height": 8, "width": 8})
+    anchors = {
+        "tiny": lambda: vit(32, 3, size=8),
+        "small": lambda: vit(36, 3, size=8),
+        "base": lambda: vit(40, 3, size=8),
+    }
+    named = [("vision-0", anchors, 8)]
+    for family, (side, makers) in make_vits.FAMILIES.items():
+        if family != "vit":
+            source = make_vits.digits_source(digits)
+            named.append((f"{family}-0", {name: partial(make, source) for name, make in makers.items()}, side))
+    for name, makers, side in named:
+        (folder / name).mkdir()
+        np.savez(folder / name / "digits.npz", **digits)
+        (folder / name / "anchors.json").write_text("{}")
+        processor = make_vits.ViTImageProcessor(size={"height": side, "width": side})
+        for number, (anchor, make) in enumerate(makers.items()):
+            torch.manual_seed(number)
+            make().save_pretrained(folder / name / "anchors" / anchor)
+            processor.save_pretrained(folder / name / "anchors" / anchor)
+    for name in ("demo", "language-second", "language-apart"):
+        for anchor, (width, depth) in {"small": (48, 2), "large": (64, 4)}.items():
+            pico_anchor(width, depth, 2, 2, len(byte_tokenizer())).save_pretrained(folder / name / anchor)
+            byte_tokenizer().save_pretrained(folder / name / anchor)
     return folder
 
 
@@ -69,36 +90,31 @@ def row(judgements, name, seed, values, params=None, importance=None, **more):
     return judgements.Row(name, seed, content)
 
 
-def test_every_setting_of_vision_runs_and_every_claim_is_judged(suite, cache, tmp_path):
-    claims, evidence, judgements, studies = suite
-    own = [claim for claim in claims.CLAIMS if "vision" in claim.tasks]
-    settings = {run.name: run for claim in own for run in claim.runs("vision")}
+@pytest.mark.parametrize("task", ["vision", "language"])
+def test_every_setting_runs_and_every_claim_is_judged(task, suite, cache, tmp_path, monkeypatch):
+    claims, evidence, judgements, studies, tasks = suite
+    monkeypatch.setattr(tasks, "DEMO", cache / "demo")
+    tasks.Language.prepare(cache, "", 0)
+    own = [claim for claim in claims.CLAIMS if task in claim.tasks]
+    settings = {run.name: run for claim in own for run in claim.runs(task)}
     rows = []
     for run in sorted(settings.values(), key=lambda run: run.adapted is not None):
-        short = {"max_steps": 2, **{k: v for k, v in run.training.items() if k != "equal_time_of"}}
-        found = studies.execute(replace(run, training=short), cache, smoke=True)
+        found = studies.execute(replace(run, training={**run.training, "max_steps": 2}), cache, smoke=True)
         found = json.loads(json.dumps(found))
         rows.append(judgements.Row(run.name, 0, found))
         if run.kind == "stitched":
-            assert len(found["accuracy"]) == len(found["stitches"]) > 3
-            assert set(found["halves"][0]) == set(found["accuracy"])
-    verdicts = claims.verdicts(own, judgements.Rows(rows), "vision")
-    assert {v["verdict"].split(" / ")[0] for v in verdicts} <= {"holds", "does not", "open", "only in part"}
+            assert len(found[found["metric"]]) == len(found["stitches"]) > 3
+            assert set(found["halves"][0]) == set(found[found["metric"]])
+    verdicts = claims.verdicts(own, judgements.Rows(rows), task)
+    told = {word for v in verdicts for word in v["verdict"].split(" / ")}
+    assert told <= {"holds", "does not", "open", "only in part"}
     assert all(v["here"] for v in verdicts)
-    judgements.Rows(rows).plot(tmp_path / "p.png", "vision")
+    judgements.Rows(rows).plot(tmp_path / "p.png", task)
     assert (tmp_path / "p.png").stat().st_size > 10_000
 
 
-def test_language_runs_too(suite, cache):
-    _, _, _, studies = suite
-    studies.Language.prepare(cache, 0)
-    run = studies.Run("language", "default", 0, before=True, training={"max_steps": 1})
-    found = studies.execute(run, cache, smoke=True)
-    assert set(found["before"]) == set(found["exact_match"])
-
-
 def test_a_dial_is_chosen_on_one_half_and_judged_on_the_other(suite):
-    _, _, judgements, _ = suite
+    _, _, judgements, *_ = suite
     one = row(judgements, "default", 0, [(0.1, 0.2), (0.3, 0.1), (0.2, 0.9), (0.4, 0.5)])
     assert one.dial(0) == [("a", 20.0), ("b", 10.0), ("d", 50.0)]
     assert [key for key, _ in one.dial(1)] == ["a", "c"]
@@ -108,7 +124,7 @@ def test_a_dial_is_chosen_on_one_half_and_judged_on_the_other(suite):
 
 
 def test_a_fall_within_chance_is_told_from_one_beyond_it(suite):
-    _, _, judgements, _ = suite
+    _, _, judgements, *_ = suite
     assert judgements.margin(50, 50, 100) == pytest.approx(13.86, abs=0.01)
     slight = judgements.Rows([row(judgements, "default", 0, [(0.1, 0.50), (0.2, 0.45), (0.3, 0.6)])])
     assert judgements.monotone(slight, "vision") == ("1 of 3 steps fall, 0 of them by more than chance", "holds")
@@ -117,7 +133,7 @@ def test_a_fall_within_chance_is_told_from_one_beyond_it(suite):
 
 
 def test_seeds_that_disagree_leave_a_claim_open(suite):
-    _, _, judgements, _ = suite
+    _, _, judgements, *_ = suite
     rows = [row(judgements, "default", seed, [0.1, 0.2, 0.3]) for seed in (0, 1)]
     worse, better = [0.0, 0.1, 0.2], [0.2, 0.3, 0.4]
     for values, verdict in (((worse, worse), "holds"), ((better, better), "does not"), ((worse, better), "open")):
@@ -126,7 +142,7 @@ def test_seeds_that_disagree_leave_a_claim_open(suite):
 
 
 def test_interpolation_and_importance_by_hand(suite):
-    _, _, judgements, _ = suite
+    _, _, judgements, *_ = suite
     straight = judgements.Rows([row(judgements, "default", 0, [0.1, 0.2, 0.3, 0.4])])
     here, verdict = judgements.interpolates(straight, "vision")
     assert "0.0 ± 0.0 off the line" in here
@@ -141,7 +157,7 @@ def test_interpolation_and_importance_by_hand(suite):
 
 
 def test_rows_of_another_version_or_machine_are_refused(suite, tmp_path):
-    _, evidence, _, _ = suite
+    _, evidence, *_ = suite
     here = {"versions": {"torch": "2"}, "machine": {"cores": 2}}
     path = tmp_path / "row.json"
     path.write_text(json.dumps(here | {"accuracy": 1}))
@@ -153,25 +169,36 @@ def test_rows_of_another_version_or_machine_are_refused(suite, tmp_path):
 
 
 def test_a_run_that_died_leaves_no_row(suite, cache, tmp_path):
-    _, evidence, _, studies = suite
-    run = studies.Run("vision", "broken", 0, space={"kernel_size": 99})
+    _, evidence, *_, tasks = suite
+    run = tasks.Run("vision", "broken", 0, space={"kernel_size": 99})
     with pytest.raises(SystemExit, match="broken, seed 0, died and left no row:(.|\n)*kernel_size 99"):
         evidence.measure(run, tmp_path, cache, smoke=True)
     assert not evidence.row_path(tmp_path, run).exists()
     assert evidence.row_path(tmp_path, run) != evidence.row_path(tmp_path, replace(run, seed=1))
 
 
-def test_equal_time_scales_the_steps(suite, tmp_path):
-    _, evidence, _, studies = suite
+def test_equal_time_counts_every_stage(suite, tmp_path):
+    _, evidence, *_, tasks = suite
     runs = [
-        studies.Run("vision", "default", 0), studies.Run("vision", "snnet", 0),
-        studies.Run("vision", "snnet, equal time", 0, training={"sampling": "uniform", "equal_time_of": "snnet"}),
+        tasks.Run("vision", "default", 0), tasks.Run("vision", "alone full", 0), tasks.Run("vision", "snnet", 0),
+        tasks.Run("vision", "default, as long as snnet", 0, lasts=("alone full", "snnet"), rate_of="default"),
+        tasks.Run("vision", "snnet", 1),
     ]  # fmt: skip
     here = {"versions": {}, "machine": {}}
-    for run, seconds in zip(runs, (60.0, 40.0)):
+    for run, seconds in zip(runs, (60.0, 70.0, 20.0)):
         path = evidence.row_path(tmp_path, run)
         path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps(here | {"train_seconds": seconds, "settings": {"max_steps": 600}}))
-    found = evidence.in_equal_time(runs, tmp_path, here)
-    assert found[:2] == runs[:2]
-    assert found[2].training == {"sampling": "uniform", "max_steps": 900}
+        path.write_text(json.dumps(here | {"train_seconds": seconds, "settings": {"max_steps": 400}}))
+    assert evidence.with_steps(runs[0], runs, tmp_path, here) == runs[0]
+    assert evidence.with_steps(runs[3], runs, tmp_path, here).training == {"max_steps": 600}
+
+
+@pytest.mark.parametrize("task", ["vision", "language"])
+def test_the_published_dial_of_the_measured_runs_never_goes_down(task, suite):
+    """On the committed rows: sizes chosen on one half of the held-out rows, judged on the other."""
+    _, _, judgements, *_ = suite
+    folder = ROOT / "benchmarks" / "results" / f"evidence-{task}" / "rows"
+    rows = [json.loads(path.read_text()) for path in folder.glob("default-?-*.json")]
+    assert len(rows) >= 3
+    found = judgements.Rows([judgements.Row("default", row["run"]["seed"], row) for row in rows])
+    assert judgements.monotone(found, task)[1] == "holds", judgements.monotone(found, task)

@@ -105,7 +105,7 @@ def test_a_step_adds_teacher_and_student(distillation, weight, checkpointing, an
     model, keep, seen = stitched_model(anchors["unequal"]), Keep(), []
     run = trainer(
         model, tmp_path, [keep], max_steps=1, max_grad_norm=0, distillation=distillation, distillation_weight=weight,
-        activation_checkpointing=checkpointing, sampling="uniform", seed=9,
+        activation_checkpointing=checkpointing, sampling="uniform", sandwich=False, seed=9,
     )  # fmt: skip
     student, teacher = run.draw(0), model.space.anchor_stitch(-1)
     assert student.key != teacher.key

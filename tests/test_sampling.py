@@ -155,10 +155,12 @@ def test_bad_sampler_settings_are_named(stitches, options, names):
 
 
 @pytest.mark.parametrize(
-    ("score", "wanted"), [("snip", 6.0), ("snip_per_gradient", 3.0), ("snip_per_loss", 1.5), ("loss", -2.0)]
+    ("score", "wanted"),
+    [("snip", 6.0), ("snip_per_gradient", 3.0), ("snip_per_loss", 1.5), ("loss", -2.0), ("excess_loss", -1.5)],
 )
 def test_scores_by_hand(score, wanted):
-    assert SCORES[score](StepSignals(saliency=6.0, gradient_norm=2.0, loss=2.0)) == pytest.approx(wanted)
+    signals = StepSignals(saliency=6.0, gradient_norm=2.0, loss=2.0, teacher_loss=0.5)
+    assert SCORES[score](signals) == pytest.approx(wanted)
 
 
 @pytest.mark.parametrize("score", SCORES)
@@ -171,7 +173,9 @@ def test_moving_average_by_hand():
     for loss in (1.0, 2.0, 3.0):
         importance.update("a", StepSignals(0, 0, loss))
     importance.update("b", StepSignals(0, 0, 5.0))
-    assert importance.averages == pytest.approx({"a": 0.9 * (0.9 * -1 + 0.1 * -2) + 0.1 * -3, "b": -5.0})
+    weights = {-1.0: 0.81, -2.0: 0.9, -3.0: 1.0}  # of the newest 1, each older a factor eta less
+    mean = sum(score * weight for score, weight in weights.items()) / sum(weights.values())
+    assert importance.averages == pytest.approx({"a": mean, "b": -5.0})
     assert importance.visits == {"a": 3, "b": 1}
 
 

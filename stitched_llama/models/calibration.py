@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 from stitched_llama.layers import Fit, LeastSquares, Residual
 from stitched_llama.space import Junction
 
+from .alignment import align
 from .route import junction_rows
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ class Calibration:
         r2_with_first: the same with the first token, whose activation can be hundreds of times the others'.
         loss: stitch key -> loss before any training, nats a token or image; the honest figure. Empty for images
             without labels.
+        loss_unaligned: the same before the alignment stage; empty without one.
         rows: tokens or places in the fit.
         held_out: False when one batch had to serve both the fit and the report.
     """
@@ -37,14 +39,18 @@ class Calibration:
     r2: dict[str, float] = field(default_factory=dict)
     r2_with_first: dict[str, float] = field(default_factory=dict)
     loss: dict[str, float] = field(default_factory=dict)
+    loss_unaligned: dict[str, float] = field(default_factory=dict)
     rows: int = 0
     held_out: bool = True
 
     def __str__(self) -> str:
         lines = [f"{'junction':<18} {'R2':>7} {'R2 with first token':>20}"]
         lines += [f"{name:<18} {value:7.3f} {self.r2_with_first[name]:20.3f}" for name, value in self.r2.items()]
-        lines += ["", f"{'stitch':<24} {'loss before training':>20}"] if self.loss else []
-        lines += [f"{key:<24} {value:20.4f}" for key, value in self.loss.items()]
+        first = f" {'unaligned':>10}" if self.loss_unaligned else ""
+        lines += ["", f"{'stitch':<24} {'loss before training':>20}{first}"] if self.loss else []
+        for key, value in self.loss.items():
+            unaligned = f" {self.loss_unaligned[key]:10.4f}" if self.loss_unaligned else ""
+            lines.append(f"{key:<24} {value:20.4f}{unaligned}")
         return "\n".join(lines)
 
 
@@ -54,6 +60,8 @@ def calibrate(
     ridge: float = 1e-4,
     shared: str = "joint",
     row_weights: str = "none",
+    align_steps: int = 0,
+    align_rate: float = 1e-3,
     progress: bool = True,
 ) -> Calibration:
     """Fits every stitching layer to the activation that enters the tail, and reports what that is worth.
@@ -70,6 +78,8 @@ def calibrate(
         shared: for a layer that serves several junctions, `"joint"` minimises the sum of their residuals, `"mean"`
             averages their separate solutions (SN-Net).
         row_weights: `"none"`, or `"inverse_norm"` to keep massive activations from owning the fit.
+        align_steps, align_rate: then train the stitching layers for so many steps (see `alignment.align`); the batches of the
+            fit are kept in memory for it.
         progress: show a progress bar.
 
     Raises:
@@ -85,7 +95,7 @@ def calibrate(
         raise ValueError("PST is attached: calibrate before attach_pst, so that LoRA starts from the fitted layers")
     junctions = [j for j in model.space.junctions if j.layer in model.stitching_layers]
     sums: dict[tuple[str, str], LeastSquares] = {}
-    held_out, first_batch = [], None
+    held_out, kept_batches, first_batch = [], [], None
     training, rows = model.training, 0
     model.eval()
     try:
@@ -96,6 +106,8 @@ def calibrate(
                 if number % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1 and len(held_out) < _HELD_OUT_MOST:
                     held_out.append(batch)
                     continue
+                if align_steps:
+                    kept_batches.append(batch)
                 most = 0
                 for junction, x, y in _activations(model, junctions, batch):
                     x = model.stitching_layers[junction.layer].sampled(x)
@@ -114,6 +126,11 @@ def calibrate(
                 raise ValueError(f"calibrate got no batches: pass dicts of {' and '.join(model.calibration_inputs)}")
             _solve(model, sums, rows, ridge)
             report = _report(model, junctions, held_out or [first_batch], rows, bool(held_out), progress)
+            if align_steps:
+                align(model, kept_batches, align_steps, align_rate, progress=progress)
+                fitted = report
+                report = _report(model, junctions, held_out or [first_batch], rows, bool(held_out), progress)
+                report = replace(report, loss_unaligned=fitted.loss)
     finally:
         model.train(training)
     if report.loss:

@@ -186,3 +186,7 @@ class StitchedForImageClassification(StitchedPreTrainedModel):
         if "labels" not in batch:
             return 0.0, 0
         return float(self(**batch, stitch_id=key).loss), len(batch["labels"])
+
+    def raw_logits(self, batch: dict[str, Tensor], key: str) -> Tensor:
+        """[images, classes]."""
+        return self(pixel_values=batch["pixel_values"], stitch_id=key).logits

@@ -1,7 +1,7 @@
 """Importance of a stitch from one training step: a small registry of scores and their moving averages.
 
-A score is the larger the more important the stitch. Which one ranks stitches as held-out quality does was measured
-before the first line of code (DESIGN, section 8); `snip` is the paper's.
+A score is the larger the more important the stitch; `snip` is the paper's. Which one ranks stitches as held-out quality does was
+measured (LOG.md): the loss above the teacher's on the same batch does best, as easy and hard batches cancel out.
 """
 
 from collections.abc import Callable
@@ -15,12 +15,14 @@ class StepSignals:
     Attributes:
         saliency: sum of |gradient * weight| over the stitch's trainable tensors (SNIP).
         gradient_norm: Euclidean norm of those gradients.
-        loss: the stitch's own training loss, nats a token.
+        loss: the stitch's own training loss, nats a token or image.
+        teacher_loss: the teacher's on the same rows; 0 without a teacher.
     """
 
     saliency: float
     gradient_norm: float
     loss: float
+    teacher_loss: float = 0.0
 
 
 _TINY = 1e-12
@@ -29,24 +31,25 @@ SCORES: dict[str, Callable[[StepSignals], float]] = {
     "snip_per_gradient": lambda s: s.saliency / (s.gradient_norm + _TINY),
     "snip_per_loss": lambda s: s.saliency / (s.loss**2 + _TINY),
     "loss": lambda s: -s.loss,
+    "excess_loss": lambda s: s.teacher_loss - s.loss,
 }
 
 
 @dataclass
 class Importance:
-    """Moving averages of a score, one a stitch (ESTA equation 3).
+    """Moving averages of a score, one a stitch (ESTA equation 3), corrected for their short history as Adam's are.
 
     Args:
         score: a name in `SCORES`.
         eta: momentum of the average.
         averages: key -> moving average.
-        visits: key -> updates in this run.
+        visits: key -> updates so far.
 
     Raises:
         ValueError: the score is unknown or eta is outside [0, 1).
     """
 
-    score: str = "snip_per_loss"
+    score: str = "excess_loss"
     eta: float = 0.9
     averages: dict[str, float] = field(default_factory=dict)
     visits: dict[str, int] = field(default_factory=dict)
@@ -58,8 +61,8 @@ class Importance:
             raise ValueError(f"eta is {self.eta}; a moving average needs 0 <= eta < 1")
 
     def update(self, key: str, signals: StepSignals) -> None:
-        """Folds one visit of stitch `key` into its average; the first visit is the average."""
-        value = SCORES[self.score](signals)
-        old = self.averages.get(key)
-        self.averages[key] = value if old is None else self.eta * old + (1 - self.eta) * value
-        self.visits[key] = self.visits.get(key, 0) + 1
+        """Folds one visit of stitch `key` into its average; the first visit is the average, the n-th weighs 1 / n at least."""
+        value, visits = SCORES[self.score](signals), self.visits.get(key, 0) + 1
+        old = self.averages.get(key, value)
+        self.averages[key] = old + (1 - self.eta) / (1 - self.eta**visits) * (value - old)
+        self.visits[key] = visits

@@ -32,6 +32,7 @@ class StitchTable:
     Attributes:
         metrics: metric name -> key -> value, such as `metrics["loss"]["0[0:6]"]`.
         importance: key -> importance score at the end of training.
+        visits: key -> steps that drew the stitch.
         metric: the metric that decides; one of `metrics`, or None before any evaluation.
         interval_count: cost intervals of training, for choosing by importance.
         importance_score: name of the score that `importance` averages; averages of different scores do not mix.
@@ -42,6 +43,7 @@ class StitchTable:
     metric: str | None = None
     interval_count: int = 6
     importance_score: str | None = None
+    visits: Mapping[str, int] = field(default_factory=dict)
 
     def with_metrics(self, name: str, values: Mapping[str, float], decides: bool = False) -> "StitchTable":
         """A table that also holds `values`; the first metric, or one that `decides`, rules what is published.
@@ -119,6 +121,7 @@ class StitchTable:
             row = stitch.to_dict() | {"published": stitch.key in published}
             if stitch.key in self.importance:
                 row["importance"] = self.importance[stitch.key]
+                row["visits"] = self.visits.get(stitch.key, 0)
             row["metrics"] = {name: values[stitch.key] for name, values in self.metrics.items() if stitch.key in values}
             rows.append(row)
         return rows
@@ -148,12 +151,13 @@ class StitchTable:
                 for name, value in row["metrics"].items():
                     metrics.setdefault(name, {})[row["key"]] = float(value)
             importance = {row["key"]: float(row["importance"]) for row in rows if "importance" in row}
+            visits = {row["key"]: int(row.get("visits", 0)) for row in rows if "importance" in row}
             if content["metric"] not in (None, *metrics):
                 raise ValueError(f"its metric {content['metric']!r} is none of those measured ({', '.join(metrics)})")
             for name in metrics:
                 higher_is_better(name)
             return cls(
-                metrics, importance, content["metric"], int(content["interval_count"]), content.get("importance_score")
-            )
+                metrics, importance, content["metric"], int(content["interval_count"]), content.get("importance_score"), visits
+            )  # fmt: skip
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"stitches.json is damaged: {type(error).__name__} {error}") from None

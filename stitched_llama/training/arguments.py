@@ -71,7 +71,7 @@ class StitchTrainingArguments(TrainingArguments):
         default_factory=lambda: "tensorboard" if find_spec("tensorboard") else "none",
         metadata={"help": "Where logs go: tensorboard where it is installed, none, or what Transformers knows."},
     )
-    importance: str = field(default="snip_per_loss", metadata={"help": f"Score of a stitch: {', '.join(SCORES)}."})
+    importance: str = field(default="excess_loss", metadata={"help": f"Score of a stitch: {', '.join(SCORES)}."})
     sampling: str = field(default="importance", metadata={"help": f"Draw of a stitch: {', '.join(SCHEMES)}."})
     eta: float = field(default=0.9, metadata={"help": "Momentum of the importance averages."})
     interval_count: int = field(default=6, metadata={"help": "Cost intervals to draw from."})
@@ -81,7 +81,9 @@ class StitchTrainingArguments(TrainingArguments):
     inplace_teacher: bool = field(
         default=True, metadata={"help": "The largest anchor trains at every step and teaches; off is SN-Net's way."}
     )
-    sandwich: bool = field(default=False, metadata={"help": "The smallest anchor trains at every step too."})
+    sandwich: bool = field(
+        default=True, metadata={"help": "The smallest anchor trains at every step too; off is the papers' way."}
+    )
     anchor_lr_scale: float = field(
         default=1.0, metadata={"help": "Rate of the anchors' weights over that of all else (SN-Net: 0.1 for stages)."}
     )

@@ -2,7 +2,6 @@
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +13,7 @@ from transformers import Trainer
 from stitched_llama.bundles import Bundle
 from stitched_llama.pst import is_low_rank
 from stitched_llama.sampling import Importance, StepSignals, StitchSampler
-from stitched_llama.space import Stitch, intervals
+from stitched_llama.space import Stitch, StitchTable, intervals
 
 from .arguments import StitchTrainingArguments
 from .checks import check_checkpoint, check_run
@@ -54,12 +53,13 @@ class StitchTrainer(Trainer):
         self.importance = Importance(self.args.importance, self.args.eta)
         if model.table.importance_score in (None, self.args.importance):  # averages of different scores do not mix
             self.importance.averages.update(model.table.importance)
+            self.importance.visits.update(model.table.visits)
         self.stitches = [model.space[key] for key in model.keys]
         self.smallest, self.largest = model.space.anchor_stitch(0), model.space.anchor_stitch(-1)
         self.teacher = None if teacher is None else teacher.requires_grad_(False).eval().to(self.args.device)
         self._sampler: StitchSampler | None = None
         self._kept: dict[str, Gradients] = {"teacher": {}, "student": {}, "smallest": {}}
-        self._step_loss = 0.0
+        self._step_losses = [0.0, 0.0]  # the student's and the teacher's, on labels
         self._trained, self._ran = list[nn.Parameter](), set[Stitch]()
         self._logged: dict[str, list[float]] = defaultdict(list)
         groups = intervals([stitch.params for stitch in self.stitches], self.args.interval_count)
@@ -101,13 +101,13 @@ class StitchTrainer(Trainer):
         self._ran = {student, *self._always()}
         with self._unreduced(model):
             if self.args.inplace_teacher:
-                with self._gradients_of("teacher"):
-                    logits, wanted = self._response_logits(model, inputs, labels, self.largest)
-                    loss = F.cross_entropy(logits, wanted, reduction="sum") / num_items_in_batch
-                    self.accelerator.backward(loss)
-                    label_loss = student_loss = loss.detach()
-                    teacher_logits = logits.detach()
-                    del logits, loss
+                logits, wanted = self._response_logits(model, inputs, labels, self.largest)
+                loss = F.cross_entropy(logits, wanted, reduction="sum") / num_items_in_batch
+                self._backward("teacher", loss)
+                label_loss = student_loss = loss.detach()
+                self._step_losses[1] += float(label_loss)
+                teacher_logits = logits.detach()
+                del logits, loss
                 self._logged["loss_teacher"].append(float(label_loss) * self.current_gradient_accumulation_steps)
             if self.teacher is not None:
                 with torch.no_grad():
@@ -119,7 +119,7 @@ class StitchTrainer(Trainer):
                 label_loss, student_loss = self._learn("student", model, student, *batch)
             if self.args.sandwich and student.key != self.smallest.key:
                 self._learn("smallest", model, self.smallest, *batch)
-        self._step_loss += float(label_loss)
+        self._step_losses[0] += float(label_loss)
         if self.accelerator.sync_gradients:
             self._complete_step(student)
         return student_loss * self.accelerator.num_processes  # the log averages over ranks
@@ -135,11 +135,10 @@ class StitchTrainer(Trainer):
         items: Any,
     ) -> tuple[Tensor, Tensor]:
         """Forward and backward of a stitch on labels and on what it is taught; its loss on labels alone, and in all."""
-        with self._gradients_of(role):
-            logits, wanted = self._response_logits(model, inputs, labels, stitch)
-            label_loss = F.cross_entropy(logits, wanted, reduction="sum") / items
-            loss = self._distil(logits, taught, label_loss, items)
-            self.accelerator.backward(loss)
+        logits, wanted = self._response_logits(model, inputs, labels, stitch)
+        label_loss = F.cross_entropy(logits, wanted, reduction="sum") / items
+        loss = self._distil(logits, taught, label_loss, items)
+        self._backward(role, loss)
         return label_loss.detach(), loss.detach()
 
     def _has_own_gradients(self, student: Stitch) -> bool:
@@ -172,13 +171,14 @@ class StitchTrainer(Trainer):
     def _unreduced(self, model: nn.Module) -> contextlib.AbstractContextManager:
         return model.no_sync() if hasattr(model, "no_sync") else contextlib.nullcontext()
 
-    @contextlib.contextmanager
-    def _gradients_of(self, role: str) -> Iterator[None]:
-        """Backward inside adds to the gradients kept for `role`, and to no others."""
+    def _backward(self, role: str, loss: Tensor) -> None:
+        """Adds to the gradients kept for `role`, and to no others; none where nothing on the route trains."""
+        if not loss.requires_grad:
+            return
         kept = self._kept[role]
         for parameter in self._trained:
             parameter.grad = kept.get(parameter)
-        yield
+        self.accelerator.backward(loss)
         for parameter in self._trained:
             if parameter.grad is not None:
                 kept[parameter] = parameter.grad
@@ -186,28 +186,28 @@ class StitchTrainer(Trainer):
 
     def _complete_step(self, student: Stitch) -> None:
         """Sums all roles' gradients over ranks, reads the student's importance, and hands their sum to the optimiser."""
-        loss = torch.tensor(self._step_loss, device=self.args.device, dtype=torch.float64)
-        self._sum_over_ranks([*(g for kept in self._kept.values() for g in kept.values()), loss])
+        losses = torch.tensor(self._step_losses, device=self.args.device, dtype=torch.float64)
+        self._sum_over_ranks([*(g for kept in self._kept.values() for g in kept.values()), losses])
         statistics = [tensor for tensor in self.model.stitching_layers.buffers() if tensor.is_floating_point()]
         self._sum_over_ranks(statistics, share=1 / self.accelerator.num_processes)
         own = self._kept["student" if self._has_own_gradients(student) else "teacher"]
-        signals = self._signals(own, float(loss))
+        signals = self._signals(own, *losses.tolist())
         self.importance.update(student.key, signals)
-        self._logged[f"loss_interval_{self._group[student.key]}"].append(float(loss))
+        self._logged[f"loss_interval_{self._group[student.key]}"].append(signals.loss)
         for role in self._kept:
             for parameter, gradient in self._kept[role].items():
                 parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
             self._kept[role] = {}
-        self._step_loss = 0.0
+        self._step_losses = [0.0, 0.0]
 
-    def _signals(self, gradients: Gradients, loss: float) -> StepSignals:
+    def _signals(self, gradients: Gradients, *losses: float) -> StepSignals:
         scale = self.accelerator.scaler.get_scale() if self.accelerator.scaler is not None else 1.0
         device = self.args.device
         saliency = sum(
             ((g * p.detach()).abs().sum().to(device) for p, g in gradients.items()), torch.zeros((), device=device)
         )
         squares = sum((g.square().sum().to(device) for g in gradients.values()), torch.zeros((), device=device))
-        return StepSignals(float(saliency) / scale, float(squares) ** 0.5 / scale, loss)
+        return StepSignals(float(saliency) / scale, float(squares) ** 0.5 / scale, *losses)
 
     def _sum_over_ranks(self, tensors: list[Tensor], share: float = 1.0) -> None:
         """All ranks drew the same stitch, so they hold gradients of the same tensors, in the same order."""
@@ -282,6 +282,7 @@ class StitchTrainer(Trainer):
         self.model.table = replace(
             self.model.table,
             importance=dict(self.importance.averages),
+            visits=dict(self.importance.visits),
             importance_score=self.args.importance,
             interval_count=self.args.interval_count,
         )
@@ -291,9 +292,8 @@ class StitchTrainer(Trainer):
         bundle = Bundle.open(resume_from_checkpoint)
         check_checkpoint(bundle, resume_from_checkpoint, self.model, self.args)
         self.model.load_bundle(bundle)
-        self.importance.averages = {
-            row["key"]: row["importance"] for row in bundle.table["stitches"] if "importance" in row
-        }
+        table = StitchTable.from_dict(bundle.table)
+        self.importance.averages, self.importance.visits = dict(table.importance), dict(table.visits)
 
     def _load_best_model(self) -> None:
         self.model.load_bundle(Bundle.open(self.state.best_model_checkpoint))

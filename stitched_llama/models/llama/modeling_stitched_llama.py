@@ -153,6 +153,12 @@ class StitchedLlamaForCausalLM(StitchedPreTrainedModel, GenerationMixin):
         loss = float(self(**batch, labels=labels, stitch_id=key, use_cache=False).loss) if count else 0.0
         return loss, count
 
+    def raw_logits(self, batch: dict[str, Tensor], key: str) -> Tensor:
+        """[tokens, vocabulary] of the tokens that are not padding."""
+        logits = self(**batch, stitch_id=key, use_cache=False).logits
+        mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+        return logits[mask.to(logits.device)]
+
     def _context(
         self,
         anchor: int,

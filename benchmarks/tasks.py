@@ -1,0 +1,197 @@
+"""What the evidence is measured on: the description of a run, and the two tasks with their anchors and data."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+DEMO = ROOT / "data" / "anchors"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one run does.
+
+    Attributes:
+        name: of the setting, equal over seeds.
+        space, pst, training: options of `StitchSpace`, `PSTConfig` and `StitchTrainingArguments` unlike the task's own.
+        kind: `"stitched"`, or `"alone"`: each anchor by plain PEFT LoRA, or whole where `pst` says `full`.
+        family: anchors other than the task's first family.
+        init: start of the stitching layers: `"joint"`, `"mean"` (both least squares) or `"kaiming"`.
+        align: steps of the alignment stage of `calibrate`.
+        adapted: name of an `alone` run of this seed whose tuned anchors are stitched: adapt-then-stitch.
+        peer: what trains instead of LoRA or the biases (`peers.py`).
+        part: of the task's data: `"source"`, what the anchors were pretrained on (vision); `"words"` or `"numbers"`, one half
+            of the skills (language); all for `""`.
+        shots: pictures a class (vision); 0 is the task's own.
+        angles: also the pairwise gradient angles between stitches at the end.
+        before: also the quality of every stitch before training.
+        lasts: names of runs of this seed; this one takes as many steps as fit into their seconds.
+        rate_of: the run whose seconds a step tell how many those are.
+    """
+
+    task: str
+    name: str
+    seed: int
+    space: dict = field(default_factory=dict)
+    pst: dict = field(default_factory=dict)
+    training: dict = field(default_factory=dict)
+    kind: str = "stitched"
+    family: str = ""
+    init: str = "joint"
+    align: int = 0
+    adapted: str | None = None
+    peer: str = ""
+    part: str = ""
+    shots: int = 0
+    angles: bool = False
+    before: bool = False
+    lasts: tuple[str, ...] = ()
+    rate_of: str = ""
+
+
+class Vision:
+    """Anchors of scikit-learn's digits 0 to 6 (`data/make_vits.py`, a family of its own for each seed), adapted to all ten."""
+
+    metric, trainer = "accuracy", "StitchImageTrainer"
+    head = ["classifier"]
+    steps = 300
+    training = {
+        "per_device_train_batch_size": 32, "global_batch_size": 32, "learning_rate": 5e-3, "weight_decay": 1e-4,
+        "warmup_steps": 0.1, "interval_count": 15,
+    }  # fmt: skip
+    full_rate = 1e-3
+    # model, anchors, options of the space, LoRA ranks
+    families = {
+        "": ("ViT", ("tiny", "small", "base"), {"kernel_size": 2}, (16, 8, 4)),
+        "convnext": ("ConvNext", ("small", "base"), {"kernel_size": 2}, 8),
+        "resnet-swin": ("Mixed", ("small", "base"), {"across_stages": True}, 8),
+    }
+
+    def __init__(self, cache: Path, run: Run):
+        from transformers import AutoImageProcessor
+
+        from stitched_llama.training import ImageSet, collate_images, few_shot, read_images
+        from stitched_llama.training.images import Images
+
+        self.folder, self.collate = self.place(cache, run.family, run.seed), collate_images
+        kind, names, self.space, self.rank = self.families[run.family]
+        self.model_class = f"Stitched{kind}ForImageClassification"
+        self.anchors = [str(self.folder / "anchors" / name) for name in names]
+        self.processor = processor = AutoImageProcessor.from_pretrained(self.anchors[-1], use_fast=False)
+        parts = [read_images(str(self.folder / "digits.npz"), part) for part in ("train", "test")]
+        if run.part == "source":
+            kept = [[i for i, label in enumerate(part.labels) if label < 7] for part in parts]
+            parts = [
+                Images([p.pictures[i] for i in own], [p.labels[i] for i in own], p.names[:7])
+                for p, own in zip(parts, kept)
+            ]
+        train, test = parts
+        train = train if run.part == "source" else few_shot(train, run.shots or 10, run.seed)
+        self.names, self.train, self.test = train.names, ImageSet(train, processor), ImageSet(test, processor)
+
+    @staticmethod
+    def place(cache: Path, family: str, seed: int) -> Path:
+        return cache / f"{family or 'vision'}-{seed}"
+
+    @classmethod
+    def prepare(cls, cache: Path, family: str, seed: int) -> None:
+        folder = cls.place(cache, family, seed)
+        if not (folder / "anchors.json").is_file():
+            _python("data/make_vits.py", "--output", folder, "--seed", 10 * seed, "--family", family or "vit")
+
+    def model(self, anchors: list[str], space: dict) -> Any:
+        import stitched_llama as sl
+
+        options = {**self.space, **space, "id2label": dict(enumerate(self.names))}
+        return getattr(sl, self.model_class).from_anchors(anchors, **options)
+
+    def calibration(self) -> Iterator[dict]:
+        import torch
+
+        order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(0))[:100].tolist()
+        for first in range(0, len(order), 10):
+            yield {"pixel_values": self.train.pixels[order[first : first + 10]]}
+
+    def plain(self, anchor: str) -> Any:
+        from transformers import AutoModelForImageClassification
+
+        return AutoModelForImageClassification.from_pretrained(
+            anchor, ignore_mismatched_sizes=True, id2label=dict(enumerate(self.names))
+        )
+
+
+class Language:
+    """Two byte-level LLaMAs, fine-tuned on 24 instruction skills (`data/skills.py`).
+
+    Families: the demo's pair, the small one aligned to the large (`data/anchors`); `second`, such a pair of another seed, trained
+    a third as long; `apart`, the demo's large one and a small one of its shape that was trained by itself.
+    """
+
+    metric, trainer = "exact_match", "StitchTrainer"
+    head: list[str] = []
+    rank: Any = 16
+    space: dict = {}
+    steps = 300
+    training = {
+        "per_device_train_batch_size": 16, "global_batch_size": 16, "learning_rate": 3e-3, "weight_decay": 1e-4,
+        "warmup_steps": 0.06, "interval_count": 6,
+    }  # fmt: skip
+    full_rate = 1e-3
+
+    def __init__(self, cache: Path, run: Run):
+        from transformers import AutoTokenizer
+
+        from stitched_llama.training import Collator, InstructionDataset, pad_token_id, read_rows, template
+
+        own = cache / f"language-{run.family}"
+        places = {"": (DEMO, DEMO), "second": (own, own), "apart": (own, DEMO)}[run.family]
+        self.anchors = [str(place / name) for place, name in zip(places, ("small", "large"))]
+        self.processor = tokenizer = AutoTokenizer.from_pretrained(self.anchors[0])
+        self.collate = Collator(pad_token_id(tokenizer))
+        rows = [read_rows(str(cache / "skills" / name)) for name in ("train.json", "heldout.json")]
+        if run.part:
+            rows = [[row for row in part if _about_numbers(row) == (run.part == "numbers")] for part in rows]
+        self.train, self.test = (InstructionDataset(part, tokenizer, template("short"), 128) for part in rows)
+
+    @staticmethod
+    def prepare(cache: Path, family: str, seed: int) -> None:
+        if not (cache / "skills" / "heldout.json").is_file():
+            _python("data/skills.py", "--output", cache / "skills")
+        folder, make = cache / f"language-{family}", ("data/make_anchors.py", "--preset", "demo", "--threads", 1)
+        if family == "apart" and not (folder / "small" / "config.json").is_file():
+            _python(*make, "--large", "data/anchors/large", "--apart", "--seed", 1, "--output", folder)
+        if family == "second" and not (folder / "small" / "config.json").is_file():
+            _python(*make, "--large-steps", 1000, "--small-steps", 500, "--seed", 2, "--output", folder)
+
+    def model(self, anchors: list[str], space: dict) -> Any:
+        import stitched_llama as sl
+
+        return sl.StitchedLlamaForCausalLM.from_anchors(anchors, **{**self.space, **space}, dtype="float32")
+
+    def calibration(self) -> Any:
+        from stitched_llama.training import batches
+
+        return batches(self.train, self.collate, 32, limit=512)
+
+    def plain(self, anchor: str) -> Any:
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM.from_pretrained(anchor, dtype="float32")
+
+
+TASKS: dict[str, type] = {"vision": Vision, "language": Language}
+
+
+def _about_numbers(row: Any) -> bool:
+    return any(sign.isdigit() for sign in row.instruction + row.input + row.output)
+
+
+def _python(*arguments: Any) -> None:
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    subprocess.run([sys.executable, *map(str, arguments)], check=True, cwd=ROOT, **quiet)
