@@ -11,7 +11,6 @@ from typing import Any
 
 from judgements import (
     FACTORS,
-    Rows,
     Verdict,
     against_alone,
     aligned,
@@ -32,6 +31,7 @@ from judgements import (
     start,
     starving,
 )
+from rows import Rows
 from tasks import Run
 
 BOTH = ("language", "vision")
@@ -79,22 +79,27 @@ GAP = {
     "family": "resnet-swin", "part": "source", "training": PLAIN | {"learning_rate": 2e-3},
     "pst": {"rank": 0, "stitching_rank": "full", "stitch_bias": False},
 }  # fmt: skip
+WITHOUT = {"sandwich": False}
 
 
 def _settings(*names: str) -> Callable[[str], dict[str, dict[str, Any]]]:
     def of(task: str) -> dict[str, dict[str, Any]]:
-        ranks = {"vision": ((8, 4, 2), (20, 16, 16), (32, 16, 8)), "language": (8, 18, 32)}[task]
+        ranks = {"vision": ((8, 4, 2), (32, 16, 8), (32, 16, 8)), "language": (8, 18, 32)}[
+            task
+        ]  # half, the biases' count, double
         known: dict[str, dict[str, Any]] = {
-            "default": {"before": task == "language"},
+            "default": {"before": task == "language", "hits": True},
             "default, as long as snnet": {"lasts": ("alone full", "snnet"), "rate_of": "default"},
             "esta": ESTA,
             "esta, equal time": ESTA | {"lasts": ("default",), "rate_of": "esta"},
             "snnet": SN_NET | {"adapted": "alone full"},
             "snnet, one stage": SN_NET,
             "snnet, one stage, equal time": SN_NET | {"lasts": ("default",), "rate_of": "snnet, one stage"},
-            "no sandwich": {"training": {"sandwich": False}},
+            "no sandwich": {"training": WITHOUT},
             "uniform": {"training": {"sampling": "uniform"}},
             "interval": {"training": {"sampling": "interval"}},
+            "uniform, no sandwich": {"training": WITHOUT | {"sampling": "uniform"}},
+            "interval, no sandwich": {"training": WITHOUT | {"sampling": "interval"}},
             "no distillation": UNTAUGHT,
             "soft distillation": {"training": {"distillation": "soft"}},
             "no floor": {"training": {"floor": 0.0}},
@@ -152,7 +157,8 @@ def _settings(*names: str) -> Callable[[str], dict[str, dict[str, Any]]]:
 
 
 _FACTORS = _settings(*FACTORS.values(), "alone", "alone full")
-_SN_NET = ("default", "snnet", "alone full")
+_SN_NET = ("default", "esta", "snnet", "snnet, one stage", "alone full")
+_DRAWS = ("esta", "uniform, no sandwich", "interval, no sandwich")
 _GAPS = ("gap linear", "gap conv3x3", "gap bottleneck", "gap conv3x3 strided", "gap bottleneck strided")
 _REMEDIES = ("no sandwich", "soft distillation", "no floor", "lower rate", "higher rate", "uniform", "mean")
 CLAIMS = (
@@ -162,12 +168,12 @@ CLAIMS = (
     Claim("c1", "PST beats full fine-tuning", "ESTA Fig 6a: yes", _FACTORS, factor(0), VISION),
     Claim("c2", "adapt-and-stitch beats adapt-then-stitch (h)", "ESTA Fig 6d: yes", _FACTORS, factor(1), VISION),
     Claim("c3", "in-place distillation helps (g)", "ESTA Fig 9b: a little", _FACTORS, factor(2), VISION),
-    Claim("c4", "ESTA beats SN-Net in equal steps, with less to train", "4.6 M of 124.2 M, 9.7 of 13.2 GB", _settings(*_SN_NET), cost),
+    Claim("c4", "better than SN-Net in equal steps, for less memory and weights", "9.7 of 13.2 GB, 4.6 of 124.2 M", _settings(*_SN_NET), cost),
     Claim("d", "stitches keep up with anchors tuned alone by LoRA", "ESTA Figs 3, 4: yes", _settings("default", "alone"), against_alone),
     Claim("e1", "the bias a stitch beats none, and a scaled rank", "ESTA Fig 6b: yes", _settings("default", "no bias", "no bias, scaled rank"), better("default", "no bias", "no bias, scaled rank")),
     Claim("e2", "and a LoRA of each stitch's own", "ESTA Fig 6b: yes", _settings("default", "stitch lora"), better("default", "stitch lora"), VISION),
     Claim("f1", "drawing by importance beats even draws", "ESTA Fig 6c: yes", _settings("default", "uniform", "interval"), better("default", "uniform", "interval")),
-    Claim("f2", "the same as the paper writes it", "ESTA Fig 6c: yes", _settings("esta", "uniform", "interval"), better("esta", "uniform", "interval")),
+    Claim("f2", "the same as the paper writes it", "ESTA Fig 6c: yes", _settings(*_DRAWS), better(*_DRAWS)),
     Claim("f3", "eta .9 beats .8 and .99", "ESTA Fig 9c: slightly", _settings("default", "eta 0.8", "eta 0.99"), better("default", "eta 0.8", "eta 0.99"), VISION),
     Claim("i1", "the rank matters little", "ESTA Fig 7: barely", _settings("default", "rank half", "rank double"), ranks, VISION),
     Claim("i2", "LoRA beats Adapter and AdaptFormer", "ESTA Fig 7: on par", _settings("default", "adapter", "adaptformer"), better("default", "adapter", "adaptformer"), VISION),
@@ -180,13 +186,13 @@ CLAIMS = (
     Claim("n3", "a window of 2 at stride 1 beats others", "SN-Net 4: 2 (no figure)", _settings("default", "kernel 1", "kernel 3", "stride 2"), better("default", "kernel 1", "kernel 3", "stride 2"), VISION),
     Claim("n4", "more than the stitching layers must train", "SN-Net Fig 9c: yes", _settings("default", "stitching layers only"), better("default", "stitching layers only"), VISION),
     Claim("o1", "across gaps 3x3 and bottleneck beat linear adapters", "Traft, Cheney Fig 2: yes", _settings(*_GAPS), gaps(("gap conv3x3", "gap linear"), ("gap bottleneck", "gap linear")), VISION),
-    Claim("o2", "a separate downsample is as good as a strided one", "Traft, Cheney Fig 2: better", _settings(*_GAPS), gaps(("gap conv3x3", "gap conv3x3 strided"), ("gap bottleneck", "gap bottleneck strided")), VISION),
-    Claim("o3", "a bottleneck is as good as a 3x3, for fewer operations", "Traft, Cheney Fig 3: yes", _settings(*_GAPS, "gap bottleneck undownsampled"), gaps(("gap bottleneck", "gap conv3x3"), ("gap bottleneck", "gap bottleneck undownsampled")), VISION),
+    Claim("o2", "a separate downsample is as good as a strided one", "Traft, Cheney Fig 2: better", _settings(*_GAPS), gaps(("gap conv3x3", "gap conv3x3 strided"), ("gap bottleneck", "gap bottleneck strided"), margin=1), VISION),
+    Claim("o3", "a bottleneck is as good as a 3x3, for fewer operations", "Traft, Cheney Fig 3: yes", _settings(*_GAPS, "gap bottleneck undownsampled"), gaps(("gap bottleneck", "gap conv3x3"), ("gap bottleneck", "gap bottleneck undownsampled"), margin=1, cheaper=True), VISION),
     Claim("p", "parameters, operations and stitches are the papers'", "42 printed figures", _settings(), counted, VISION),
     Claim("S1", "importance ranks stitches drawn evenly as quality does", "ours: Spearman >= .6, 4 of 5", _settings("uniform"), importance),
     Claim("S2", "no anchor starves: within 3 points of its own run", "ours", _settings("default", "no sandwich", "alone"), starving),
     Claim("S3", "the dial never goes down beyond chance", "ours", _settings("default"), monotone),
-    Claim("S4", "the default beats ESTA and SN-Net in equal time", "ours: in every seed", _settings(*_SN_NET, "default, as long as snnet", "esta", "esta, equal time", "snnet, one stage", "snnet, one stage, equal time"), equal_time),
+    Claim("S4", "the default beats ESTA and SN-Net in equal time", "ours: in every seed", _settings(*_SN_NET, "default, as long as snnet", "esta, equal time", "snnet, one stage, equal time"), equal_time),
     Claim("S5", "the default beats what else was tried", "ours", _settings("default", *_REMEDIES), better("default", *_REMEDIES), VISION),
     Claim("S6", "an alignment stage lifts the valley of anchors apart", "ours", _settings("apart", "apart, aligned", "apart, longer"), aligned, LANGUAGE),
 )  # fmt: skip

@@ -17,21 +17,29 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from claims import CLAIMS, verdicts
-from judgements import Row, Rows
+from rows import Row, Rows
+from studies import adapted_folder
 from tasks import ROOT, TASKS, Run
 
+from stitched_llama import StitchTrainingArguments
 from stitched_llama.bundles import write_atomically
 from stitched_llama.training import dump_record, provenance
 
 
 def row_path(output: Path, run: Run) -> Path:
-    content = json.dumps(asdict(run), sort_keys=True)
+    """Where a run's row lies; the name changes with anything that decides what the run does."""
+    ours = {
+        f.name: f.default for f in fields(StitchTrainingArguments) if f.name in StitchTrainingArguments.__annotations__
+    }
+    task = TASKS[run.task]
+    decided = [asdict(run), task.steps, task.training, task.full_rate, ours]
+    content = json.dumps(decided, sort_keys=True, default=str)
     name = run.name.replace(", ", "-").replace(" ", "-")
     return output / "rows" / f"{name}-{run.seed}-{hashlib.sha256(content.encode()).hexdigest()[:8]}.json"
 
@@ -68,7 +76,12 @@ def measure(run: Run, output: Path, cache: Path, smoke: bool) -> float:
 
 def complete(runs: list[Run], output: Path, cache: Path, workers: int, smoke: bool, here: dict) -> None:
     """Does what is not done yet."""
-    missing = [run for run in runs if not row_path(output, run).is_file()]
+
+    def done(run: Run) -> bool:
+        left = adapted_folder(cache, run.task, run.name, run.seed, smoke)
+        return row_path(output, run).is_file() and (run.kind != "alone" or left.is_dir())
+
+    missing = [run for run in runs if not done(run)]
     for run in runs:
         if run not in missing:
             read_row(row_path(output, run), here)
@@ -114,8 +127,9 @@ def main() -> None:
     settings = {run.name: run for claim in claims for run in claim.runs(options.task)}
     runs = [replace(run, seed=seed) for run in settings.values() for seed in options.seeds]
     with ThreadPoolExecutor(options.workers) as pool:
-        wanted = dict.fromkeys((run.family, run.seed) for run in runs)
-        list(pool.map(lambda made: TASKS[options.task].prepare(cache, *made), wanted))
+        task = TASKS[options.task]
+        wanted = {task.place(cache, run.family, run.seed): (run.family, run.seed) for run in runs}
+        list(pool.map(lambda made: task.prepare(cache, *made), wanted.values()))
     torch.set_num_threads(1)  # as every run has it
     here = provenance()
     stages = [
@@ -145,6 +159,7 @@ def main() -> None:
         "command": command,
         "seconds_of_one_thread": round(seconds),
         "seeds": options.seeds,
+        "commits_of_the_rows": sorted({str(row.content["commit"]) for row in rows.rows}),
         "claims": found,
     }
     write_atomically(output / "table.txt", lambda path: Path(path).write_text(table + "\n"))

@@ -8,134 +8,12 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-from stitched_llama.bundles import write_atomically
+from rows import Row, Rows, line, spread
+
 from stitched_llama.training import spearman
 
 Verdict = tuple[str, str]  # what was found, and whether the claim holds
-
-
-@dataclass(frozen=True)
-class Row:
-    """What a run of a setting measured; see `studies.py`."""
-
-    name: str
-    seed: int
-    content: dict[str, Any]
-
-    def __getitem__(self, name: str) -> Any:
-        return self.content[name]
-
-    @property
-    def metric(self) -> dict[str, float]:
-        """key -> points of 100."""
-        return {key: 100 * value for key, value in self.content[self.content["metric"]].items()}
-
-    @property
-    def mean(self) -> float:
-        """Mean quality of all stitches."""
-        return statistics.mean(self.metric.values())
-
-    @property
-    def anchors(self) -> list[str]:
-        return [stitch["key"] for stitch in self["stitches"] if stitch["anchor"]]
-
-    def dial(self, chosen_on: int) -> list[tuple[str, float]]:
-        """`(key, quality on the other half)` of the stitches published by one half of the held-out rows, small to large."""
-        here, there = self["halves"][chosen_on], self["halves"][1 - chosen_on]
-        best, found = -1.0, []
-        for stitch in self["stitches"]:
-            if here[stitch["key"]] > best:
-                best = here[stitch["key"]]
-                found.append((stitch["key"], 100 * there[stitch["key"]]))
-        return found
-
-    @property
-    def front(self) -> float:
-        """Mean quality that a dial of ten budgets gives, from the smallest to the largest stitch: chosen on one half, judged
-        on the other, both ways."""
-        params = {stitch["key"]: stitch["params"] for stitch in self["stitches"]}
-        low, high, values = min(params.values()), max(params.values()), []
-        for half in (0, 1):
-            dial = self.dial(half)
-            for step in range(10):
-                budget = low + (high - low) * step / 9
-                values.append([quality for key, quality in dial if params[key] <= budget][-1])
-        return statistics.mean(values)
-
-    def intervals(self) -> list[list[dict[str, Any]]]:
-        """Its stitches by cost interval of training, those of two and more."""
-        from stitched_llama.space import intervals
-
-        count = self["settings"]["interval_count"]
-        groups = intervals([stitch["params"] for stitch in self["stitches"]], count)
-        return [[self["stitches"][i] for i in group] for group in groups if len(group) > 1]
-
-
-class Rows:
-    """All rows, by setting."""
-
-    def __init__(self, rows: Sequence[Row]):
-        self.rows = list(rows)
-
-    def __getitem__(self, name: str) -> list[Row]:
-        return sorted((row for row in self.rows if row.name == name), key=lambda row: row.seed)
-
-    def each(self, name: str, measure: Callable[[Row], float]) -> list[float]:
-        return [measure(row) for row in self[name]]
-
-    def differences(self, name: str, other: str, measure: Callable[[Row], float]) -> list[float]:
-        """`name` less `other`, seed by seed."""
-        return [a - b for a, b in zip(self.each(name, measure), self.each(other, measure), strict=True)]
-
-    def plot(self, path: Path, task: str) -> None:
-        """Quality against parameters: the default of every seed with anchors starred, and its peers' dials."""
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot as plt
-
-        figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
-        colours = {"default": "tab:blue", "esta": "tab:green", "snnet": "tab:orange", "kaiming": "tab:red"}
-        for name, colour in colours.items():
-            rows = self[name]
-            if not rows:
-                continue
-            stitches = rows[0]["stitches"]
-            size = [s["params"] for s in stitches]
-            values = [[row.metric[s["key"]] for row in rows] for s in stitches]
-            middle = [statistics.mean(v) for v in values]
-            best = [max(middle[: i + 1]) for i in range(len(middle))]
-            axis.step(
-                size, best, where="post", color=colour, label=f"{name}: the best that fits, mean of {len(rows)} seeds"
-            )
-            if name == "default":
-                axis.errorbar(
-                    size, middle, [(v and max(v) - min(v)) / 2 for v in values], fmt="o", ms=4, color=colour, alpha=0.7,
-                    label="its stitches, half the range over seeds",
-                )  # fmt: skip
-            stars = [i for i, s in enumerate(stitches) if s["anchor"]]
-            axis.plot([size[i] for i in stars], [middle[i] for i in stars], "*", ms=15, color=colour, mec="black")
-        alone = self["alone"]
-        if alone and self["default"]:
-            own = self["default"][0]["stitches"]
-            size = [s["params"] for s in own if s["anchor"]]
-            order = sorted(s["key"] for s in own if s["anchor"])
-            params = {s["key"]: s["params"] for s in own}
-            size = [params[key] for key in order]
-            quality = [statistics.mean(row.metric[str(i)] for row in alone) for i in range(len(order))]
-            axis.plot(size, quality, "D", color="black", label="anchor tuned alone by LoRA")
-        axis.set_xlabel("parameters of the stitch")
-        axis.set_ylabel("accuracy (%)" if task == "vision" else "exact match (%)")
-        axis.set_title(f"{task}: every stitch and its peers; stars are the anchors")
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
-        write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=120, format="png"))
-        plt.close(figure)
-
 
 FACTORS = {
     ("PST", "one stage", "taught"): "default", ("PST", "one stage", "untaught"): "no distillation",
@@ -143,11 +21,6 @@ FACTORS = {
     ("full", "one stage", "taught"): "full", ("full", "one stage", "untaught"): "full, no distillation",
     ("full", "three stages", "taught"): "adapted full", ("full", "three stages", "untaught"): "adapted full, no distillation",
 }  # fmt: skip
-
-
-def spread(values: Sequence[float], digits: int = 1) -> str:
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.{digits}f} ± {deviation:.{digits}f}"
 
 
 def sign(values: Sequence[float]) -> str:
@@ -158,22 +31,24 @@ def sign(values: Sequence[float]) -> str:
 
 
 def better(name: str, *others: str) -> Callable[[Rows, str], Verdict]:
-    """`name` above each of `others`, by the dial and by the mean over all stitches."""
+    """`name` above each of `others` by the dial; the mean over all stitches, and what trains, stand beside it."""
 
     def judge(rows: Rows, task: str) -> Verdict:
         parts, found = [], []
         for other in others:
             dial = rows.differences(name, other, lambda row: row.front)
             mean = rows.differences(name, other, lambda row: row.mean)
-            parts.append(f"dial {spread(dial)}, all {spread(mean)} over {other}")
+            times = rows[other][0]["trained"] / rows[name][0]["trained"]
+            trained = "" if abs(times - 1) < 0.005 else f" with {times:.2f} times as much to train"
+            parts.append(f"dial {spread(dial)}, all {spread(mean)} over {other}{trained}")
             found.append(sign(dial))
         return "; ".join(parts), found[0] if len(set(found)) == 1 else " / ".join(found)
 
     return judge
 
 
-def shape(rows: Sequence[Row]) -> tuple[str, float]:
-    """How far the stitches of some runs lie on a line between the anchors, and the lowest Spearman."""
+def shape(rows: Sequence[Row]) -> tuple[str, float, float]:
+    """How far the stitches of some runs lie on a line between the anchors, the lowest Spearman, and the mean distance."""
     ranks, drops, off = [], [], []
     for row in rows:
         stitches, metric = row["stitches"], row.metric
@@ -187,16 +62,17 @@ def shape(rows: Sequence[Row]) -> tuple[str, float]:
     here = (
         f"Spearman {spread(ranks, 2)}; inverted pairs {spread([100 * d for d in drops])} %; {spread(off)} off the line"
     )
-    return here, min(ranks)
+    return here, min(ranks), statistics.mean(off)
 
 
-def _part(lowest: float) -> str:
-    return "holds" if lowest >= 0.9 else "only in part" if lowest >= 0.5 else "does not"
+def _part(lowest: float, off: float) -> str:
+    """On the line within 3 points and ascending; ascending more than not; neither."""
+    return "holds" if lowest >= 0.9 and off >= -3 else "only in part" if lowest >= 0.5 else "does not"
 
 
 def interpolates(rows: Rows, task: str) -> Verdict:
-    here, lowest = shape(rows["default"])
-    return here, _part(lowest)
+    here, *found = shape(rows["default"])
+    return here, _part(*found)
 
 
 def made_otherwise(*names: str, peer: str | None = None) -> Callable[[Rows, str], Verdict]:
@@ -205,9 +81,9 @@ def made_otherwise(*names: str, peer: str | None = None) -> Callable[[Rows, str]
     def judge(rows: Rows, task: str) -> Verdict:
         parts, found = [], []
         for name in names:
-            here, lowest = shape(rows[name])
+            here, *measures = shape(rows[name])
             parts.append(f"{name}: {here}")
-            found.append(_part(lowest))
+            found.append(_part(*measures))
         if peer:
             text, verdict = better(names[0], peer)(rows, task)
             parts.append(text)
@@ -215,14 +91,6 @@ def made_otherwise(*names: str, peer: str | None = None) -> Callable[[Rows, str]
         return "; ".join(parts), " / ".join(found)
 
     return judge
-
-
-def line(ends: list[tuple[int, float]], x: int) -> float:
-    """Quality at `x` parameters on the straight line between neighbouring anchors."""
-    for (x0, y0), (x1, y1) in zip(ends, ends[1:]):
-        if x <= x1:
-            return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
-    return ends[-1][1]
 
 
 def start(rows: Rows, task: str) -> Verdict:
@@ -259,18 +127,19 @@ def factor(index: int) -> Callable[[Rows, str], Verdict]:
 
 
 def cost(rows: Rows, task: str) -> Verdict:
-    parts = []
-    for name in ("default", "snnet"):
+    """Quality, memory of training and numbers that train, of the default against SN-Net in one stage of as many steps."""
+    parts, peer = [], "snnet, one stage"
+    for name in ("default", "esta", peer, "snnet"):
         one = rows[name]
+        memory = [row["memory_mb"] for row in one if row["memory_mb"] is not None]
         parts.append(
-            f"{name}: {one[0]['trained']:,} trained, {spread([r['memory_mb'] for r in one], 0)} MB, "
+            f"{name}: {one[0]['trained']:,} train, {spread(memory, 0) if memory else '-'} MB, "
             f"{spread([r['train_seconds'] for r in one], 0)} s, dial {spread([r.front for r in one])}"
         )
-    less = [b["trained"] / a["trained"] for a, b in zip(rows["default"], rows["snnet"])]
-    memory = [b["memory_mb"] - a["memory_mb"] for a, b in zip(rows["default"], rows["snnet"])]
-    return "; ".join(parts) + f"; {less[0]:.1f} times fewer", sign(
-        [min(memory), min(rows.differences("default", "snnet", lambda row: row.front))]
-    )
+    better = rows.differences("default", peer, lambda row: row.front)
+    less = rows.differences(peer, "default", lambda row: row["memory_mb"] or 0.0)
+    fewer = rows.differences(peer, "default", lambda row: row["trained"])
+    return "; ".join(parts), " / ".join(map(sign, (better, less, fewer)))
 
 
 def against_alone(rows: Rows, task: str) -> Verdict:
@@ -279,19 +148,20 @@ def against_alone(rows: Rows, task: str) -> Verdict:
 
 
 def starving(rows: Rows, task: str) -> Verdict:
+    """By the mean over the seeds: one run of one anchor varies by as much as the bound."""
     found = {name: gaps_to_alone(rows, name) for name in ("default", "no sandwich")}
     here = "; ".join(f"{name}: {text}" for name, (text, _) in found.items())
     return here, "holds" if found["default"][1] >= -3 else "does not"
 
 
 def gaps_to_alone(rows: Rows, name: str) -> tuple[str, float]:
-    """Points of each anchor over its own run, and the worst of all."""
+    """Points of each anchor over its own run, and the worst anchor's, a mean over the seeds."""
     parts, worst = [], []
     for index in range(len(rows[name][0].anchors)):
         pairs = zip(rows[name], rows["alone"], strict=True)
         gaps = [row.metric[sorted(row.anchors)[index]] - alone.metric[str(index)] for row, alone in pairs]
         parts.append(f"anchor {index} {spread(gaps)}")
-        worst.append(min(gaps))
+        worst.append(statistics.mean(gaps))
     return ", ".join(parts), min(worst)
 
 
@@ -358,20 +228,22 @@ def differ(rows: Rows, task: str) -> Verdict:
         return statistics.mean(changed) if changed else 0.0
 
     both = rows["words"], rows["numbers"]
+    if len(both[0]) < 2:
+        return "two seeds are needed to tell tasks from chance", "open"
     across = [statistics.mean(share(one, other) for other in both[1]) for one in both[0]]
     within = [
-        statistics.mean([share(a[i], b) for a in both for b in a if b.seed != a[i].seed] or [0.0])
-        for i in range(len(both[0]))
+        statistics.mean(share(a[i], b) for a in both for b in a if b.seed != a[i].seed) for i in range(len(both[0]))
     ]
     here = f"another stitch in {spread([100 * a for a in across], 0)} % of the intervals, {spread([100 * w for w in within], 0)} % between seeds of one task"
     return here, sign([a - w for a, w in zip(across, within)])
 
 
-def gaps(*pairs: tuple[str, str]) -> Callable[[Rows, str], Verdict]:
-    """Mean quality of the stitches themselves, anchors left out, and their mean operations."""
+def gaps(*pairs: tuple[str, str], margin: float = 0.0, cheaper: bool = False) -> Callable[[Rows, str], Verdict]:
+    """Mean quality and operations of the stitches that cross a gap, and whether the first of a pair is better than the other;
+    than the other less `margin` points, where as good is enough; and, with `cheaper`, takes fewer operations."""
 
     def inner(row: Row, what: str) -> float:
-        own = [s for s in row["stitches"] if not s["anchor"]]
+        own = [s for s in row["stitches"] if s["gap"]]
         return statistics.mean(row.metric[s["key"]] if what == "quality" else s["macs"] for s in own)
 
     def judge(rows: Rows, task: str) -> Verdict:
@@ -381,7 +253,8 @@ def gaps(*pairs: tuple[str, str]) -> Callable[[Rows, str], Verdict]:
             times = inner(rows[name][0], "macs") / inner(rows[other][0], "macs")
             values = spread(rows.each(name, lambda row: inner(row, "quality")))
             parts.append(f"{name} {values}, {spread(difference)} over {other} at {times:.2f} times its operations")
-            found.append(sign(difference))
+            verdict = sign([value + margin for value in difference])
+            found.append("does not" if cheaper and times >= 1 else verdict)
         return "; ".join(parts), found[0] if len(set(found)) == 1 else " / ".join(found)
 
     return judge
@@ -420,26 +293,11 @@ def aligned(rows: Rows, task: str) -> Verdict:
     lifted = [100 * (1 - b / a) for a, b in zip(first, then)]
     here = f"valley {spread(first, 2)} to {spread(then, 2)} nats ({spread(lifted, 0)} %) in {spread(seconds, 0)} s"
     text, verdict = better("apart, aligned", "apart", "apart, longer")(rows, task)
-    return f"{here}; after the fine-tune {text}", verdict
+    return f"{here}; after the fine-tune {text}", f"{sign(lifted)} / {verdict}"
 
 
 def monotone(rows: Rows, task: str) -> Verdict:
-    steps, falls, within = 0, 0, 0
-    for row in rows["default"]:
-        for half in (0, 1):
-            dial, count = row.dial(half), row["half_rows"][1 - half]
-            for (_, low), (_, high) in zip(dial, dial[1:]):
-                steps += 1
-                if high < low:
-                    falls += 1
-                    within += low - high <= margin(low, high, count)
-    return (
-        f"{falls} of {steps} steps fall, {falls - within} of them by more than chance",
-        "holds" if falls == within else "does not",
-    )
-
-
-def margin(low: float, high: float, count: int) -> float:
-    """Half a 95 % confidence interval of the difference of two shares in points, of `count` rows each."""
-    p, q = low / 100, high / 100
-    return 196 * ((p * (1 - p) + q * (1 - q)) / count) ** 0.5
+    counts = [row.falls(half) for row in rows["default"] for half in (0, 1)]
+    pairs, worse, beyond = (sum(values) for values in zip(*counts))
+    here = f"of {pairs} pairs of published sizes the larger is worse in {worse}, in {beyond} of them beyond chance"
+    return here, "does not" if beyond else "holds"

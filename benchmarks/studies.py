@@ -7,10 +7,10 @@ reads a `Run` as JSON and writes its row, whole or not at all: what a run that d
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import math
-import resource
 import shutil
 import statistics
 import sys
@@ -57,7 +57,8 @@ def _stitched(run: Run, task: Any, arguments: Any, cache: Path, smoke: bool) -> 
 
     anchors = task.anchors
     if run.adapted:
-        anchors = [str(_adapted(cache, run.task, run.adapted, run.seed) / str(i)) for i in range(len(anchors))]
+        folder = adapted_folder(cache, run.task, run.adapted, run.seed, smoke)
+        anchors = [str(folder / str(i)) for i in range(len(anchors))]
     model = task.model(anchors, run.space)
     row: dict[str, Any] = {}
     start = time.process_time()
@@ -78,20 +79,19 @@ def _stitched(run: Run, task: Any, arguments: Any, cache: Path, smoke: bool) -> 
     held_out = _batches(task)
     if run.before:
         row["before"] = _quality(model, held_out, task.metric)[task.metric]
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     trainer = getattr(sl, task.trainer)(
         model=model, args=arguments, train_dataset=task.train, data_collator=task.collate
     )
-    start = time.process_time()
+    before, start = _memory(reset=True), time.process_time()
     trainer.train()
     row["train_seconds"] = round(time.process_time() - start, 1)
-    row["memory_mb"] = round((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024, 1)
+    row["memory_mb"] = None if before is None else round((_memory() - before) / 1024, 1)
     start = time.process_time()
-    row |= _quality(model, held_out, task.metric)
+    row |= _quality(model, held_out, task.metric, run.hits)
     row["evaluation_seconds"] = round(time.process_time() - start, 1)
     row["stitches"] = [
         {"key": s.key, "params": s.params, "macs": s.macs, "anchor": s.is_anchor, "importance": trainer.importance.averages.get(s.key),
-         "visits": trainer.importance.visits.get(s.key, 0)} for s in model.space
+         "visits": trainer.importance.visits.get(s.key, 0), "gap": _crosses(model, s)} for s in model.space
     ]  # fmt: skip
     trainer.save_importance()
     row["spearman"] = spearman([s.params for s in model.space], [row[task.metric][s.key] for s in model.space])
@@ -108,7 +108,7 @@ def _alone(run: Run, task: Any, arguments: Any, cache: Path, smoke: bool) -> dic
     from stitched_llama.training import evaluate_plain
 
     row: dict[str, Any] = {task.metric: {}, "loss": {}, "train_seconds": 0.0, "trained": 0}
-    folder = _adapted(cache, run.task, run.name, run.seed)
+    folder = adapted_folder(cache, run.task, run.name, run.seed, smoke)
     shutil.rmtree(folder, ignore_errors=True)
     arguments.label_names = ["labels"]
     for index, (anchor, rank) in enumerate(zip(task.anchors, _ranks(task))):
@@ -137,28 +137,67 @@ def _batches(task: Any) -> list[dict[str, Any]]:
     return list(batches(task.test, task.collate, min(96, len(task.test) // 2)))
 
 
-def _quality(model: Any, held_out: list[dict], metric: str) -> dict[str, Any]:
-    """Loss and metric of every stitch on all held-out rows, and the metric on either half of them."""
-    from stitched_llama.training import evaluate_stitches
+def _quality(model: Any, held_out: list[dict], metric: str, hits: bool = False) -> dict[str, Any]:
+    """Loss and metric of every stitch on all held-out rows, the metric on either half of them, and row by row with `hits`: a
+    hexadecimal number a stitch and half, whose bits are the rows, the first the highest."""
+    import torch
 
-    halves = [evaluate_stitches(model, held_out[half::2], progress=False) for half in (0, 1)]
-    rows = [sum(len(batch["labels"]) for batch in held_out[half::2]) for half in (0, 1)]
-    both = {
-        name: {
-            key: sum(found[name][key] * count for found, count in zip(halves, rows)) / sum(rows)
-            for key in halves[0][name]
-        }
-        for name in ("loss", metric)
-    }
-    return both | {"halves": [found[metric] for found in halves], "half_rows": rows}
+    from stitched_llama.training import image_scores, response_scores
+
+    images, found = (
+        metric == "accuracy",
+        {"loss": {}, metric: {}, "halves": [{}, {}], "half_rows": [], "hits": [{}, {}]},
+    )
+    found["half_rows"] = [sum(len(batch["labels"]) for batch in held_out[half::2]) for half in (0, 1)]
+    model.eval()
+    for key in model.keys:
+        losses, right = [], []
+        with torch.no_grad():
+            for batch in held_out:
+                inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+                logits = model(**inputs, stitch_id=key, **({} if images else {"use_cache": False})).logits
+                loss, count, hit = (image_scores if images else response_scores)(logits, batch["labels"])
+                losses.append((float(loss.double().sum()), float(count.double().sum())))
+                right.append(hit.int().tolist())
+        found["loss"][key] = sum(loss for loss, _ in losses) / sum(count for _, count in losses)
+        for half in (0, 1):
+            own = [hit for part in right[half::2] for hit in part]
+            found["halves"][half][key] = sum(own) / len(own)
+            found["hits"][half][key] = f"{int(''.join(map(str, own)), 2):x}"
+        found[metric][key] = sum(map(sum, right)) / sum(map(len, right))
+    if not hits:
+        del found["hits"]
+    return found
+
+
+def _crosses(model: Any, stitch: Any) -> bool:
+    """Whether a junction of the stitch joins maps of different resolution."""
+    layers = [model.stitching_layers[junction.layer] for junction in stitch.junctions]
+    return any(layer.in_grid != layer.out_grid for layer in layers)
+
+
+def _memory(reset: bool = False) -> int | None:
+    """The most this process held, in KiB, since it was reset: then what it holds now. None where the system does not tell."""
+    import ctypes
+
+    try:
+        if reset:
+            gc.collect()
+            ctypes.CDLL(None).malloc_trim(0)  # what was used before is given back first
+            Path("/proc/self/clear_refs").write_text("5")
+        status = Path("/proc/self/status").read_text()
+    except (OSError, AttributeError):
+        return None
+    return int(status.split("VmHWM:")[1].split()[0])
 
 
 def _angles(model: Any, task: Any) -> dict[str, float]:
-    """Angles in degrees between the gradients of stitches of the two smallest anchors, one batch, on the q, k and v
-    matrices that both members of a pair use (ESTA figure 2)."""
+    """Angles in degrees between the gradients of stitches of the two smallest anchors, one batch of held-out rows, on the q, k
+    and v matrices that both members of a pair use (ESTA figure 2)."""
     import torch
 
-    batch = task.collate([task.train[i] for i in range(min(64, len(task.train)))])
+    order = torch.randperm(len(task.test), generator=torch.Generator().manual_seed(0))[:64].tolist()
+    batch = task.collate([task.test[i] for i in order])
     own = [s for s in model.space if {g.anchor for g in s.segments} <= {0, 1} and not s.is_anchor][:32]
     weights = {
         name: p for name, p in model.named_parameters()
@@ -186,8 +225,9 @@ def _angles(model: Any, task: Any) -> dict[str, float]:
     }
 
 
-def _adapted(cache: Path, task: str, name: str, seed: int) -> Path:
-    return cache / "adapted" / f"{task}-{name}-{seed}"
+def adapted_folder(cache: Path, task: str, name: str, seed: int, smoke: bool) -> Path:
+    """Where an `alone` run leaves its anchors."""
+    return cache / ("adapted-smoke" if smoke else "adapted") / f"{task}-{name}-{seed}-{TASKS[task].steps}"
 
 
 def main() -> None:

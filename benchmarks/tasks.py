@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +32,7 @@ class Run:
         shots: pictures a class (vision); 0 is the task's own.
         angles: also the pairwise gradient angles between stitches at the end.
         before: also the quality of every stitch before training.
+        hits: also which held-out rows each stitch got right.
         lasts: names of runs of this seed; this one takes as many steps as fit into their seconds.
         rate_of: the run whose seconds a step tell how many those are.
     """
@@ -51,6 +53,7 @@ class Run:
     shots: int = 0
     angles: bool = False
     before: bool = False
+    hits: bool = False
     lasts: tuple[str, ...] = ()
     rate_of: str = ""
 
@@ -97,19 +100,23 @@ class Vision:
 
     @staticmethod
     def place(cache: Path, family: str, seed: int) -> Path:
+        """The folder of a family's anchors."""
         return cache / f"{family or 'vision'}-{seed}"
 
     @classmethod
     def prepare(cls, cache: Path, family: str, seed: int) -> None:
+        """Makes the anchors that are not there yet."""
         folder = cls.place(cache, family, seed)
-        if not (folder / "anchors.json").is_file():
-            _python("data/make_vits.py", "--output", folder, "--seed", 10 * seed, "--family", family or "vit")
+        if not folder.is_dir():
+            _python("data/make_vits.py", "--seed", 10 * seed, "--family", family or "vit", output=folder)
 
     def model(self, anchors: list[str], space: dict) -> Any:
         import stitched_llama as sl
 
         options = {**self.space, **space, "id2label": dict(enumerate(self.names))}
-        return getattr(sl, self.model_class).from_anchors(anchors, **options)
+        model = getattr(sl, self.model_class).from_anchors(anchors, **options)
+        model.config.train_head = len(self.names) != 7  # the anchors' own heads know what they were pretrained on
+        return model
 
     def calibration(self) -> Iterator[dict]:
         import torch
@@ -149,7 +156,7 @@ class Language:
 
         from stitched_llama.training import Collator, InstructionDataset, pad_token_id, read_rows, template
 
-        own = cache / f"language-{run.family}"
+        own = self.place(cache, run.family, run.seed)
         places = {"": (DEMO, DEMO), "second": (own, own), "apart": (own, DEMO)}[run.family]
         self.anchors = [str(place / name) for place, name in zip(places, ("small", "large"))]
         self.processor = tokenizer = AutoTokenizer.from_pretrained(self.anchors[0])
@@ -160,14 +167,22 @@ class Language:
         self.train, self.test = (InstructionDataset(part, tokenizer, template("short"), 128) for part in rows)
 
     @staticmethod
-    def prepare(cache: Path, family: str, seed: int) -> None:
-        if not (cache / "skills" / "heldout.json").is_file():
-            _python("data/skills.py", "--output", cache / "skills")
-        folder, make = cache / f"language-{family}", ("data/make_anchors.py", "--preset", "demo", "--threads", 1)
-        if family == "apart" and not (folder / "small" / "config.json").is_file():
-            _python(*make, "--large", "data/anchors/large", "--apart", "--seed", 1, "--output", folder)
-        if family == "second" and not (folder / "small" / "config.json").is_file():
-            _python(*make, "--large-steps", 1000, "--small-steps", 500, "--seed", 2, "--output", folder)
+    def place(cache: Path, family: str, seed: int) -> Path:
+        """The folder of a family's anchors; of the skills for the demo's own."""
+        return cache / (f"language-{family}" if family else "skills")
+
+    @classmethod
+    def prepare(cls, cache: Path, family: str, seed: int) -> None:
+        """Makes skills and anchors that are not there yet."""
+        folder, make = cls.place(cache, family, seed), ("data/make_anchors.py", "--preset", "demo", "--threads", 1)
+        if folder.is_dir():
+            return
+        if not family:
+            _python("data/skills.py", output=folder)
+        elif family == "apart":
+            _python(*make, "--large", "data/anchors/large", "--apart", "--seed", 1, output=folder)
+        else:
+            _python(*make, "--large-steps", 1000, "--small-steps", 500, "--seed", 2, output=folder)
 
     def model(self, anchors: list[str], space: dict) -> Any:
         import stitched_llama as sl
@@ -192,6 +207,10 @@ def _about_numbers(row: Any) -> bool:
     return any(sign.isdigit() for sign in row.instruction + row.input + row.output)
 
 
-def _python(*arguments: Any) -> None:
+def _python(*arguments: Any, output: Path) -> None:
+    """Runs a script of ours; its folder is there whole or not at all."""
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    subprocess.run([sys.executable, *map(str, arguments)], check=True, cwd=ROOT, **quiet)
+    with tempfile.TemporaryDirectory(dir=output.parent) as temporary:
+        made = Path(temporary) / output.name
+        subprocess.run([sys.executable, *map(str, arguments), "--output", str(made)], check=True, cwd=ROOT, **quiet)
+        made.rename(output)

@@ -109,16 +109,16 @@ def convnext(width: int, depths: list[int], names: Sequence[str]) -> ConvNextFor
 
 
 def resnet(names: Sequence[str]) -> ResNetForImageClassification:
-    """Maps of 8x8 and 4x4."""
-    shape = {"embedding_size": 16, "hidden_sizes": [24, 48], "depths": [2, 2], "layer_type": "basic"}
+    """Maps of 8x8, 4x4 and 2x2."""
+    shape = {"embedding_size": 16, "hidden_sizes": [16, 32, 64], "depths": [2, 2, 2], "layer_type": "basic"}
     config = ResNetConfig(id2label=dict(enumerate(names)), **shape)
     config.image_size = 32
     return ResNetForImageClassification(config)
 
 
 def swin(names: Sequence[str]) -> SwinForImageClassification:
-    """Maps of 8x8 and 4x4."""
-    shape = {"embed_dim": 40, "depths": [2, 4], "num_heads": [2, 4], "window_size": 4, "drop_path_rate": 0.0}
+    """Maps of 8x8, 4x4 and 2x2."""
+    shape = {"embed_dim": 24, "depths": [2, 2, 2], "num_heads": [2, 4, 8], "window_size": 2, "drop_path_rate": 0.0}
     return SwinForImageClassification(SwinConfig(image_size=32, patch_size=4, id2label=dict(enumerate(names)), **shape))
 
 

@@ -70,6 +70,7 @@ class Arguments:
     )
     stitch_bias: bool = field(default=True, metadata={"help": "A bias for each stitch."})
     calibration_size: int = field(default=512, metadata={"help": "Rows for the least-squares start."})
+    align_steps: int = field(default=0, metadata={"help": "Then steps of alignment, for anchors made apart."})
     ridge: float = field(default=1e-4, metadata={"help": "Relative ridge of the least squares."})
     resume: str | None = field(default=None, metadata={"help": "auto, or the path of a checkpoint."})
     baselines: str | None = field(default=None, metadata={"help": "JSON rows of anchors tuned alone, for the plot."})
@@ -129,7 +130,7 @@ def main() -> None:
     model.to(training.device)
     calibration = model.calibrate(
         batches(train_set, collator, training.per_device_eval_batch_size, limit=args.calibration_size),
-        ridge=args.ridge, progress=chief,
+        ridge=args.ridge, align_steps=args.align_steps, progress=chief,
     )  # fmt: skip
     if chief:
         print(calibration)

@@ -3,9 +3,10 @@
 import pytest
 import torch
 from conftest import FAMILIES, fresh, ids_like, spread
+from image_anchors import vit
 from test_least_squares import direct
 
-from stitched_llama import PSTConfig, StitchedLlamaForCausalLM
+from stitched_llama import PSTConfig, StitchedLlamaForCausalLM, StitchedViTForImageClassification
 from stitched_llama.training import pico_anchor
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*junctions do not fit:UserWarning")  # random anchors never do
@@ -226,3 +227,84 @@ def test_calibrate_leaves_mode_and_anchors_as_they_were(anchors):
     assert model.training
     for name, tensor in model.anchors.state_dict().items():
         assert torch.equal(tensor, before[name]), name
+
+
+# ---- the alignment stage
+
+
+def divergences(model, batch):
+    """Of each stitch from the anchor of its tail, over the tokens that are not padding; by the definition."""
+    kept, found = batch["attention_mask"].bool(), {}
+    with torch.no_grad():
+        for stitch in model.space:
+            anchor = model.space.anchor_stitch(stitch.segments[-1].anchor).key
+            p = model(**batch, stitch_id=anchor, use_cache=False).logits[kept].double().softmax(-1)
+            q = model(**batch, stitch_id=stitch.key, use_cache=False).logits[kept].double().softmax(-1)
+            found[stitch.key] = float((p * (p / q).log()).sum(-1).mean())
+    return found
+
+
+@pytest.mark.parametrize("family", ["unequal", "three"])
+def test_alignment_brings_every_stitch_nearer_to_its_tail_and_touches_nothing_else(family, anchors):
+    model, batches = fresh(anchors[family], **FAMILIES[family][1]), padded_batches(8)
+    frozen = {n: p.clone() for n, p in model.named_parameters() if n.startswith("anchors")}
+    flags = {n: p.requires_grad for n, p in model.named_parameters()}
+    report = model.calibrate(batches, progress=False)
+    first = divergences(model, batches[0])
+    assert report.loss_unaligned == {}
+    again = model.calibrate(batches, align_steps=150, align_rate=1e-2, progress=False)
+    last = divergences(model, batches[0])
+    assert again.loss_unaligned == pytest.approx(report.loss)
+    assert "unaligned" in str(again)
+    for stitch in model.space:
+        if stitch.is_anchor:
+            assert last[stitch.key] == first[stitch.key] == 0
+        elif family == "unequal":  # where routes share layers one may pay for another
+            assert last[stitch.key] < first[stitch.key], stitch.key
+    assert sum(last.values()) < 0.95 * sum(first.values())
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == flags[name], name
+        assert parameter.grad is None, name
+        assert name not in frozen or torch.equal(parameter, frozen[name]), name
+    model.attach_pst(PSTConfig(rank=2))
+
+
+def test_alignment_is_deterministic_and_keeps_the_dtype(anchors):
+    def made():
+        model = fresh(anchors["unequal"], dtype=torch.bfloat16)
+        model.calibrate(padded_batches(4), align_steps=3, progress=False)
+        return model
+
+    one, other = made(), made()
+    plain = fresh(anchors["unequal"], dtype=torch.bfloat16)
+    plain.calibrate(padded_batches(4), progress=False)
+    moved = False
+    for name, layer in one.stitching_layers.items():
+        assert {p.dtype for p in layer.parameters()} == {torch.bfloat16}
+        assert layer.out_dtype == torch.bfloat16
+        assert torch.equal(layer.core.weight, other.stitching_layers[name].core.weight)
+        moved = moved or not torch.equal(layer.core.weight, plain.stitching_layers[name].core.weight)
+    assert moved
+
+
+def test_image_models_align_too(tmp_path):
+    torch.manual_seed(0)
+    model = StitchedViTForImageClassification.from_anchors([vit(16, 3), vit(24, 3)])
+    pictures = [{"pixel_values": torch.randn(4, 3, 16, 16)} for _ in range(4)]
+    model.calibrate(pictures, progress=False)
+    before = {name: layer.core.weight.clone() for name, layer in model.stitching_layers.items()}
+    model.calibrate(pictures, align_steps=20, progress=False)
+    assert all(not torch.equal(before[name], layer.core.weight) for name, layer in model.stitching_layers.items())
+
+
+def test_refused_alignments(anchors):
+    model = fresh(anchors["unequal"])
+    layer = next(iter(model.stitching_layers.values())).core
+    before = layer.weight.clone()
+    for options, named in (
+        ({"align_steps": -1}, "align_steps is -1"),
+        ({"align_steps": 2, "align_rate": 0.0}, "align_rate 0.0"),
+    ):
+        with pytest.raises(ValueError, match=named):
+            model.calibrate(padded_batches(1), **options)
+    assert torch.equal(before, layer.weight)

@@ -78,14 +78,14 @@ def row(judgements, name, seed, values, params=None, importance=None, **more):
     stitches = [
         {
             "key": key, "params": (params or range(10, 1000, 10))[i], "anchor": i in (0, len(keys) - 1),
-            "importance": (importance or [None] * 8)[i],
+            "importance": (importance or [None] * 8)[i], "gap": False,
         }
         for i, key in enumerate(keys)
     ]  # fmt: skip
     content = {
         "metric": "accuracy", "accuracy": {k: (x + y) / 2 for k, x, y in zip(keys, first, second)}, "stitches": stitches,
         "halves": [dict(zip(keys, first)), dict(zip(keys, second))], "half_rows": [100, 100],
-        "settings": {"interval_count": 2}, "spearman": 1.0, **more,
+        "settings": {"interval_count": 2}, "spearman": 1.0, "trained": 1, **more,
     }  # fmt: skip
     return judgements.Row(name, seed, content)
 
@@ -123,13 +123,39 @@ def test_a_dial_is_chosen_on_one_half_and_judged_on_the_other(suite):
     assert one.front == pytest.approx(sum(map(sum, wanted)) / 20)
 
 
+def dial_of(judgements, *right):
+    """A row whose stitches, ever better on the first half, get these of the second half's rows right."""
+    values = [((i + 1) / 10, len(rows) / 100) for i, rows in enumerate(right)]
+    bits = [sum(1 << row for row in rows) for rows in right]
+    hits = [{}, {key: f"{number:x}" for key, number in zip("abcdefgh", bits)}]
+    made = row(judgements, "default", 0, values, hits=hits)
+    made["hits"][0].update(made["hits"][1])
+    return made
+
+
 def test_a_fall_within_chance_is_told_from_one_beyond_it(suite):
     _, _, judgements, *_ = suite
-    assert judgements.margin(50, 50, 100) == pytest.approx(13.86, abs=0.01)
-    slight = judgements.Rows([row(judgements, "default", 0, [(0.1, 0.50), (0.2, 0.45), (0.3, 0.6)])])
-    assert judgements.monotone(slight, "vision") == ("1 of 3 steps fall, 0 of them by more than chance", "holds")
-    deep = judgements.Rows([row(judgements, "default", 0, [(0.1, 0.9), (0.2, 0.3), (0.3, 0.95)])])
-    assert judgements.monotone(deep, "vision") == ("1 of 3 steps fall, 1 of them by more than chance", "does not")
+    level = dial_of(judgements, range(50), range(5, 52), range(60))  # loses 5 rows, wins 2: p = .23
+    assert level.falls(0) == (3, 1, 0)
+    deep = dial_of(judgements, range(60), range(40), range(60))  # loses 20, wins none: p = 1e-6
+    assert deep.falls(0) == (3, 1, 1)
+    creeping = dial_of(
+        judgements, range(60), range(55), range(50), range(45), range(40)
+    )  # no step of it tells, the whole does
+    assert creeping.falls(0)[2] >= 3
+    for dial, verdict in ((level, "holds"), (deep, "does not"), (creeping, "does not")):
+        dial.content["halves"][1] = {key: 0.0 for key in dial["halves"][1]} | {
+            "a": 1.0
+        }  # the other way round: one size
+        assert judgements.monotone(judgements.Rows([dial]), "vision")[1] == verdict
+
+
+def test_the_tail_of_a_coin_by_hand(suite):
+    import rows
+
+    assert rows.binomial_tail(0, 3) == 1
+    assert rows.binomial_tail(3, 3) == 1 / 8
+    assert rows.binomial_tail(2, 4) == 11 / 16
 
 
 def test_seeds_that_disagree_leave_a_claim_open(suite):

@@ -34,22 +34,15 @@ def align(
         batches: as `calibrate` takes them.
         steps: optimiser steps; each costs a forward of the tail's anchor, and a forward and backward of the stitch.
 
-    Raises:
-        ValueError: steps below 1, a rate that is not above 0, or anchors whose heads are new and say nothing yet.
+    Of little use where the heads of image classifiers are new: what they say is noise.
 
-    Source: DESIGN section 8, a remedy of ours; in the papers least squares is all.
+    Source: a remedy of ours; in the papers least squares is all.
     """
-    if steps < 1 or not learning_rate > 0:
-        raise ValueError(f"align_steps is {steps} and align_rate {learning_rate}: at least 1 step and a rate above 0")
-    if model.trained_heads(range(len(model.anchors))):
-        raise ValueError("the anchors' heads are new, so there is nothing to align to: set align_steps to 0")
     stitches = [model.space[key] for key in model.keys if model.space[key].junctions]
-    layers = list(model.stitching_layers.values())
-    dtypes = [layer.out_dtype for layer in layers]
-    parameters = [parameter for layer in layers for parameter in layer.float().parameters()]
-    for layer, dtype in zip(layers, dtypes):
-        layer.out_dtype = dtype  # what enters the tail stays as it is
-    wanted = [parameter.requires_grad for parameter in parameters]
+    parameters = list(model.stitching_layers.parameters())
+    before = [(parameter.dtype, parameter.requires_grad) for parameter in parameters]
+    for parameter in parameters:
+        parameter.data = parameter.data.float()
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
     warm_up = max(1, steps // 10)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -69,16 +62,16 @@ def align(
             batch = {name: batch[name].to(model.device) for name in model.calibration_inputs if name in batch}
             optimizer.zero_grad()
             with torch.enable_grad():
-                _divergence(model, stitch, batch).backward()
+                own = [p for j in stitch.junctions for p in model.stitching_layers[j.layer].parameters()]
+                _divergence(model, stitch, batch).backward(inputs=own)
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             schedule.step()
     finally:
-        for parameter, flag in zip(parameters, wanted):
-            parameter.requires_grad_(flag)
+        for parameter, (dtype, trains) in zip(parameters, before):
+            parameter.data = parameter.data.to(dtype)
+            parameter.requires_grad_(trains)
             parameter.grad = None
-        for layer, dtype in zip(layers, dtypes):
-            layer.to(dtype)
 
 
 def _divergence(model: Any, stitch: Stitch, batch: dict[str, Tensor]) -> Tensor:

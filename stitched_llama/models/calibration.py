@@ -91,6 +91,8 @@ def calibrate(
         raise ValueError(f"shared {shared!r} is unknown; 'joint' or 'mean' is needed")
     if row_weights not in ("none", "inverse_norm"):
         raise ValueError(f"row_weights {row_weights!r} is unknown; 'none' or 'inverse_norm' is needed")
+    if align_steps < 0 or not align_rate > 0:
+        raise ValueError(f"align_steps is {align_steps} and align_rate {align_rate}: 0 steps or more, a rate above 0")
     if model.config.pst is not None:
         raise ValueError("PST is attached: calibrate before attach_pst, so that LoRA starts from the fitted layers")
     junctions = [j for j in model.space.junctions if j.layer in model.stitching_layers]

@@ -7,6 +7,7 @@ arguments   training arguments
 checks      what is known to be wrong before a run starts
 trainer     one stitch a step, the largest anchor as teacher; image_trainer is the same for pictures
 evaluation  loss and exact match of every stitch
+rates       the anchors' own learning rate
 checkpoints which checkpoint to resume from
 plots       the picture and the table of a run
 record      where a result comes from

@@ -82,7 +82,8 @@ class StitchTrainingArguments(TrainingArguments):
         default=True, metadata={"help": "The largest anchor trains at every step and teaches; off is SN-Net's way."}
     )
     sandwich: bool = field(
-        default=True, metadata={"help": "The smallest anchor trains at every step too; off is the papers' way."}
+        default=True,
+        metadata={"help": "A smaller anchor trains at every step too, each in turn; off is the papers' way."},
     )
     anchor_lr_scale: float = field(
         default=1.0, metadata={"help": "Rate of the anchors' weights over that of all else (SN-Net: 0.1 for stages)."}

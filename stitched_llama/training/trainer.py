@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from stitched_llama.bundles import Bundle
-from stitched_llama.pst import is_low_rank
 from stitched_llama.sampling import Importance, StepSignals, StitchSampler
 from stitched_llama.space import Stitch, StitchTable, intervals
 
@@ -19,6 +18,7 @@ from .arguments import StitchTrainingArguments
 from .checks import check_checkpoint, check_run
 from .data import IGNORED, batches
 from .evaluation import evaluate_stitches
+from .rates import slow_down_anchors
 
 Gradients = dict[nn.Parameter, Tensor]
 
@@ -28,7 +28,7 @@ class StitchTrainer(Trainer):
 
     An optimiser step draws one stitch, the student, equal on all ranks and over all its accumulated batches. In each
     batch the largest anchor, the teacher, runs and backpropagates first and leaves its argmax; then the student does.
-    With `sandwich` the smallest anchor trains at every step as well, taught like the student.
+    With `sandwich` a smaller anchor trains at every step as well, each in its turn, taught like the student.
     With `inplace_teacher` off only the student trains, on labels and on what `teacher` says (SN-Net, algorithm 1).
     Their gradients are kept apart until the step is complete, so the student's importance is read from its own
     gradients, whatever the split into batches and ranks; then they are added. One graph is alive at a time.
@@ -55,10 +55,10 @@ class StitchTrainer(Trainer):
             self.importance.averages.update(model.table.importance)
             self.importance.visits.update(model.table.visits)
         self.stitches = [model.space[key] for key in model.keys]
-        self.smallest, self.largest = model.space.anchor_stitch(0), model.space.anchor_stitch(-1)
+        *self.smaller, self.largest = (stitch for stitch in model.space if stitch.is_anchor)
         self.teacher = None if teacher is None else teacher.requires_grad_(False).eval().to(self.args.device)
         self._sampler: StitchSampler | None = None
-        self._kept: dict[str, Gradients] = {"teacher": {}, "student": {}, "smallest": {}}
+        self._kept: dict[str, Gradients] = {"teacher": {}, "student": {}, "anchor": {}}
         self._step_losses = [0.0, 0.0]  # the student's and the teacher's, on labels
         self._trained, self._ran = list[nn.Parameter](), set[Stitch]()
         self._logged: dict[str, list[float]] = defaultdict(list)
@@ -84,21 +84,27 @@ class StitchTrainer(Trainer):
         return self.model.space[self._sampler.draw(step, self.importance.averages)]
 
     def _always(self) -> list[Stitch]:
-        return [self.largest] * self.args.inplace_teacher + [self.smallest] * self.args.sandwich
+        return [self.largest] * self.args.inplace_teacher + self.smaller * self.args.sandwich
 
     # ---- one step
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As Transformers has it."""
+        self.model.train()  # also where it was in training mode before PST came: which norms train is decided here
+        self._trained = []
+        return super().train(*args, **kwargs)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Teacher's and student's forward and backward on one batch; returns the student's loss for logging."""
         if not model.training:
             model.train()
-        self._trained = self._trained or [p for p in self.model.parameters() if p.requires_grad]
         inputs = self._prepare_inputs(inputs)
         labels = inputs.pop("labels")
         if num_items_in_batch is None:
             num_items_in_batch = self._label_count(labels) * self.current_gradient_accumulation_steps
         student, teacher_logits = self.draw(self.state.global_step), None
-        self._ran = {student, *self._always()}
+        beside = [self.smaller[self.state.global_step % len(self.smaller)]] * self.args.sandwich
+        self._ran = {student, *beside, *[self.largest] * self.args.inplace_teacher}
         with self._unreduced(model):
             if self.args.inplace_teacher:
                 logits, wanted = self._response_logits(model, inputs, labels, self.largest)
@@ -117,8 +123,8 @@ class StitchTrainer(Trainer):
             batch = (inputs, labels, teacher_logits, num_items_in_batch)
             if self._has_own_gradients(student):
                 label_loss, student_loss = self._learn("student", model, student, *batch)
-            if self.args.sandwich and student.key != self.smallest.key:
-                self._learn("smallest", model, self.smallest, *batch)
+            for anchor in set(beside) - {student}:
+                self._learn("anchor", model, anchor, *batch)
         self._step_losses[0] += float(label_loss)
         if self.accelerator.sync_gradients:
             self._complete_step(student)
@@ -176,6 +182,7 @@ class StitchTrainer(Trainer):
         if not loss.requires_grad:
             return
         kept = self._kept[role]
+        self._trained = self._trained or [p for p in self.model.parameters() if p.requires_grad]
         for parameter in self._trained:
             parameter.grad = kept.get(parameter)
         self.accelerator.backward(loss)
@@ -219,16 +226,7 @@ class StitchTrainer(Trainer):
         """As Transformers has it; pretrained weights that train take `anchor_lr_scale` times the rate (SN-Net 4: 0.1)."""
         made, optimizer = self.optimizer is None, super().create_optimizer(model)
         if made and self.args.anchor_lr_scale != 1:
-            heads = tuple(self.model.trained_heads(range(len(self.model.anchors))))
-            named = [
-                (n, p) for n, p in self.model.named_parameters() if n.startswith("anchors.") and not is_low_rank(n)
-            ]
-            slow = {p for n, p in named if not n.startswith(heads)}
-            for group in list(optimizer.param_groups):
-                parameters = group["params"]
-                group["params"] = [p for p in parameters if p not in slow]
-                rate = group["lr"] * self.args.anchor_lr_scale
-                optimizer.add_param_group({**group, "params": [p for p in parameters if p in slow], "lr": rate})
+            slow_down_anchors(self.model, optimizer, self.args.anchor_lr_scale)
         return optimizer
 
     # ---- logging, evaluation, checkpoints
