@@ -3,10 +3,15 @@
 import pytest
 import torch
 from conftest import FAMILIES, fresh, ids_like, spread
-from image_anchors import vit
+from image_anchors import build, vit
 from test_least_squares import direct
 
-from stitched_llama import PSTConfig, StitchedLlamaForCausalLM, StitchedViTForImageClassification
+from stitched_llama import (
+    PSTConfig,
+    StitchedLlamaForCausalLM,
+    StitchedSwinForImageClassification,
+    StitchedViTForImageClassification,
+)
 from stitched_llama.training import pico_anchor
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*junctions do not fit:UserWarning")  # random anchors never do
@@ -295,6 +300,20 @@ def test_image_models_align_too(tmp_path):
     before = {name: layer.core.weight.clone() for name, layer in model.stitching_layers.items()}
     model.calibrate(pictures, align_steps=20, progress=False)
     assert all(not torch.equal(before[name], layer.core.weight) for name, layer in model.stitching_layers.items())
+
+
+def test_adapters_of_half_precision_anchors_keep_their_float32_parts():
+    torch.manual_seed(0)
+    how = {"adapter": "bottleneck", "adapter_norm": "batch", "rescale": "bilinear", "across_stages": True}
+    swins = [anchor.to(torch.bfloat16) for anchor in build("swin")]
+    model = StitchedSwinForImageClassification.from_anchors(swins, **how)
+    before = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    pictures = [{"pixel_values": torch.randn(4, 3, 16, 16)} for _ in range(4)]
+    model.calibrate(pictures, align_steps=2, progress=False)
+    assert {name: tensor.dtype for name, tensor in model.state_dict().items()} == before
+    model.attach_pst(PSTConfig(rank=2))
+    key = next(stitch.key for stitch in model.space if stitch.junctions)
+    model.train()(pictures[0]["pixel_values"], stitch_id=key).logits.sum().backward()
 
 
 def test_refused_alignments(anchors):

@@ -225,5 +225,20 @@ def test_the_trainer_shares_draws_among_anchors_that_do_not_train_anyway(tmp_pat
     ):
         run = image_trainer(image_model({}), tmp_path, **options)
         run.draw(0)
-        named = {run.largest.key: "large", run.smallest.key: "small"}
+        named = {run.largest.key: "large", run.smaller[0].key: "small"}
         assert [named[key] for key in run._sampler.always] == wanted
+
+
+def test_norms_that_train_follow_the_batches_also_in_a_model_set_to_training_before(tmp_path):
+    def run(early):
+        model = StitchedSwinForImageClassification.from_anchors(
+            build("swin"), adapter_norm="batch", across_stages=True, rescale="bilinear", adapter="bottleneck"
+        )
+        model.train(early)
+        model.calibrate([{"pixel_values": Pictures(16).pixels}], progress=False)
+        model.attach_pst(PSTConfig(rank=2, stitching_rank="full"))
+        image_trainer(model, tmp_path, max_steps=3, sampling="uniform").train()
+        return {n: t for n, t in model.stitching_layers.named_buffers() if t.is_floating_point()}
+
+    one, other = run(False), run(True)
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())

@@ -12,7 +12,7 @@ from transformers import BitsAndBytesConfig
 
 from stitched_llama import StitchTrainingArguments
 from stitched_llama.bundles import Bundle
-from stitched_llama.sampling import SCHEMES, SCORES
+from stitched_llama.sampling import SCHEMES, SCORES, Importance, StepSignals
 from stitched_llama.training import find_checkpoint, pico_anchor
 
 
@@ -252,3 +252,52 @@ def test_two_ranks_equal_one_process_on_the_same_global_batch(checkpointing, anc
     assert_close(ranks[0]["weights"], ranks[1]["weights"], atol=0, rtol=0)
     assert ranks[0]["found"] == ranks[1]["found"]
     assert ranks[0]["averages"] == ranks[1]["averages"]
+
+
+def test_smaller_anchors_take_turns(anchors, tmp_path, monkeypatch):
+    made = trainer(stitched_model(anchors["three"], pairs="chain"), tmp_path, max_steps=5, sampling="uniform")
+    learned = []
+    learn = type(made)._learn
+
+    def watched(self, role, model, stitch, *rest):
+        learned.append((self.state.global_step, role, stitch.key))
+        return learn(self, role, model, stitch, *rest)
+
+    monkeypatch.setattr(type(made), "_learn", watched)
+    made.train()
+    small, middle, large = (stitch.key for stitch in made.model.space if stitch.is_anchor)
+    for step in range(5):
+        turn, student = [small, middle][step % 2], made.draw(step).key
+        wanted = {("student", student)} - {("student", large)} | ({("anchor", turn)} if turn != student else set())
+        assert {(role, key) for number, role, key in learned if number == step} == wanted
+
+
+@pytest.mark.parametrize("size", [8, 2])
+def test_excess_loss_is_above_the_teachers_on_the_whole_step(size, anchors, tmp_path):
+    """Read off by hand on a twin before the step, whatever the split into batches; and the operations of the three that ran."""
+    made = trainer(
+        stitched_model(anchors["unequal"]), tmp_path, max_steps=1, sampling="uniform", seed=9,
+        per_device_train_batch_size=size, global_batch_size=8,
+    )  # fmt: skip
+    student, large, small = made.draw(0), made.largest, made.smaller[0]
+    assert student.key not in (large.key, small.key)
+    data = list(made.get_train_dataloader())[: 8 // size]
+    made.train()
+    twin = stitched_model(anchors["unequal"]).train()
+    totals, tokens = {student.key: 0.0, large.key: 0.0}, 0
+    for batch in data:
+        count = int((batch["labels"][:, 1:] != -100).sum())
+        tokens += count
+        for key in totals:
+            totals[key] += float(twin(**batch, stitch_id=key, use_cache=False).loss.detach()) * count
+    wanted = (totals[large.key] - totals[student.key]) / tokens
+    assert made.importance.averages == {student.key: pytest.approx(wanted, rel=1e-3, abs=1e-5)}
+    macs = student.macs + large.macs + small.macs
+    assert made.state.total_flos == sum(6 * batch["input_ids"].numel() * macs for batch in data)
+
+
+def test_averages_without_a_count_weigh_as_a_long_history():
+    importance = Importance("loss", 0.9, {"old": -1.0})
+    importance.update("old", StepSignals(0, 0, 5.0))
+    importance.update("new", StepSignals(0, 0, 5.0))
+    assert importance.averages == pytest.approx({"old": -1.4, "new": -5.0})
