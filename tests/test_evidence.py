@@ -228,3 +228,19 @@ def test_the_published_dial_of_the_measured_runs_never_goes_down(task, suite):
     assert len(rows) >= 3
     found = judgements.Rows([judgements.Row("default", row["run"]["seed"], row) for row in rows])
     assert judgements.monotone(found, task)[1] == "holds", judgements.monotone(found, task)
+
+
+def test_every_claim_stands_in_the_papers_table(suite):
+    claims, *_ = suite
+    table = (ROOT / "PAPERS.md").read_text().split("## Claims")[1].split("## Where")[0]
+    told = {
+        letter for line in table.splitlines() for letter in _letters(line.split("|")[1] if line.count("|") > 2 else "")
+    }
+    assert {claim.letter for claim in claims.CLAIMS} == told
+
+
+def _letters(cell):
+    """ "n1 to n4" and "a, a2" as single letters."""
+    for part in cell.replace(",", " ").replace("to n4", "n2 n3 n4").split():
+        if part not in ("Letter", "---"):
+            yield part
