@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, fields, replace
+from dataclasses import MISSING, asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +34,11 @@ from stitched_llama.training import dump_record, provenance
 
 def row_path(output: Path, run: Run) -> Path:
     """Where a run's row lies; the name changes with anything that decides what the run does."""
-    ours = {
-        f.name: f.default for f in fields(StitchTrainingArguments) if f.name in StitchTrainingArguments.__annotations__
-    }
+    own = [f for f in fields(StitchTrainingArguments) if f.name in StitchTrainingArguments.__annotations__]
+    ours = {f.name: f.default for f in own if f.default is not MISSING}
     task = TASKS[run.task]
     decided = [asdict(run), task.steps, task.training, task.full_rate, ours]
-    content = json.dumps(decided, sort_keys=True, default=str)
+    content = json.dumps(decided, sort_keys=True)
     name = run.name.replace(", ", "-").replace(" ", "-")
     return output / "rows" / f"{name}-{run.seed}-{hashlib.sha256(content.encode()).hexdigest()[:8]}.json"
 

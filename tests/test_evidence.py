@@ -5,7 +5,7 @@ from dataclasses import replace
 from functools import partial
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, python
 from image_anchors import vit
 
 from stitched_llama.training import byte_tokenizer, pico_anchor
@@ -244,3 +244,14 @@ def _letters(cell):
     for part in cell.replace(",", " ").replace("to n4", "n2 n3 n4").split():
         if part not in ("Letter", "---"):
             yield part
+
+
+def test_a_rows_name_is_the_same_in_every_process_and_follows_the_settings(suite, tmp_path, monkeypatch):
+    _, evidence, *_, tasks = suite
+    run = tasks.Run("vision", "default", 0)
+    path = evidence.row_path(tmp_path, run)
+    code = f"import evidence, tasks; from pathlib import Path; print(evidence.row_path(Path({str(tmp_path)!r}), tasks.Run('vision', 'default', 0)))"
+    done = python("-c", code, PYTHONPATH=str(ROOT / "benchmarks"))
+    assert done.stdout.strip() == str(path)
+    monkeypatch.setattr(tasks.Vision, "steps", 7)
+    assert evidence.row_path(tmp_path, run) != path
