@@ -167,6 +167,9 @@ def test_seeds_that_disagree_leave_a_claim_open(suite):
         assert judgements.better("default", "peer")(judgements.Rows(rows + peers), "vision")[1] == verdict
 
 
+LOSSES = {"a": 4.0, "b": 3.0, "c": 2.0, "d": 1.0}
+
+
 def test_interpolation_and_importance_by_hand(suite):
     _, _, judgements, *_ = suite
     straight = judgements.Rows([row(judgements, "default", 0, [0.1, 0.2, 0.3, 0.4])])
@@ -176,9 +179,9 @@ def test_interpolation_and_importance_by_hand(suite):
     sagging = judgements.Rows([row(judgements, "default", 0, [0.1, 0.1, 0.1, 0.4], spearman=0.3)])
     assert "-15.0" in judgements.interpolates(sagging, "vision")[0]
     assert judgements.interpolates(sagging, "vision")[1] == "does not"
-    ranked = row(judgements, "uniform", 0, [0.1, 0.2, 0.3, 0.4], importance=[1.0, 2.0, 3.0, 4.0])
+    ranked = row(judgements, "uniform, longer", 0, [0.1, 0.2, 0.3, 0.4], loss=LOSSES, importance=[1.0, 2.0, 3.0, 4.0])
     assert judgements.importance(judgements.Rows([ranked]), "vision")[1] == "holds"
-    wrong = row(judgements, "uniform", 0, [0.1, 0.2, 0.3, 0.4], importance=[2.0, 1.0, 4.0, 3.0])
+    wrong = row(judgements, "uniform, longer", 0, [0.1, 0.2, 0.3, 0.4], loss=LOSSES, importance=[2.0, 1.0, 4.0, 3.0])
     assert judgements.importance(judgements.Rows([wrong]), "vision")[1] == "does not"
 
 
