@@ -70,7 +70,10 @@ def test_ridge_shrinks_the_stitching_layers(anchors):
 
 @pytest.mark.parametrize(
     "options",
-    [{"floor": 0.0}, {"anchor_share": 0.9}, {"sampling_warmup": 1.0}, {"interval_count": 2}, {"seed": 5}, {}],
+    [
+        {"floor": 0.0}, {"anchor_share": 0.9, "sandwich": False}, {"sampling_warmup": 1.0}, {"interval_count": 2},
+        {"seed": 5}, {},
+    ],  # fmt: skip
 )
 def test_trainer_draws_as_its_arguments_say(options, anchors, tmp_path):
     run = trainer(stitched_model(anchors["unequal"]), tmp_path, max_steps=40, **options)
@@ -79,7 +82,7 @@ def test_trainer_draws_as_its_arguments_say(options, anchors, tmp_path):
     args = run.args
     wanted = StitchSampler(
         run.stitches, interval_count=args.interval_count, warmup_steps=round(args.sampling_warmup * 40), floor=args.floor,
-        anchor_share=args.anchor_share, seed=args.seed,
+        anchor_share=args.anchor_share, seed=args.seed, always=["1[0:5]", "0[0:3]"] if args.sandwich else ["1[0:5]"],
     )  # fmt: skip
     for name, value in options.items():
         assert getattr(args, name) == value
