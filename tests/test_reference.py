@@ -71,8 +71,12 @@ def test_ridge_shrinks_the_stitching_layers(anchors):
 @pytest.mark.parametrize(
     "options",
     [
-        {"floor": 0.0}, {"anchor_share": 0.9, "sandwich": False}, {"sampling_warmup": 1.0}, {"interval_count": 2},
-        {"seed": 5}, {},
+        {"floor": 0.0},
+        {"anchor_share": 0.9, "sandwich": False},
+        {"sampling_warmup": 1.0},
+        {"interval_count": 2},
+        {"seed": 5},
+        {},
     ],  # fmt: skip
 )
 def test_trainer_draws_as_its_arguments_say(options, anchors, tmp_path):

@@ -121,7 +121,8 @@ class StitchTable:
             row = stitch.to_dict() | {"published": stitch.key in published}
             if stitch.key in self.importance:
                 row["importance"] = self.importance[stitch.key]
-                row["visits"] = self.visits.get(stitch.key, 0)
+            if stitch.key in self.visits:
+                row["visits"] = self.visits[stitch.key]
             row["metrics"] = {name: values[stitch.key] for name, values in self.metrics.items() if stitch.key in values}
             rows.append(row)
         return rows
@@ -151,7 +152,7 @@ class StitchTable:
                 for name, value in row["metrics"].items():
                     metrics.setdefault(name, {})[row["key"]] = float(value)
             importance = {row["key"]: float(row["importance"]) for row in rows if "importance" in row}
-            visits = {row["key"]: int(row.get("visits", 0)) for row in rows if "importance" in row}
+            visits = {row["key"]: int(row["visits"]) for row in rows if "visits" in row}
             if content["metric"] not in (None, *metrics):
                 raise ValueError(f"its metric {content['metric']!r} is none of those measured ({', '.join(metrics)})")
             for name in metrics:
