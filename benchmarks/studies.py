@@ -93,7 +93,6 @@ def _stitched(run: Run, task: Any, arguments: Any, cache: Path, smoke: bool) -> 
         {"key": s.key, "params": s.params, "macs": s.macs, "anchor": s.is_anchor, "importance": trainer.importance.averages.get(s.key),
          "visits": trainer.importance.visits.get(s.key, 0), "gap": _crosses(model, s)} for s in model.space
     ]  # fmt: skip
-    trainer.save_importance()
     row["spearman"] = spearman([s.params for s in model.space], [row[task.metric][s.key] for s in model.space])
     if run.angles:
         row["angles"] = _angles(model, task)
@@ -144,11 +143,9 @@ def _quality(model: Any, held_out: list[dict], metric: str, hits: bool = False) 
 
     from stitched_llama.training import image_scores, response_scores
 
-    images, found = (
-        metric == "accuracy",
-        {"loss": {}, metric: {}, "halves": [{}, {}], "half_rows": [], "hits": [{}, {}]},
-    )
-    found["half_rows"] = [sum(len(batch["labels"]) for batch in held_out[half::2]) for half in (0, 1)]
+    images = metric == "accuracy"
+    rows = [sum(len(batch["labels"]) for batch in held_out[half::2]) for half in (0, 1)]
+    found: dict[str, Any] = {"loss": {}, metric: {}, "halves": [{}, {}], "half_rows": rows, "hits": [{}, {}]}
     model.eval()
     for key in model.keys:
         losses, right = [], []

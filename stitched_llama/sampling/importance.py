@@ -64,8 +64,7 @@ class Importance:
         """Folds one visit of stitch `key` into its average; the first visit is the average, the n-th weighs 1 / n at least."""
         value, visits = SCORES[self.score](signals), self.visits.get(key, 0) + 1
         old = self.averages.get(key, value)
-        counted = (
-            visits > 1 or key not in self.averages
-        )  # an older bundle's averages come without a count: a long history
+        # averages of an older bundle come without a count: they weigh as a long history
+        counted = visits > 1 or key not in self.averages
         self.averages[key] = old + (1 - self.eta) / (1 - self.eta**visits if counted else 1) * (value - old)
         self.visits[key] = visits
