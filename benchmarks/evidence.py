@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import subprocess
 import sys
+import textwrap
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import MISSING, asdict, fields, replace
+from dataclasses import MISSING, Field, asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +35,20 @@ from stitched_llama.training import dump_record, provenance
 
 
 def row_path(output: Path, run: Run) -> Path:
-    """Where a run's row lies; the name changes with anything that decides what the run does."""
+    """Where a run's row lies; the name changes with anything that decides what the run does, and says nothing of options left
+    alone: a new one leaves the rows there are."""
     own = [f for f in fields(StitchTrainingArguments) if f.name in StitchTrainingArguments.__annotations__]
     ours = {f.name: f.default for f in own if f.default is not MISSING}
     task = TASKS[run.task]
-    decided = [asdict(run), task.steps, task.training, task.full_rate, ours]
+    unlike = {f.name: getattr(run, f.name) for f in fields(run) if getattr(run, f.name) != _default(f)}
+    decided = [unlike, task.steps, task.training, task.full_rate, ours]
     content = json.dumps(decided, sort_keys=True)
     name = run.name.replace(", ", "-").replace(" ", "-")
     return output / "rows" / f"{name}-{run.seed}-{hashlib.sha256(content.encode()).hexdigest()[:8]}.json"
+
+
+def _default(field: Field) -> Any:
+    return field.default if field.default_factory is MISSING else field.default_factory()
 
 
 def read_row(path: Path, here: dict[str, Any]) -> dict[str, Any]:
@@ -68,6 +76,7 @@ def measure(run: Run, output: Path, cache: Path, smoke: bool) -> float:
     threads = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
     command = [sys.executable, "-W", "ignore", str(ROOT / "benchmarks" / "studies.py"), str(wanted), str(path)]
     done = subprocess.run(command, env=os.environ | threads, cwd=ROOT, capture_output=True, text=True)
+    wanted.unlink()
     if done.returncode:
         raise SystemExit(f"{run.name}, seed {run.seed}, died and left no row:\n{done.stderr[-2000:]}")
     return time.monotonic() - start
@@ -100,6 +109,19 @@ def with_steps(run: Run, runs: list[Run], output: Path, here: dict) -> Run:
     peer = rows[run.rate_of]
     steps = max(1, round(peer["settings"]["max_steps"] * seconds / peer["train_seconds"]))
     return replace(run, training={**run.training, "max_steps": steps})
+
+
+def tabulate(found: list[dict[str, str]], made: dict[str, str], trained: str, task: str) -> str:
+    """The table as text: anchors first, then a paragraph of columns for each claim."""
+    widths = {"letter": 3, "claim": 32, "paper": 24, "here": 76, "verdict": 12}
+    lines = [f"Anchors of {name}: {text}" for name, text in made.items()]
+    lines += [f"Trained: {trained}", f"One claim alone: python benchmarks/evidence.py --task {task} --only LETTER", ""]
+    for row in [{"letter": "", **{name: name for name in list(widths)[1:]}}, *found]:
+        cells = [textwrap.wrap(row[name], width) or [""] for name, width in widths.items()]
+        for parts in itertools.zip_longest(*cells, fillvalue=""):
+            lines.append("  ".join(f"{part:<{width}}" for part, width in zip(parts, widths.values())).rstrip())
+        lines.append("")
+    return "\n".join(lines[:-1])
 
 
 def main() -> None:
@@ -145,10 +167,8 @@ def main() -> None:
 
     rows = Rows([Row(run.name, run.seed, read_row(row_path(output, run), here)) for run in runs])
     found = verdicts(claims, rows, options.task)
-    lines = [f"{'':3} {'claim':<62} {'paper':<34} {'here':<70} verdict"]
-    for row in found:
-        lines.append(f"{row['letter']:<3} {row['claim']:<62} {row['paper']:<34} {row['here']:<70} {row['verdict']}")
-    table = "\n".join(lines)
+    made = {family or options.task: TASKS[options.task].made[family] for family in {run.family: None for run in runs}}
+    table = tabulate(found, made, TASKS[options.task].trained, options.task)
     print(table)
     command = f"python benchmarks/evidence.py --task {options.task} --seeds {' '.join(map(str, options.seeds))}"
     if options.only:
@@ -158,6 +178,7 @@ def main() -> None:
         "command": command,
         "seconds_of_one_thread": round(seconds),
         "seeds": options.seeds,
+        "anchors": made | {"trained": TASKS[options.task].trained},
         "commits_of_the_rows": sorted({str(row.content["commit"]) for row in rows.rows}),
         "claims": found,
     }

@@ -30,6 +30,11 @@ def sign(values: Sequence[float]) -> str:
     return "does not" if all(value < 0 for value in values) else "open"
 
 
+def several(verdicts: Sequence[str]) -> str:
+    """One word where all agree."""
+    return verdicts[0] if len(set(verdicts)) == 1 else " / ".join(verdicts)
+
+
 def better(name: str, *others: str) -> Callable[[Rows, str], Verdict]:
     """`name` above each of `others` by the dial; the mean over all stitches, and what trains, stand beside it."""
 
@@ -42,7 +47,7 @@ def better(name: str, *others: str) -> Callable[[Rows, str], Verdict]:
             trained = "" if abs(times - 1) < 0.005 else f" with {times:.2f} times as much to train"
             parts.append(f"dial {spread(dial)}, all {spread(mean)} over {other}{trained}")
             found.append(sign(dial))
-        return "; ".join(parts), found[0] if len(set(found)) == 1 else " / ".join(found)
+        return "; ".join(parts), several(found)
 
     return judge
 
@@ -70,13 +75,8 @@ def _part(lowest: float, off: float) -> str:
     return "holds" if lowest >= 0.9 and off >= -3 else "only in part" if lowest >= 0.5 else "does not"
 
 
-def interpolates(rows: Rows, task: str) -> Verdict:
-    here, *found = shape(rows["default"])
-    return here, _part(*found)
-
-
-def made_otherwise(*names: str, peer: str | None = None) -> Callable[[Rows, str], Verdict]:
-    """The shape of the curve of other anchors, and how far it lies above a peer's."""
+def interpolate(*names: str, peer: str | None = None) -> Callable[[Rows, str], Verdict]:
+    """The shape of the curve of each setting, and how far the first's lies above a peer's."""
 
     def judge(rows: Rows, task: str) -> Verdict:
         parts, found = [], []
@@ -88,7 +88,7 @@ def made_otherwise(*names: str, peer: str | None = None) -> Callable[[Rows, str]
             text, verdict = better(names[0], peer)(rows, task)
             parts.append(text)
             found.append(verdict)
-        return "; ".join(parts), " / ".join(found)
+        return "; ".join(parts), several(found)
 
     return judge
 
@@ -146,22 +146,27 @@ def cost(rows: Rows, task: str) -> Verdict:
 
 
 def against_alone(rows: Rows, task: str) -> Verdict:
-    here, worst = gaps_to_alone(rows, "default")
+    here, worst = gaps_to_alone(rows, "default", "alone")
     return f"{here} against its own run of as many steps", "holds" if worst >= -3 else "does not"
 
 
 def starving(rows: Rows, task: str) -> Verdict:
-    """By the mean over the seeds: one run of one anchor varies by as much as the bound."""
-    found = {name: gaps_to_alone(rows, name) for name in ("default", "no sandwich")}
+    """By the mean over the seeds: one run of one anchor varies by as much as the bound. The anchors' own runs took, together, as
+    long as the run of all stitches."""
+    equal = {"default": "alone, equal cost", "uniform, longer": "alone, cost of longer"}
+    found = {name: gaps_to_alone(rows, name, own) for name, own in equal.items()}
+    without, _ = gaps_to_alone(rows, "no sandwich", "alone, equal cost")
     here = "; ".join(f"{name}: {text}" for name, (text, _) in found.items())
-    return here, "holds" if found["default"][1] >= -3 else "does not"
+    return f"{here}; no sandwich: {without}", several(
+        ["holds" if worst >= -3 else "does not" for _, worst in found.values()]
+    )
 
 
-def gaps_to_alone(rows: Rows, name: str) -> tuple[str, float]:
+def gaps_to_alone(rows: Rows, name: str, own: str) -> tuple[str, float]:
     """Points of each anchor over its own run, and the worst anchor's, a mean over the seeds."""
     parts, worst = [], []
     for index in range(len(rows[name][0].anchors)):
-        pairs = zip(rows[name], rows["alone"], strict=True)
+        pairs = zip(rows[name], rows[own], strict=True)
         gaps = [row.metric[sorted(row.anchors)[index]] - alone.metric[str(index)] for row, alone in pairs]
         parts.append(f"anchor {index} {spread(gaps)}")
         worst.append(statistics.mean(gaps))
@@ -260,7 +265,7 @@ def gaps(*pairs: tuple[str, str], margin: float = 0.0, cheaper: bool = False) ->
             parts.append(f"{name} {values}, {spread(difference)} over {other} at {times:.2f} times its operations")
             verdict = sign([value + margin for value in difference])
             found.append("does not" if cheaper and times >= 1 else verdict)
-        return "; ".join(parts), found[0] if len(set(found)) == 1 else " / ".join(found)
+        return "; ".join(parts), several(found)
 
     return judge
 
@@ -281,7 +286,7 @@ def equal_time(rows: Rows, task: str) -> Verdict:
         ("default", "esta, equal time"), ("default, as long as snnet", "snnet"), ("default", "snnet, one stage, equal time"),
     )  # fmt: skip
     found = [better(one, other)(rows, task) for one, other in pairs]
-    return "; ".join(here for here, _ in found), " / ".join(verdict for _, verdict in found)
+    return "; ".join(here for here, _ in found), several([verdict for _, verdict in found])
 
 
 def aligned(rows: Rows, task: str) -> Verdict:

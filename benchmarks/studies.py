@@ -67,7 +67,7 @@ def _stitched(run: Run, task: Any, arguments: Any, cache: Path, smoke: bool) -> 
             layer.init_kaiming()
     else:
         steps = min(run.align, 2) if smoke else run.align
-        found = model.calibrate(task.calibration(), shared=run.init, align_steps=steps, progress=False)
+        found = model.calibrate(task.calibration(), shared=run.init, ridge=run.ridge, align_steps=steps, progress=False)
         row["aligned_seconds"] = round(time.process_time() - start, 1) if run.align else 0.0
         row |= {"r2": found.r2, "loss_fitted": found.loss, "loss_unaligned": found.loss_unaligned}
     row["calibration_seconds"] = round(time.process_time() - start, 1)

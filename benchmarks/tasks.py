@@ -24,6 +24,7 @@ class Run:
         kind: `"stitched"`, or `"alone"`: each anchor by plain PEFT LoRA, or whole where `pst` says `full`.
         family: anchors other than the task's first family.
         init: start of the stitching layers: `"joint"`, `"mean"` (both least squares) or `"kaiming"`.
+        ridge: of the least squares, relative to the mean variance of the features.
         align: steps of the alignment stage of `calibrate`.
         adapted: name of an `alone` run of this seed whose tuned anchors are stitched: adapt-then-stitch.
         peer: what trains instead of LoRA or the biases (`peers.py`).
@@ -46,6 +47,7 @@ class Run:
     kind: str = "stitched"
     family: str = ""
     init: str = "joint"
+    ridge: float = 1e-4
     align: int = 0
     adapted: str | None = None
     peer: str = ""
@@ -75,6 +77,12 @@ class Vision:
         "convnext": ("ConvNext", ("small", "base"), {"kernel_size": 2}, 8),
         "resnet-swin": ("Mixed", ("small", "base"), {"across_stages": True}, 8),
     }
+    made = {
+        "": "ViTs of 6 blocks, 32, 64 and 128 wide",
+        "convnext": "ConvNeXts of two stages, 16-32 and 32-64 wide",
+        "resnet-swin": "a ResNet of three stages, 16-32-64 wide, and a Swin of three, 24-48-96 wide",
+    }
+    trained = "600 steps of 64 pictures of the digits 0 to 6, each anchor apart from the others; one family a seed"
 
     def __init__(self, cache: Path, run: Run):
         from transformers import AutoImageProcessor
@@ -136,8 +144,7 @@ class Vision:
 class Language:
     """Two byte-level LLaMAs, fine-tuned on 24 instruction skills (`data/skills.py`).
 
-    Families: the demo's pair, the small one aligned to the large (`data/anchors`); `second`, such a pair of another seed, trained
-    a third as long; `apart`, the demo's large one and a small one of its shape that was trained by itself.
+    Every seed of a fine-tune starts from the same anchors.
     """
 
     metric, trainer = "exact_match", "StitchTrainer"
@@ -150,6 +157,12 @@ class Language:
         "warmup_steps": 0.06, "interval_count": 6,
     }  # fmt: skip
     full_rate = 1e-3
+    made = {
+        "": "the demo's pair (data/anchors), 128 and 76 wide, 9 and 7 blocks; the small one cut from the large and aligned to it",
+        "second": "such a pair of another seed, 1,000 and 500 steps instead of 3,000 and 1,500",
+        "apart": "the demo's large one, and a small one of its shape trained by itself, neither cut nor aligned",
+    }
+    trained = "steps of 24 x 128 bytes of terse skills and English documentation, no instruction among them"
 
     def __init__(self, cache: Path, run: Run):
         from transformers import AutoTokenizer

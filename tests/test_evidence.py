@@ -173,12 +173,13 @@ LOSSES = {"a": 4.0, "b": 3.0, "c": 2.0, "d": 1.0}
 def test_interpolation_and_importance_by_hand(suite):
     _, _, judgements, *_ = suite
     straight = judgements.Rows([row(judgements, "default", 0, [0.1, 0.2, 0.3, 0.4])])
-    here, verdict = judgements.interpolates(straight, "vision")
+    here, verdict = judgements.interpolate("default")(straight, "vision")
     assert "0.0 ± 0.0 off the line" in here
     assert verdict == "holds"
     sagging = judgements.Rows([row(judgements, "default", 0, [0.1, 0.1, 0.1, 0.4], spearman=0.3)])
-    assert "-15.0" in judgements.interpolates(sagging, "vision")[0]
-    assert judgements.interpolates(sagging, "vision")[1] == "does not"
+    here, verdict = judgements.interpolate("default")(sagging, "vision")
+    assert "-15.0" in here
+    assert verdict == "does not"
     ranked = row(judgements, "uniform, longer", 0, [0.1, 0.2, 0.3, 0.4], loss=LOSSES, importance=[1.0, 2.0, 3.0, 4.0])
     assert judgements.importance(judgements.Rows([ranked]), "vision")[1] == "holds"
     wrong = row(judgements, "uniform, longer", 0, [0.1, 0.2, 0.3, 0.4], loss=LOSSES, importance=[2.0, 1.0, 4.0, 3.0])
