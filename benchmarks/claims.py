@@ -9,11 +9,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from curves import against_alone, aligned, importance, interpolate, monotone, starving
 from judgements import (
     FACTORS,
     Verdict,
-    against_alone,
-    aligned,
     angles,
     better,
     cost,
@@ -22,13 +21,9 @@ from judgements import (
     equal_time,
     factor,
     gaps,
-    importance,
-    interpolate,
-    monotone,
     ranks,
     shots,
     start,
-    starving,
 )
 from rows import Rows
 from tasks import Run

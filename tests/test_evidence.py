@@ -1,8 +1,10 @@
 """The evidence suite: every setting runs, judgements by hand, rows of another machine or a dead run never count."""
 
+import importlib
 import json
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, python
@@ -19,14 +21,10 @@ pytestmark = pytest.mark.filterwarnings(
 
 @pytest.fixture
 def suite(monkeypatch):
+    """The modules of the suite by name."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import claims
-    import evidence
-    import judgements
-    import studies
-    import tasks
-
-    return claims, evidence, judgements, studies, tasks
+    names = ("claims", "curves", "evidence", "judgements", "rows", "studies", "tasks")
+    return SimpleNamespace(**{name: importlib.import_module(name) for name in names})
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +69,7 @@ def cache(tmp_path_factory):
     return folder
 
 
-def row(judgements, name, seed, values, params=None, importance=None, **more):
+def row(suite, name, seed, values, params=None, importance=None, **more):
     """A row of stitches `a`, `b`, ... with these shares right on either half; the first and last are anchors."""
     keys = "abcdefgh"[: len(values)]
     first, second = zip(*[value if isinstance(value, tuple) else (value, value) for value in values])
@@ -87,35 +85,33 @@ def row(judgements, name, seed, values, params=None, importance=None, **more):
         "halves": [dict(zip(keys, first)), dict(zip(keys, second))], "half_rows": [100, 100],
         "settings": {"interval_count": 2}, "spearman": 1.0, "trained": 1, **more,
     }  # fmt: skip
-    return judgements.Row(name, seed, content)
+    return suite.rows.Row(name, seed, content)
 
 
 @pytest.mark.parametrize("task", ["vision", "language"])
 def test_every_setting_runs_and_every_claim_is_judged(task, suite, cache, tmp_path, monkeypatch):
-    claims, evidence, judgements, studies, tasks = suite
-    monkeypatch.setattr(tasks, "DEMO", cache / "demo")
-    tasks.Language.prepare(cache, "", 0)
-    own = [claim for claim in claims.CLAIMS if task in claim.tasks]
+    monkeypatch.setattr(suite.tasks, "DEMO", cache / "demo")
+    suite.tasks.Language.prepare(cache, "", 0)
+    own = [claim for claim in suite.claims.CLAIMS if task in claim.tasks]
     settings = {run.name: run for claim in own for run in claim.runs(task)}
     rows = []
     for run in sorted(settings.values(), key=lambda run: run.adapted is not None):
-        found = studies.execute(replace(run, training={**run.training, "max_steps": 2}), cache, smoke=True)
+        found = suite.studies.execute(replace(run, training={**run.training, "max_steps": 2}), cache, smoke=True)
         found = json.loads(json.dumps(found))
-        rows.append(judgements.Row(run.name, 0, found))
+        rows.append(suite.rows.Row(run.name, 0, found))
         if run.kind == "stitched":
             assert len(found[found["metric"]]) == len(found["stitches"]) > 3
             assert set(found["halves"][0]) == set(found[found["metric"]])
-    verdicts = claims.verdicts(own, judgements.Rows(rows), task)
+    verdicts = suite.claims.verdicts(own, suite.rows.Rows(rows), task)
     told = {word for v in verdicts for word in v["verdict"].split(" / ")}
     assert told <= {"holds", "does not", "open", "only in part"}
     assert all(v["here"] for v in verdicts)
-    judgements.Rows(rows).plot(tmp_path / "p.png", task)
+    suite.rows.Rows(rows).plot(tmp_path / "p.png", task)
     assert (tmp_path / "p.png").stat().st_size > 10_000
 
 
 def test_a_dial_is_chosen_on_one_half_and_judged_on_the_other(suite):
-    _, _, judgements, *_ = suite
-    one = row(judgements, "default", 0, [(0.1, 0.2), (0.3, 0.1), (0.2, 0.9), (0.4, 0.5)])
+    one = row(suite, "default", 0, [(0.1, 0.2), (0.3, 0.1), (0.2, 0.9), (0.4, 0.5)])
     assert one.dial(0) == [("a", 20.0), ("b", 10.0), ("d", 50.0)]
     assert [key for key, _ in one.dial(1)] == ["a", "c"]
     # budgets 10, 13.3, .., 40: half 0 gives a (to 20), b (to 40), d at 40; half 1 gives a (to 30), c after
@@ -123,124 +119,114 @@ def test_a_dial_is_chosen_on_one_half_and_judged_on_the_other(suite):
     assert one.front == pytest.approx(sum(map(sum, wanted)) / 20)
 
 
-def dial_of(judgements, *right):
+def dial_of(suite, *right):
     """A row whose stitches, ever better on the first half, get these of the second half's rows right."""
     values = [((i + 1) / 10, len(rows) / 100) for i, rows in enumerate(right)]
     bits = [sum(1 << row for row in rows) for rows in right]
     hits = [{}, {key: f"{number:x}" for key, number in zip("abcdefgh", bits)}]
-    made = row(judgements, "default", 0, values, hits=hits)
+    made = row(suite, "default", 0, values, hits=hits)
     made["hits"][0].update(made["hits"][1])
     return made
 
 
 def test_a_fall_within_chance_is_told_from_one_beyond_it(suite):
-    _, _, judgements, *_ = suite
-    level = dial_of(judgements, range(50), range(5, 52), range(60))  # loses 5 rows, wins 2: p = .23
+    level = dial_of(suite, range(50), range(5, 52), range(60))  # loses 5 rows, wins 2: p = .23
     assert level.falls(0) == (3, 1, 0)
-    deep = dial_of(judgements, range(60), range(40), range(60))  # loses 20, wins none: p = 1e-6
+    deep = dial_of(suite, range(60), range(40), range(60))  # loses 20, wins none: p = 1e-6
     assert deep.falls(0) == (3, 1, 1)
     creeping = dial_of(
-        judgements, range(60), range(55), range(50), range(45), range(40)
+        suite, range(60), range(55), range(50), range(45), range(40)
     )  # no step of it tells, the whole does
     assert creeping.falls(0)[2] >= 3
     for dial, verdict in ((level, "holds"), (deep, "does not"), (creeping, "does not")):
         dial.content["halves"][1] = {key: 0.0 for key in dial["halves"][1]} | {
             "a": 1.0
         }  # the other way round: one size
-        assert judgements.monotone(judgements.Rows([dial]), "vision")[1] == verdict
+        assert suite.curves.monotone(suite.rows.Rows([dial]), "vision")[1] == verdict
 
 
 def test_the_tail_of_a_coin_by_hand(suite):
-    import rows
-
-    assert rows.binomial_tail(0, 3) == 1
-    assert rows.binomial_tail(3, 3) == 1 / 8
-    assert rows.binomial_tail(2, 4) == 11 / 16
+    assert suite.rows.binomial_tail(0, 3) == 1
+    assert suite.rows.binomial_tail(3, 3) == 1 / 8
+    assert suite.rows.binomial_tail(2, 4) == 11 / 16
 
 
 def test_seeds_that_disagree_leave_a_claim_open(suite):
-    _, _, judgements, *_ = suite
-    rows = [row(judgements, "default", seed, [0.1, 0.2, 0.3]) for seed in (0, 1)]
+    rows = [row(suite, "default", seed, [0.1, 0.2, 0.3]) for seed in (0, 1)]
     worse, better = [0.0, 0.1, 0.2], [0.2, 0.3, 0.4]
     for values, verdict in (((worse, worse), "holds"), ((better, better), "does not"), ((worse, better), "open")):
-        peers = [row(judgements, "peer", seed, v) for seed, v in enumerate(values)]
-        assert judgements.better("default", "peer")(judgements.Rows(rows + peers), "vision")[1] == verdict
+        peers = [row(suite, "peer", seed, v) for seed, v in enumerate(values)]
+        assert suite.judgements.better("default", "peer")(suite.rows.Rows(rows + peers), "vision")[1] == verdict
 
 
 LOSSES = {"a": 4.0, "b": 3.0, "c": 2.0, "d": 1.0}
 
 
 def test_interpolation_and_importance_by_hand(suite):
-    _, _, judgements, *_ = suite
-    straight = judgements.Rows([row(judgements, "default", 0, [0.1, 0.2, 0.3, 0.4])])
-    here, verdict = judgements.interpolate("default")(straight, "vision")
+    straight = suite.rows.Rows([row(suite, "default", 0, [0.1, 0.2, 0.3, 0.4])])
+    here, verdict = suite.curves.interpolate("default")(straight, "vision")
     assert "0.0 ± 0.0 off the line" in here
     assert verdict == "holds"
-    sagging = judgements.Rows([row(judgements, "default", 0, [0.1, 0.1, 0.1, 0.4], spearman=0.3)])
-    here, verdict = judgements.interpolate("default")(sagging, "vision")
+    sagging = suite.rows.Rows([row(suite, "default", 0, [0.1, 0.1, 0.1, 0.4], spearman=0.3)])
+    here, verdict = suite.curves.interpolate("default")(sagging, "vision")
     assert "-15.0" in here
     assert verdict == "does not"
-    ranked = row(judgements, "uniform, longer", 0, [0.1, 0.2, 0.3, 0.4], loss=LOSSES, importance=[1.0, 2.0, 3.0, 4.0])
-    assert judgements.importance(judgements.Rows([ranked]), "vision")[1] == "holds"
-    wrong = row(judgements, "uniform, longer", 0, [0.1, 0.2, 0.3, 0.4], loss=LOSSES, importance=[2.0, 1.0, 4.0, 3.0])
-    assert judgements.importance(judgements.Rows([wrong]), "vision")[1] == "does not"
+    ranked = row(suite, "uniform, longer", 0, [0.1, 0.2, 0.3, 0.4], loss=LOSSES, importance=[1.0, 2.0, 3.0, 4.0])
+    assert suite.curves.importance(suite.rows.Rows([ranked]), "vision")[1] == "holds"
+    wrong = row(suite, "uniform, longer", 0, [0.1, 0.2, 0.3, 0.4], loss=LOSSES, importance=[2.0, 1.0, 4.0, 3.0])
+    assert suite.curves.importance(suite.rows.Rows([wrong]), "vision")[1] == "does not"
 
 
 def test_rows_of_another_version_or_machine_are_refused(suite, tmp_path):
-    _, evidence, *_ = suite
     here = {"versions": {"torch": "2"}, "machine": {"cores": 2}}
     path = tmp_path / "row.json"
     path.write_text(json.dumps(here | {"accuracy": 1}))
-    assert evidence.read_row(path, here)["accuracy"] == 1
+    assert suite.evidence.read_row(path, here)["accuracy"] == 1
     for other in ({"versions": {"torch": "3"}}, {"machine": {"cores": 4}}):
         path.write_text(json.dumps(here | other))
         with pytest.raises(SystemExit, match="rows of two do not mix"):
-            evidence.read_row(path, here)
+            suite.evidence.read_row(path, here)
 
 
 def test_a_run_that_died_leaves_no_row(suite, cache, tmp_path):
-    _, evidence, *_, tasks = suite
-    run = tasks.Run("vision", "broken", 0, space={"kernel_size": 99})
+    run = suite.tasks.Run("vision", "broken", 0, space={"kernel_size": 99})
     with pytest.raises(SystemExit, match="broken, seed 0, died and left no row:(.|\n)*kernel_size 99"):
-        evidence.measure(run, tmp_path, cache, smoke=True)
-    assert not evidence.row_path(tmp_path, run).exists()
-    assert evidence.row_path(tmp_path, run) != evidence.row_path(tmp_path, replace(run, seed=1))
+        suite.evidence.measure(run, tmp_path, cache, smoke=True)
+    assert not suite.evidence.row_path(tmp_path, run).exists()
+    assert suite.evidence.row_path(tmp_path, run) != suite.evidence.row_path(tmp_path, replace(run, seed=1))
 
 
 def test_equal_time_counts_every_stage(suite, tmp_path):
-    _, evidence, *_, tasks = suite
     runs = [
-        tasks.Run("vision", "default", 0), tasks.Run("vision", "alone full", 0), tasks.Run("vision", "snnet", 0),
-        tasks.Run("vision", "default, as long as snnet", 0, lasts=("alone full", "snnet"), rate_of="default"),
-        tasks.Run("vision", "snnet", 1),
+        suite.tasks.Run("vision", "default", 0), suite.tasks.Run("vision", "alone full", 0), suite.tasks.Run("vision", "snnet", 0),
+        suite.tasks.Run("vision", "default, as long as snnet", 0, lasts=("alone full", "snnet"), rate_of="default"),
+        suite.tasks.Run("vision", "snnet", 1),
     ]  # fmt: skip
     here = {"versions": {}, "machine": {}}
     for run, seconds in zip(runs, (60.0, 70.0, 20.0)):
-        path = evidence.row_path(tmp_path, run)
+        path = suite.evidence.row_path(tmp_path, run)
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(here | {"train_seconds": seconds, "settings": {"max_steps": 400}}))
-    assert evidence.with_steps(runs[0], runs, tmp_path, here) == runs[0]
-    assert evidence.with_steps(runs[3], runs, tmp_path, here).training == {"max_steps": 600}
+    assert suite.evidence.with_steps(runs[0], runs, tmp_path, here) == runs[0]
+    assert suite.evidence.with_steps(runs[3], runs, tmp_path, here).training == {"max_steps": 600}
 
 
 @pytest.mark.parametrize("task", ["vision", "language"])
 def test_the_published_dial_of_the_measured_runs_never_goes_down(task, suite):
     """On the committed rows: sizes chosen on one half of the held-out rows, judged on the other."""
-    _, _, judgements, *_ = suite
     folder = ROOT / "benchmarks" / "results" / f"evidence-{task}" / "rows"
     rows = [json.loads(path.read_text()) for path in folder.glob("default-?-*.json")]
     assert len(rows) >= 3
-    found = judgements.Rows([judgements.Row("default", row["run"]["seed"], row) for row in rows])
-    assert judgements.monotone(found, task)[1] == "holds", judgements.monotone(found, task)
+    found = suite.rows.Rows([suite.rows.Row("default", row["run"]["seed"], row) for row in rows])
+    assert suite.curves.monotone(found, task)[1] == "holds", suite.curves.monotone(found, task)
 
 
 def test_every_claim_stands_in_the_papers_table(suite):
-    claims, *_ = suite
     table = (ROOT / "PAPERS.md").read_text().split("## Claims")[1].split("## Where")[0]
     told = {
         letter for line in table.splitlines() for letter in _letters(line.split("|")[1] if line.count("|") > 2 else "")
     }
-    assert {claim.letter for claim in claims.CLAIMS} == told
+    assert {claim.letter for claim in suite.claims.CLAIMS} == told
 
 
 def _letters(cell):
@@ -251,11 +237,10 @@ def _letters(cell):
 
 
 def test_a_rows_name_is_the_same_in_every_process_and_follows_the_settings(suite, tmp_path, monkeypatch):
-    _, evidence, *_, tasks = suite
-    run = tasks.Run("vision", "default", 0)
-    path = evidence.row_path(tmp_path, run)
+    run = suite.tasks.Run("vision", "default", 0)
+    path = suite.evidence.row_path(tmp_path, run)
     code = f"import evidence, tasks; from pathlib import Path; print(evidence.row_path(Path({str(tmp_path)!r}), tasks.Run('vision', 'default', 0)))"
     done = python("-c", code, PYTHONPATH=str(ROOT / "benchmarks"))
     assert done.stdout.strip() == str(path)
-    monkeypatch.setattr(tasks.Vision, "steps", 7)
-    assert evidence.row_path(tmp_path, run) != path
+    monkeypatch.setattr(suite.tasks.Vision, "steps", 7)
+    assert suite.evidence.row_path(tmp_path, run) != path
