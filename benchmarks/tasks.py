@@ -153,7 +153,7 @@ class Language:
     space: dict = {}
     steps = 300
     training = {
-        "per_device_train_batch_size": 16, "global_batch_size": 16, "learning_rate": 3e-3, "weight_decay": 1e-4,
+        "per_device_train_batch_size": 16, "global_batch_size": 16, "learning_rate": 6e-3, "weight_decay": 1e-4,
         "warmup_steps": 0.06, "interval_count": 6,
     }  # fmt: skip
     full_rate = 1e-3
