@@ -80,10 +80,14 @@ def gaps_to_alone(rows: Rows, name: str, own: str) -> tuple[str, float]:
     return ", ".join(parts), min(worst)
 
 
-def importance(rows: Rows, task: str) -> Verdict:
+def importance(name: str) -> Callable[[Rows, str], Verdict]:
     """Inside intervals of two and more stitches; rank by held-out metric decides, by held-out loss stands beside it."""
+    return lambda rows, task: _importance(rows[name])
+
+
+def _importance(rows: Sequence[Row]) -> Verdict:
     ranks, by_loss, hits, regrets = [], [], [], []
-    for row in rows["uniform, longer"]:
+    for row in rows:
         inside, losses, right, regret = [], [], [], []
         for group in row.intervals():
             known = [s for s in group if s["importance"] is not None]

@@ -172,9 +172,9 @@ def test_interpolation_and_importance_by_hand(suite):
     assert "-15.0" in here
     assert verdict == "does not"
     ranked = row(suite, "uniform, longer", 0, [0.1, 0.2, 0.3, 0.4], loss=LOSSES, importance=[1.0, 2.0, 3.0, 4.0])
-    assert suite.curves.importance(suite.rows.Rows([ranked]), "vision")[1] == "holds"
+    assert suite.curves.importance("uniform, longer")(suite.rows.Rows([ranked]), "vision")[1] == "holds"
     wrong = row(suite, "uniform, longer", 0, [0.1, 0.2, 0.3, 0.4], loss=LOSSES, importance=[2.0, 1.0, 4.0, 3.0])
-    assert suite.curves.importance(suite.rows.Rows([wrong]), "vision")[1] == "does not"
+    assert suite.curves.importance("uniform, longer")(suite.rows.Rows([wrong]), "vision")[1] == "does not"
 
 
 def test_rows_of_another_version_or_machine_are_refused(suite, tmp_path):
