@@ -124,7 +124,7 @@ def aligned(rows: Rows, task: str) -> Verdict:
     seconds = [a["calibration_seconds"] - b["calibration_seconds"] for a, b in zip(own, rows["apart"])]
     lifted = [100 * (1 - b / a) for a, b in zip(first, then)]
     here = f"valley {spread(first, 2)} to {spread(then, 2)} nats ({spread(lifted, 0)} %) in {spread(seconds, 0)} s"
-    text, verdict = better("apart, aligned", "apart", "apart, longer")(rows, task)
+    text, verdict = better("apart, aligned", "apart")(rows, task)
     return f"{here}; after the fine-tune {text}", f"{sign(lifted)} / {verdict}"
 
 
