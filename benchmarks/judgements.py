@@ -126,8 +126,12 @@ def angles(rows: Rows, task: str) -> Verdict:
     return "; ".join(parts), sign([a - b for a, b in zip(*means)])
 
 
-def differ(rows: Rows, task: str) -> Verdict:
+def differ(*names: str) -> Callable[[Rows, str], Verdict]:
     """Whether two tasks' most important stitch of an interval differs more often than two runs' of one task."""
+    return lambda rows, task: _differ([rows[name] for name in names])
+
+
+def _differ(both: Sequence[Sequence[Row]]) -> Verdict:
 
     def share(one: Row, other: Row) -> float:
         other_scores = {s["key"]: s["importance"] for s in other["stitches"]}
@@ -139,7 +143,6 @@ def differ(rows: Rows, task: str) -> Verdict:
                 changed.append(here != max(known, key=lambda s: other_scores[s["key"]])["key"])
         return statistics.mean(changed) if changed else 0.0
 
-    both = rows["words"], rows["numbers"]
     if len(both[0]) < 2:
         return "two seeds are needed to tell tasks from chance", "open"
     across = [statistics.mean(share(one, other) for other in both[1]) for one in both[0]]

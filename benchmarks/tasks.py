@@ -28,8 +28,7 @@ class Run:
         align: steps of the alignment stage of `calibrate`.
         adapted: name of an `alone` run of this seed whose tuned anchors are stitched: adapt-then-stitch.
         peer: what trains instead of LoRA or the biases (`peers.py`).
-        part: of the task's data: `"source"`, what the anchors were pretrained on (vision); `"words"` or `"numbers"`, one half
-            of the skills (language); all for `""`.
+        part: of the task's data: `"source"`, what the anchors were pretrained on (vision); all for `""`.
         shots: pictures a class (vision); 0 is the task's own.
         angles: also the pairwise gradient angles between stitches at the end.
         before: also the quality of every stitch before training.
@@ -175,8 +174,6 @@ class Language:
         self.processor = tokenizer = AutoTokenizer.from_pretrained(self.anchors[0])
         self.collate = Collator(pad_token_id(tokenizer))
         rows = [read_rows(str(cache / "skills" / name)) for name in ("train.json", "heldout.json")]
-        if run.part:
-            rows = [[row for row in part if _about_numbers(row) == (run.part == "numbers")] for part in rows]
         self.train, self.test = (InstructionDataset(part, tokenizer, template("short"), 128) for part in rows)
 
     @staticmethod
@@ -214,10 +211,6 @@ class Language:
 
 
 TASKS: dict[str, type] = {"vision": Vision, "language": Language}
-
-
-def _about_numbers(row: Any) -> bool:
-    return any(sign.isdigit() for sign in row.instruction + row.input + row.output)
 
 
 def _python(*arguments: Any, output: Path) -> None:
