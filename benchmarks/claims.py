@@ -181,7 +181,7 @@ CLAIMS = (
     Claim("i2", "LoRA beats Adapter and AdaptFormer", "ESTA Fig 7: on par", _settings("default", "adapter", "adaptformer"), better("default", "adapter", "adaptformer"), VISION),
     Claim("j", "more shots, better stitches", "ESTA Fig 8", _settings("default", "shots 1", "shots 4", "shots 16"), shots, VISION),
     Claim("k", "stitches' gradients conflict more on the target", "ESTA Figs 2, 13: yes", _settings("angles, target", "angles, source"), angles, VISION),
-    Claim("l", "the stitches that matter differ between tasks", "ESTA Fig 11: yes", _settings("default", "source"), differ("default", "source"), VISION),
+    Claim("l", "the stitches that matter differ between tasks", "ESTA Fig 11: yes", _settings("default", "source", "uniform", "interval"), differ("default", "source", "uniform", "interval"), VISION),
     Claim("m", "ConvNeXt: a smooth curve, above SN-Net's", "ESTA Fig 9a: yes", _settings("convnext", "convnext, snnet", "convnext, alone full"), interpolate("convnext", peer="convnext, snnet"), VISION),
     Claim("n1", "fast to slow beats slow to fast", "SN-Net Fig 9a: for most", _settings("default", "slow to fast"), better("default", "slow to fast"), VISION),
     Claim("n2", "nearest pairs beat any pair", "SN-Net Fig 9b: for most", _settings("default", "any pairs"), better("default", "any pairs"), VISION),

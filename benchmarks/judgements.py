@@ -126,31 +126,26 @@ def angles(rows: Rows, task: str) -> Verdict:
     return "; ".join(parts), sign([a - b for a, b in zip(*means)])
 
 
-def differ(*names: str) -> Callable[[Rows, str], Verdict]:
-    """Whether two tasks' most important stitch of an interval differs more often than two runs' of one task."""
-    return lambda rows, task: _differ([rows[name] for name in names])
+def differ(name: str, other: str, *same: str) -> Callable[[Rows, str], Verdict]:
+    """Whether the most important stitch of an interval changes with the task more often than with the draws (`same`)."""
 
-
-def _differ(both: Sequence[Sequence[Row]]) -> Verdict:
-
-    def share(one: Row, other: Row) -> float:
-        other_scores = {s["key"]: s["importance"] for s in other["stitches"]}
+    def share(one: Row, another: Row) -> float:
+        scores = {s["key"]: s["importance"] for s in another["stitches"]}
         changed = []
         for group in one.intervals():
-            known = [s for s in group if s["importance"] is not None and other_scores[s["key"]] is not None]
+            known = [s for s in group if s["importance"] is not None and scores[s["key"]] is not None]
             if len(known) > 1:
-                here = max(known, key=lambda s: s["importance"])["key"]
-                changed.append(here != max(known, key=lambda s: other_scores[s["key"]])["key"])
+                best = max(known, key=lambda s: s["importance"])["key"]
+                changed.append(best != max(known, key=lambda s: scores[s["key"]])["key"])
         return statistics.mean(changed) if changed else 0.0
 
-    if len(both[0]) < 2:
-        return "two seeds are needed to tell tasks from chance", "open"
-    across = [statistics.mean(share(one, other) for other in both[1]) for one in both[0]]
-    within = [
-        statistics.mean(share(a[i], b) for a in both for b in a if b.seed != a[i].seed) for i in range(len(both[0]))
-    ]
-    here = f"another stitch in {spread([100 * a for a in across], 0)} % of the intervals, {spread([100 * w for w in within], 0)} % between seeds of one task"
-    return here, sign([a - w for a, w in zip(across, within)])
+    def judge(rows: Rows, task: str) -> Verdict:
+        across = list(map(share, rows[name], rows[other]))
+        within = [statistics.mean(values) for values in zip(*(map(share, rows[name], rows[peer]) for peer in same))]
+        here = f"another stitch in {spread([100 * a for a in across], 0)} % of the intervals, with other draws in {spread([100 * w for w in within], 0)} %"
+        return here, sign([a - w for a, w in zip(across, within)])
+
+    return judge
 
 
 def gaps(*pairs: tuple[str, str], margin: float = 0.0, cheaper: bool = False) -> Callable[[Rows, str], Verdict]:
