@@ -4,7 +4,7 @@
 
 Peers, in the same run: each setting beside this package's default, anchors tuned alone by plain PEFT, SN-Net's procedure. Runs are
 independent processes of one thread each; a run that is done is read again, unless another version or machine wrote it: that is
-refused. Writes `rows/`, `evidence.json`, `table.txt` and `curves.png`; prints the table and, last, one JSON line.
+refused. Writes `rows/` and, of all claims, `evidence.json`, `table.txt` and `curves.png`; prints the table and, last, one JSON line.
 """
 
 from __future__ import annotations
@@ -182,9 +182,10 @@ def main() -> None:
         "commits_of_the_rows": sorted({str(row.content["commit"]) for row in rows.rows}),
         "claims": found,
     }
-    write_atomically(output / "table.txt", lambda path: Path(path).write_text(table + "\n"))
-    write_atomically(output / "evidence.json", lambda path: Path(path).write_text(dump_record(record)))
-    rows.plot(output / "curves.png", options.task)
+    if not options.only:
+        write_atomically(output / "table.txt", lambda path: Path(path).write_text(table + "\n"))
+        write_atomically(output / "evidence.json", lambda path: Path(path).write_text(dump_record(record)))
+        rows.plot(output / "curves.png", options.task)
     print(json.dumps(json.loads(dump_record(record))))
 
 
