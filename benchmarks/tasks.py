@@ -64,7 +64,7 @@ class Vision:
 
     metric, trainer = "accuracy", "StitchImageTrainer"
     head = ["classifier"]
-    steps = 300
+    steps = 900
     training = {
         "per_device_train_batch_size": 32, "global_batch_size": 32, "learning_rate": 5e-3, "weight_decay": 1e-4,
         "warmup_steps": 0.1, "interval_count": 15,
@@ -148,9 +148,9 @@ class Language:
 
     metric, trainer = "exact_match", "StitchTrainer"
     head: list[str] = []
-    rank: Any = 16
+    rank: Any = 32
     space: dict = {}
-    steps = 300
+    steps = 900
     training = {
         "per_device_train_batch_size": 16, "global_batch_size": 16, "learning_rate": 6e-3, "weight_decay": 1e-4,
         "warmup_steps": 0.06, "interval_count": 6,

@@ -101,11 +101,15 @@ class Keep(TrainerCallback):
 
 @pytest.mark.parametrize(("distillation", "weight"), [("hard", 0.5), ("hard", 0.0), ("soft", 0.3), ("none", 0.5)])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_step_adds_teacher_and_student(distillation, weight, checkpointing, anchors, tmp_path, monkeypatch):
+@pytest.mark.parametrize("trains", [False, True])
+def test_a_step_is_the_taught_student_and_the_teacher_where_it_trains(
+    trains, distillation, weight, checkpointing, anchors, tmp_path, monkeypatch
+):
     model, keep, seen = stitched_model(anchors["unequal"]), Keep(), []
     run = trainer(
         model, tmp_path, [keep], max_steps=1, max_grad_norm=0, distillation=distillation, distillation_weight=weight,
-        activation_checkpointing=checkpointing, sampling="uniform", sandwich=False, seed=9,
+        activation_checkpointing=checkpointing, sampling="uniform", anchor_share=0.0, train_teacher=trains,
+        seed=9,
     )  # fmt: skip
     student, teacher = run.draw(0), model.space.anchor_stitch(-1)
     assert student.key != teacher.key
@@ -126,7 +130,9 @@ def test_a_step_adds_teacher_and_student(distillation, weight, checkpointing, an
 
     taught, logits = scores(teacher.key), scores(student.key)
     share = 0 if distillation == "none" else weight
-    loss = F.cross_entropy(taught, wanted) + (1 - share) * F.cross_entropy(logits, wanted)
+    loss = (1 - share) * F.cross_entropy(logits, wanted)
+    if trains:
+        loss = loss + F.cross_entropy(taught, wanted)
     if distillation == "hard":
         loss = loss + share * F.cross_entropy(logits, taught.detach().argmax(-1))
     elif distillation == "soft":
@@ -143,7 +149,10 @@ def test_a_step_adds_teacher_and_student(distillation, weight, checkpointing, an
 
 def test_importance_is_read_from_the_student_alone(anchors, tmp_path):
     model = stitched_model(anchors["unequal"])
-    run = trainer(model, tmp_path, max_steps=1, importance="snip", distillation="none", sampling="uniform", seed=9)
+    run = trainer(
+        model, tmp_path, max_steps=1, importance="snip", distillation="none", sampling="uniform", train_teacher=True,
+        anchor_share=0.0, seed=9,
+    )  # fmt: skip
     key, twin = run.draw(0).key, stitched_model(anchors["unequal"]).train()
     assert key != "1[0:5]"
     batch = next(iter(run.get_train_dataloader()))

@@ -277,7 +277,7 @@ def test_sn_nets_procedure_from_checkpoints_to_an_evaluated_bundle(family, optio
         assert [set(row) for row in found.values()] == [{"loss", "accuracy", "trained", "seconds"}] * 2
     python(
         "recipes/finetune_vision.py", "--anchors", adapted / "0", adapted / "1", *common, *options, "--full", "--sampling",
-        "uniform", "--no_inplace_teacher", "--no_sandwich", "--teacher", adapted / "1", "--anchor_lr_scale", "0.1",
+        "uniform", "--no_inplace_teacher", "--anchor_share", "0", "--teacher", adapted / "1", "--anchor_lr_scale", "0.1",
         "--dtype", "float32", "--baselines", rows, "--output_dir", tmp_path / "out",
     )  # fmt: skip
     row = json.loads((tmp_path / "out" / "result.json").read_text())

@@ -72,7 +72,7 @@ def test_ridge_shrinks_the_stitching_layers(anchors):
     "options",
     [
         {"floor": 0.0},
-        {"anchor_share": 0.9, "sandwich": False},
+        {"anchor_share": 0.9, "train_teacher": True},
         {"sampling_warmup": 1.0},
         {"interval_count": 2},
         {"seed": 5},
@@ -86,7 +86,7 @@ def test_trainer_draws_as_its_arguments_say(options, anchors, tmp_path):
     args = run.args
     wanted = StitchSampler(
         run.stitches, interval_count=args.interval_count, warmup_steps=round(args.sampling_warmup * 40), floor=args.floor,
-        anchor_share=args.anchor_share, seed=args.seed, always=["1[0:5]", "0[0:3]"] if args.sandwich else ["1[0:5]"],
+        anchor_share=args.anchor_share, seed=args.seed, always=["1[0:5]"] * args.train_teacher,
     )  # fmt: skip
     for name, value in options.items():
         assert getattr(args, name) == value

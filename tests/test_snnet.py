@@ -35,8 +35,8 @@ def test_a_step_without_in_place_teacher_is_the_students_alone(kind, tmp_path):
     teacher = swin(8, [2, 2]) if kind == "teacher" else None
     model, twin, keep = whole(), whole().train(), Keep()
     run = image_trainer(
-        model, tmp_path, teacher, max_steps=1, max_grad_norm=0, inplace_teacher=False, sandwich=False,
-        sampling="uniform", distillation_weight=0.3, per_device_train_batch_size=16, global_batch_size=16,
+        model, tmp_path, teacher, max_steps=1, max_grad_norm=0, inplace_teacher=False, anchor_share=0.0,
+        sampling="uniform", distillation="hard", distillation_weight=0.3, per_device_train_batch_size=16, global_batch_size=16,
     )  # fmt: skip
     run.add_callback(keep)
     student = run.draw(0)
@@ -57,38 +57,6 @@ def test_a_step_without_in_place_teacher_is_the_students_alone(kind, tmp_path):
     for name, gradient in keep.gradients.items():
         torch.testing.assert_close(gradient, own[name], atol=1e-5, rtol=1e-3)
     assert "loss_teacher" not in {name for entry in run.state.log_history for name in entry}
-
-
-@pytest.mark.parametrize("drawn", ["smallest", "other"])
-def test_a_sandwich_adds_the_smallest_anchor_and_importance_does_not_see_it(drawn, tmp_path, monkeypatch):
-    """One step of labels alone: gradients of the largest, the student and the smallest, each once."""
-    model, twin, keep = image_model({}), image_model({}).train(), Keep()
-    run = image_trainer(
-        model, tmp_path, max_steps=1, max_grad_norm=0, sandwich=True, distillation="none", importance="snip",
-        per_device_train_batch_size=16, global_batch_size=16,
-    )  # fmt: skip
-    run.add_callback(keep)
-    small, large = model.space.anchor_stitch(0), model.space.anchor_stitch(-1)
-    student = small if drawn == "smallest" else next(s for s in model.space if not s.is_anchor)
-    monkeypatch.setattr(run, "draw", lambda step: student)
-    data = Pictures(model.config.image_size)
-    batch = collate_images([data[i] for i in range(16)])
-    run.train()
-    gradients = {}
-    for stitch in {s.key: s for s in (large, student, small)}.values():
-        twin.zero_grad()
-        loss = F.cross_entropy(twin(batch["pixel_values"], stitch_id=stitch.key).logits, batch["labels"])
-        loss.backward()
-        found = {n: p.grad.clone() for n, p in twin.named_parameters() if p.grad is not None}
-        if stitch is student:
-            named = dict(twin.named_parameters())
-            saliency = sum(float((g * named[n]).detach().abs().sum()) for n, g in found.items())
-        for name, gradient in found.items():
-            gradients[name] = gradients[name] + gradient if name in gradients else gradient
-    assert set(gradients) == set(keep.gradients)
-    for name, gradient in keep.gradients.items():
-        torch.testing.assert_close(gradient, gradients[name], atol=1e-5, rtol=1e-3)
-    assert run.importance.averages == {student.key: pytest.approx(saliency, rel=1e-3)}
 
 
 def test_a_teacher_that_does_not_fit_is_refused_before_the_run(tmp_path, anchors):
@@ -130,7 +98,7 @@ def test_full_training_lowers_the_loss_of_every_stitch_and_moves_the_anchors(tmp
     model.attach_pst(PSTConfig(full=True))
     before = {name: tensor.clone() for name, tensor in model.anchors.named_parameters()}
     run = image_trainer(
-        model, tmp_path, inplace_teacher=False, sandwich=False, sampling="uniform", max_steps=120, learning_rate=3e-3
+        model, tmp_path, inplace_teacher=False, anchor_share=0.0, sampling="uniform", max_steps=120, learning_rate=3e-3
     )
     data = [collate_images([run.train_dataset[i] for i in range(16)])]
     first = evaluate_stitches(model, data, progress=False)["loss"]
@@ -201,32 +169,23 @@ def test_resuming_with_other_options_is_refused(tmp_path):
         image_trainer(other, tmp_path, **options).train(resume_from_checkpoint=checkpoint)
 
 
-def test_without_in_place_teaching_the_largest_anchor_gets_its_share_of_draws():
+def test_anchors_that_train_anyway_get_no_share_of_the_steps():
     model = image_model({})
     stitches = list(model.space)
     small, large = (model.space.anchor_stitch(i).key for i in (0, -1))
-    for always, shared in (
-        (None, {small}),
-        ([], {small, large}),
-        ([large], {small}),
-        ([small], {large}),
-        ([small, large], set()),
-    ):
+    for always, shared in (([], {small, large}), ([large], {small}), ([small], {large}), ([small, large], set())):
         sampler = StitchSampler(stitches, interval_count=3, anchor_share=0.5, always=always)
         drawn = [sampler.draw(step, {}) for step in range(2000)]
         assert {key for key in (small, large) if drawn.count(key) > 400} == shared
 
 
 def test_the_trainer_shares_draws_among_anchors_that_do_not_train_anyway(tmp_path):
-    for options, wanted in (
-        ({}, ["large", "small"]),
-        ({"sandwich": False}, ["large"]),
-        ({"inplace_teacher": False, "sandwich": False}, []),
-    ):
-        run = image_trainer(image_model({}), tmp_path, **options)
-        run.draw(0)
-        named = {run.largest.key: "large", run.smaller[0].key: "small"}
-        assert [named[key] for key in run._sampler.always] == wanted
+    for options, large in (({}, True), ({"train_teacher": True}, False), ({"inplace_teacher": False}, True)):
+        run = image_trainer(image_model({}), tmp_path, anchor_share=1.0, **options)
+        drawn = {run.draw(step).key for step in range(40)}
+        assert drawn == {run.model.space.anchor_stitch(0).key} | ({run.largest.key} if large else set())
+    with pytest.raises(ValueError, match="train_teacher is on and inplace_teacher off"):
+        image_trainer(image_model({}), tmp_path, train_teacher=True, inplace_teacher=False)
 
 
 def test_norms_that_train_follow_the_batches_also_in_a_model_set_to_training_before(tmp_path):

@@ -16,7 +16,8 @@ class StitchSampler:
 
     Schemes: `uniform` over all stitches (SN-Net); `interval`, a cost interval uniformly, then a stitch in it uniformly;
     `esta`, a cost interval, then softmax of raw importance (ESTA section 4.2); `importance` (default), a cost interval,
-    then softmax of importance z-scores within it, with a floor for every stitch and regular visits to the anchors.
+    then softmax of importance z-scores within it, with a floor for every stitch. Before any of them, the anchors have their
+    share of the steps; the papers give them none.
 
     Args:
         stitches: those that train, ascending in parameters.
@@ -24,8 +25,8 @@ class StitchSampler:
         interval_count: equal parts of the parameter range (ESTA: 6 for LLaMA, about 15 for ViT).
         warmup_steps: steps drawn uniformly at first, to fill the averages.
         floor: share of the draws spread evenly over the stitches of an interval (`importance` only).
-        anchor_share: share of the draws given to the anchors that do not train at every step (`importance` only).
-        always: keys of those that do; None is the largest anchor alone, the teacher.
+        anchor_share: share of the steps that the anchors get, spread evenly over them.
+        always: keys of anchors that need none of it, as they train at every step anyway.
         seed: of all draws.
 
     Raises:
@@ -37,9 +38,9 @@ class StitchSampler:
     interval_count: int = 6
     warmup_steps: int = 0
     floor: float = 0.5
-    anchor_share: float = 0.1
+    anchor_share: float = 0.67
     seed: int = 0
-    always: Collection[str] | None = None
+    always: Collection[str] = ()
 
     def __post_init__(self) -> None:
         if not self.stitches:
@@ -53,15 +54,10 @@ class StitchSampler:
     def draw(self, step: int, importance: Mapping[str, float]) -> str:
         """The key of the stitch of optimiser step `step` (from 0)."""
         rng = random.Random(f"{self.seed}/{step}")
-        if self.scheme == "uniform":
-            return rng.choice(self.stitches).key
-        if self.scheme == "importance":
-            anchors = [stitch.key for stitch in self.stitches if stitch.is_anchor]
-            always = anchors[-1:] if self.always is None else self.always
-            anchors = [key for key in anchors if key not in always]
-            if anchors and rng.random() < self.anchor_share:
-                return rng.choice(anchors)
-        if self.scheme != "interval" and step < self.warmup_steps:
+        anchors = [stitch.key for stitch in self.stitches if stitch.is_anchor and stitch.key not in self.always]
+        if anchors and rng.random() < self.anchor_share:
+            return rng.choice(anchors)
+        if self.scheme == "uniform" or (self.scheme != "interval" and step < self.warmup_steps):
             return rng.choice(self.stitches).key
         groups = intervals([stitch.params for stitch in self.stitches], self.interval_count)
         keys = [self.stitches[index].key for index in rng.choice(groups)]

@@ -77,13 +77,14 @@ class StitchTrainingArguments(TrainingArguments):
     interval_count: int = field(default=6, metadata={"help": "Cost intervals to draw from."})
     sampling_warmup: float = field(default=0.1, metadata={"help": "Share of all steps drawn uniformly at first."})
     floor: float = field(default=0.5, metadata={"help": "Share of an interval's draws spread evenly."})
-    anchor_share: float = field(default=0.1, metadata={"help": "Share of draws for anchors other than the largest."})
-    inplace_teacher: bool = field(
-        default=True, metadata={"help": "The largest anchor trains at every step and teaches; off is SN-Net's way."}
+    anchor_share: float = field(
+        default=0.67, metadata={"help": "Share of the steps that train an anchor, each as often; the papers': 0."}
     )
-    sandwich: bool = field(
-        default=True,
-        metadata={"help": "A smaller anchor trains at every step too, each in turn; off is the papers' way."},
+    inplace_teacher: bool = field(
+        default=True, metadata={"help": "The largest anchor teaches the drawn stitch; off is SN-Net's way."}
+    )
+    train_teacher: bool = field(
+        default=False, metadata={"help": "It trains at every step too, beside the draw: ESTA's way."}
     )
     anchor_lr_scale: float = field(
         default=1.0, metadata={"help": "Rate of the anchors' weights over that of all else (SN-Net: 0.1 for stages)."}

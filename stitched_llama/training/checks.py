@@ -26,8 +26,10 @@ def check_run(trainer: Any, teacher: Any) -> None:
         )
     if model.space.anchor_stitch(-1).key not in model.keys:
         raise ValueError("the largest anchor is the teacher and was not loaded: load the whole bundle to train it")
-    if args.sandwich and not all(stitch.key in model.keys for stitch in model.space if stitch.is_anchor):
-        raise ValueError("sandwich trains every anchor, and one was not loaded: load the whole bundle to train it")
+    if args.train_teacher and not args.inplace_teacher:
+        raise ValueError(
+            "train_teacher is on and inplace_teacher off: the teacher would train without teaching, drop one"
+        )
     if args.label_smoothing_factor:
         raise ValueError(f"label_smoothing_factor {args.label_smoothing_factor} is not supported: leave it 0")
     if args.anchor_lr_scale != 1 and not (model.config.pst is not None and model.config.pst_config.full):

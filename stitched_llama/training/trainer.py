@@ -1,4 +1,4 @@
-"""`transformers.Trainer` that draws one stitch a step and trains the largest anchor beside it as its teacher."""
+"""`transformers.Trainer` that trains one stitch a step, taught by the largest anchor."""
 
 import contextlib
 from collections import defaultdict
@@ -26,12 +26,13 @@ Gradients = dict[nn.Parameter, Tensor]
 class StitchTrainer(Trainer):
     """One-stage fine-tuning of every stitch (ESTA section 4.2).
 
-    An optimiser step draws one stitch, the student, equal on all ranks and over all its accumulated batches. In each
-    batch the largest anchor, the teacher, runs and backpropagates first and leaves its argmax; then the student does.
-    With `sandwich` a smaller anchor trains at every step as well, each in its turn, taught like the student.
-    With `inplace_teacher` off only the student trains, on labels and on what `teacher` says (SN-Net, algorithm 1).
-    Their gradients are kept apart until the step is complete, so the student's importance is read from its own
-    gradients, whatever the split into batches and ranks; then they are added. One graph is alive at a time.
+    An optimiser step draws one stitch, the student, equal on all ranks and over all its accumulated batches. Two steps of
+    three go to the anchors (`anchor_share`), which learn from labels alone and whose importance nobody asks for. Other
+    students learn from what the largest anchor says of the same batch as well: it runs before them and does not train. With
+    `train_teacher` it does, and teaches whatever is drawn (ESTA). With `inplace_teacher` off, `teacher` may speak in its
+    stead (SN-Net, algorithm 1).
+    Gradients of teacher and student are kept apart until the step is complete, so the student's importance is read from
+    its own, whatever the split into batches and ranks; then they are added. One graph is alive at a time.
 
     Gradients of the trained parts are summed over ranks by hand, once a step: a route touches other tensors each time,
     which DistributedDataParallel's own reducer cannot follow together with activation checkpointing.
@@ -55,12 +56,13 @@ class StitchTrainer(Trainer):
             self.importance.averages.update(model.table.importance)
             self.importance.visits.update(model.table.visits)
         self.stitches = [model.space[key] for key in model.keys]
-        *self.smaller, self.largest = (stitch for stitch in model.space if stitch.is_anchor)
+        self.largest = model.space.anchor_stitch(-1)
         self.teacher = None if teacher is None else teacher.requires_grad_(False).eval().to(self.args.device)
         self._sampler: StitchSampler | None = None
-        self._kept: dict[str, Gradients] = {"teacher": {}, "student": {}, "anchor": {}}
+        self._kept: dict[str, Gradients] = {"teacher": {}, "student": {}}
         self._step_losses = [0.0, 0.0]  # the student's and the teacher's, on labels
-        self._trained, self._ran = list[nn.Parameter](), set[Stitch]()
+        self._trained = list[nn.Parameter]()
+        self._macs = 0  # of the passes of a step, a token or image
         self._logged: dict[str, list[float]] = defaultdict(list)
         groups = intervals([stitch.params for stitch in self.stitches], self.args.interval_count)
         self._group = {self.stitches[i].key: number for number, group in enumerate(groups) for i in group}
@@ -79,12 +81,9 @@ class StitchTrainer(Trainer):
                 floor=self.args.floor,
                 anchor_share=self.args.anchor_share,
                 seed=self.args.seed,
-                always=[stitch.key for stitch in self._always()],
+                always=[self.largest.key] * self.args.train_teacher,
             )
         return self.model.space[self._sampler.draw(step, self.importance.averages)]
-
-    def _always(self) -> list[Stitch]:
-        return [self.largest] * self.args.inplace_teacher + self.smaller * self.args.sandwich
 
     # ---- one step
 
@@ -95,7 +94,7 @@ class StitchTrainer(Trainer):
         return super().train(*args, **kwargs)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """Teacher's and student's forward and backward on one batch; returns the student's loss for logging."""
+        """The teacher's word, then the student's forward and backward, on one batch; returns the student's loss for logging."""
         if not model.training:
             model.train()
         inputs = self._prepare_inputs(inputs)
@@ -103,12 +102,13 @@ class StitchTrainer(Trainer):
         if num_items_in_batch is None:
             num_items_in_batch = self._label_count(labels) * self.current_gradient_accumulation_steps
         student, teacher_logits = self.draw(self.state.global_step), None
-        beside = [self.smaller[self.state.global_step % len(self.smaller)]] * self.args.sandwich
-        self._ran = {student, *beside, *[self.largest] * self.args.inplace_teacher}
+        self._macs = 3 * student.macs * self._has_own_gradients(student)
         with self._unreduced(model):
-            if self.args.inplace_teacher:
-                logits, wanted = self._response_logits(model, inputs, labels, self.largest)
-                loss = F.cross_entropy(logits, wanted, reduction="sum") / num_items_in_batch
+            if self._is_taught(student):
+                self._macs += (3 if self.args.train_teacher else 1) * self.largest.macs
+                with torch.set_grad_enabled(self.args.train_teacher):
+                    logits, wanted = self._response_logits(model, inputs, labels, self.largest)
+                    loss = F.cross_entropy(logits, wanted, reduction="sum") / num_items_in_batch
                 self._backward("teacher", loss)
                 label_loss = student_loss = loss.detach()
                 self._step_losses[1] += float(label_loss)
@@ -122,9 +122,7 @@ class StitchTrainer(Trainer):
                     teacher_logits, _ = self._response_logits(self.teacher, own, labels)
             batch = (inputs, labels, teacher_logits, num_items_in_batch)
             if self._has_own_gradients(student):
-                label_loss, student_loss = self._learn("student", model, student, *batch)
-            for anchor in set(beside) - {student}:
-                self._learn("anchor", model, anchor, *batch)
+                label_loss, student_loss = self._learn(model, student, *batch)
         self._step_losses[0] += float(label_loss)
         if self.accelerator.sync_gradients:
             self._complete_step(student)
@@ -132,7 +130,6 @@ class StitchTrainer(Trainer):
 
     def _learn(
         self,
-        role: str,
         model: nn.Module,
         stitch: Stitch,
         inputs: dict,
@@ -140,16 +137,20 @@ class StitchTrainer(Trainer):
         taught: Tensor | None,
         items: Any,
     ) -> tuple[Tensor, Tensor]:
-        """Forward and backward of a stitch on labels and on what it is taught; its loss on labels alone, and in all."""
+        """Forward and backward of the student on labels and on what it is taught; its loss on labels alone, and in all."""
         logits, wanted = self._response_logits(model, inputs, labels, stitch)
         label_loss = F.cross_entropy(logits, wanted, reduction="sum") / items
         loss = self._distil(logits, taught, label_loss, items)
-        self._backward(role, loss)
+        self._backward("student", loss)
         return label_loss.detach(), loss.detach()
 
+    def _is_taught(self, student: Stitch) -> bool:
+        """Whether the largest anchor teaches it: where the teacher has a run for itself, so have the other anchors."""
+        return self.args.inplace_teacher and (self.args.train_teacher or not student.is_anchor)
+
     def _has_own_gradients(self, student: Stitch) -> bool:
-        """False where the largest anchor is drawn, which trains as the teacher already."""
-        return not (self.args.inplace_teacher and student.key == self.largest.key)
+        """False where the largest anchor is drawn and trains as the teacher already."""
+        return not (self.args.train_teacher and student.key == self.largest.key)
 
     def _label_count(self, labels: Tensor) -> Tensor:
         return (labels[:, 1:] != IGNORED).sum()
@@ -199,7 +200,8 @@ class StitchTrainer(Trainer):
         self._sum_over_ranks(statistics, share=1 / self.accelerator.num_processes)
         own = self._kept["student" if self._has_own_gradients(student) else "teacher"]
         signals = self._signals(own, *losses.tolist())
-        self.importance.update(student.key, signals)
+        if self._is_taught(student) or not self.args.inplace_teacher:  # scores with and without a teacher do not mix
+            self.importance.update(student.key, signals)
         self._logged[f"loss_interval_{self._group[student.key]}"].append(signals.loss)
         for role in self._kept:
             for parameter, gradient in self._kept[role].items():
@@ -232,10 +234,10 @@ class StitchTrainer(Trainer):
     # ---- logging, evaluation, checkpoints
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Of the stitches that trained on this batch: three forwards each, as Transformers counts a step."""
+        """Of what ran on this batch: three forwards where it trained, as Transformers counts a step, one where it taught."""
         name = self.model.main_input_name
         units = inputs[name].numel() if name == "input_ids" else len(inputs[name])
-        return 6 * units * sum(stitch.macs for stitch in self._ran)
+        return 2 * units * self._macs
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the mean loss of the teacher and of each interval's students since the last log."""
