@@ -41,7 +41,7 @@ def row_path(output: Path, run: Run) -> Path:
     ours = {f.name: f.default for f in own if f.default is not MISSING}
     task = TASKS[run.task]
     unlike = {f.name: getattr(run, f.name) for f in fields(run) if getattr(run, f.name) != _default(f)}
-    decided = [unlike, task.steps, task.training, task.full_rate, ours]
+    decided = [unlike, task.steps, task.training, task.full_rate, task.ranks[run.family], ours]
     content = json.dumps(decided, sort_keys=True)
     name = run.name.replace(", ", "-").replace(" ", "-")
     return output / "rows" / f"{name}-{run.seed}-{hashlib.sha256(content.encode()).hexdigest()[:8]}.json"

@@ -108,7 +108,7 @@ def dials(rows: Rows, *names: str) -> tuple[str, list[float]]:
 
 
 def ranks(rows: Rows, task: str) -> Verdict:
-    here, means = dials(rows, "rank half", "default", "rank double")
+    here, means = dials(rows, "rank quarter", "rank half", "default")
     return here, "holds" if max(means) - min(means) < 2 else "does not"
 
 

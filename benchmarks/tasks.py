@@ -70,12 +70,13 @@ class Vision:
         "warmup_steps": 0.1, "interval_count": 15,
     }  # fmt: skip
     full_rate = 1e-3
-    # model, anchors, options of the space, LoRA ranks
+    # model, anchors, options of the space
     families = {
-        "": ("ViT", ("tiny", "small", "base"), {"kernel_size": 2}, (16, 8, 4)),
-        "convnext": ("ConvNext", ("small", "base"), {"kernel_size": 2}, 8),
-        "resnet-swin": ("Mixed", ("small", "base"), {"across_stages": True}, 8),
+        "": ("ViT", ("tiny", "small", "base"), {"kernel_size": 2}),
+        "convnext": ("ConvNext", ("small", "base"), {"kernel_size": 2}),
+        "resnet-swin": ("Mixed", ("small", "base"), {"across_stages": True}),
     }
+    ranks = {"": (32, 16, 8), "convnext": 8, "resnet-swin": 8}  # of LoRA; the ViTs' are the paper's
     made = {
         "": "ViTs of 6 blocks, 32, 64 and 128 wide",
         "convnext": "ConvNeXts of two stages, 16-32 and 32-64 wide",
@@ -90,7 +91,8 @@ class Vision:
         from stitched_llama.training.images import Images
 
         self.folder, self.collate = self.place(cache, run.family, run.seed), collate_images
-        kind, names, self.space, self.rank = self.families[run.family]
+        kind, names, self.space = self.families[run.family]
+        self.rank = self.ranks[run.family]
         self.model_class = f"Stitched{kind}ForImageClassification"
         self.anchors = [str(self.folder / "anchors" / name) for name in names]
         self.processor = processor = AutoImageProcessor.from_pretrained(self.anchors[-1], use_fast=False)
@@ -148,7 +150,7 @@ class Language:
 
     metric, trainer = "exact_match", "StitchTrainer"
     head: list[str] = []
-    rank: Any = 32
+    ranks = {"": 32, "second": 32, "apart": 32}
     space: dict = {}
     steps = 900
     training = {
@@ -171,6 +173,7 @@ class Language:
         own = self.place(cache, run.family, run.seed)
         places = {"": (DEMO, DEMO), "second": (own, own), "apart": (own, DEMO)}[run.family]
         self.anchors = [str(place / name) for place, name in zip(places, ("small", "large"))]
+        self.rank = self.ranks[run.family]
         self.processor = tokenizer = AutoTokenizer.from_pretrained(self.anchors[0])
         self.collate = Collator(pad_token_id(tokenizer))
         rows = [read_rows(str(cache / "skills" / name)) for name in ("train.json", "heldout.json")]

@@ -27,10 +27,10 @@ class StitchTrainer(Trainer):
     """One-stage fine-tuning of every stitch (ESTA section 4.2).
 
     An optimiser step draws one stitch, the student, equal on all ranks and over all its accumulated batches. Two steps of
-    three go to the anchors (`anchor_share`), which learn from labels alone and whose importance nobody asks for. Other
-    students learn from what the largest anchor says of the same batch as well: it runs before them and does not train. With
-    `train_teacher` it does, and teaches whatever is drawn (ESTA). With `inplace_teacher` off, `teacher` may speak in its
-    stead (SN-Net, algorithm 1).
+    three go to the anchors (`anchor_share`), which learn from labels alone and are not rated. Other students learn from
+    the word of the largest anchor on the same batch as well; it runs before them and does not train. With `train_teacher`
+    it does, and teaches whatever is drawn (ESTA). With `inplace_teacher` off nobody teaches, or `teacher` does (SN-Net,
+    algorithm 1).
     Gradients of teacher and student are kept apart until the step is complete, so the student's importance is read from
     its own, whatever the split into batches and ranks; then they are added. One graph is alive at a time.
 
@@ -145,7 +145,7 @@ class StitchTrainer(Trainer):
         return label_loss.detach(), loss.detach()
 
     def _is_taught(self, student: Stitch) -> bool:
-        """Whether the largest anchor teaches it: where the teacher has a run for itself, so have the other anchors."""
+        """Whether the largest anchor teaches it: an anchor learns as it would alone, unless it is a student like others (ESTA)."""
         return self.args.inplace_teacher and (self.args.train_teacher or not student.is_anchor)
 
     def _has_own_gradients(self, student: Stitch) -> bool:
