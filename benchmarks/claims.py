@@ -182,7 +182,7 @@ CLAIMS = (
     Claim("a3", "so they do after 2,700 steps, drawn evenly", "-", _settings("uniform, longer"), interpolate("uniform, longer"), VISION),
     Claim("b1", "least squares beats Kaiming", "SN-Net Fig 8: yes", _settings("default", "kaiming"), start),
     Claim("b2", "for shared layers `joint` beats `mean`", "ours; SN-Net: `mean`", _settings("default", "mean"), better("default", "mean"), VISION),
-    Claim("c1", "PST beats full fine-tuning", "ESTA Fig 6a: yes", _FACTORS, factor(0), VISION, tried="three rates of PST, two of full (LOG.md); double rank (i1)"),
+    Claim("c1", "PST beats full fine-tuning", "ESTA Fig 6a: yes", _FACTORS, factor(0), VISION, tried="three rates of PST, two of full (LOG.md); lower ranks (i1)"),
     Claim("c2", "adapt-and-stitch beats adapt-then-stitch (h)", "ESTA Fig 6d: yes", _FACTORS, factor(1), VISION, tried="equal time (S4)"),
     Claim("c3", "in-place distillation helps (g)", "ESTA Fig 9b: a little", _FACTORS, factor(2), VISION),
     Claim("c4", "better than SN-Net in equal steps, for less memory and weights", "9.7 of 13.2 GB, 4.6 of 124.2 M", _settings(*_SN_NET), cost),
