@@ -48,12 +48,13 @@ class Claim:
         return [Run(task=task, name=name, seed=0, **settings) for name, settings in self.settings(task).items()]
 
 
-def verdicts(claims: Sequence[Claim], rows: Rows, task: str) -> list[dict[str, str]]:
-    """One line a claim."""
+def verdicts(claims: Sequence[Claim], rows: Rows, task: str, seeds: int) -> list[dict[str, str]]:
+    """One line a claim; one that lacks a row of a seed was not measured."""
     found = []
     for claim in claims:
-        here, verdict = claim.judge(rows, task)
-        if claim.tried and verdict != "holds":
+        whole = all(len(rows[name]) == seeds for name in claim.settings(task))
+        here, verdict = claim.judge(rows, task) if whole else ("", "not measured")
+        if whole and claim.tried and verdict != "holds":
             here += f". Tried: {claim.tried}"
         found.append(
             {"letter": claim.letter, "claim": claim.text, "paper": claim.paper, "here": here, "verdict": verdict}

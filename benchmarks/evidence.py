@@ -104,7 +104,10 @@ def with_steps(run: Run, runs: list[Run], output: Path, here: dict) -> Run:
     """A run that is to last as long as others of its seed, with the steps that fit, all stages counted."""
     if not run.lasts:
         return run
-    rows = {r.name: read_row(row_path(output, r), here) for r in runs if r.seed == run.seed and not r.lasts}
+    paths = {r.name: row_path(output, r) for r in runs if r.seed == run.seed and not r.lasts}
+    if not all(paths[name].is_file() for name in (*run.lasts, run.rate_of)):
+        return run  # asked with `--no_run` only: there is no row of it either
+    rows = {name: read_row(paths[name], here) for name in (*run.lasts, run.rate_of)}
     seconds = sum(rows[name]["train_seconds"] + rows[name].get("aligned_seconds", 0.0) for name in run.lasts)
     peer = rows[run.rate_of]
     steps = max(1, round(peer["settings"]["max_steps"] * seconds / peer["train_seconds"]))
@@ -132,6 +135,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/evidence-TASK")
     parser.add_argument("--cache", type=Path, default=ROOT / "runs" / "evidence", help="anchors and adapted anchors")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--no_run", action="store_true", help="judge the rows there are; other claims are not measured")
     parser.add_argument("--smoke", action="store_true", help="six steps a run: does it run, not what it finds")
     options = parser.parse_args()
     cache = options.cache.resolve()
@@ -161,12 +165,13 @@ def main() -> None:
     done: list[Run] = []
     for stage in stages:  # each needs what the one before it left
         now = [with_steps(run, runs, output, here) for run in runs if stage(run)]
-        complete(now, output, cache, options.workers, options.smoke, here)
+        if not options.no_run:
+            complete(now, output, cache, options.workers, options.smoke, here)
         done += now
-    runs = done
+    runs = [run for run in done if row_path(output, run).is_file()]
 
     rows = Rows([Row(run.name, run.seed, read_row(row_path(output, run), here)) for run in runs])
-    found = verdicts(claims, rows, options.task)
+    found = verdicts(claims, rows, options.task, len(options.seeds))
     made = {family or options.task: TASKS[options.task].made[family] for family in {run.family: None for run in runs}}
     table = tabulate(found, made, TASKS[options.task].trained, options.task)
     print(table)

@@ -102,7 +102,7 @@ def test_every_setting_runs_and_every_claim_is_judged(task, suite, cache, tmp_pa
         if run.kind == "stitched":
             assert len(found[found["metric"]]) == len(found["stitches"]) > 3
             assert set(found["halves"][0]) == set(found[found["metric"]])
-    verdicts = suite.claims.verdicts(own, suite.rows.Rows(rows), task)
+    verdicts = suite.claims.verdicts(own, suite.rows.Rows(rows), task, seeds=1)
     told = {word for v in verdicts for word in v["verdict"].split(" / ")}
     assert told <= {"holds", "does not", "open", "only in part"}
     assert all(v["here"] for v in verdicts)
@@ -157,6 +157,17 @@ def test_seeds_that_disagree_leave_a_claim_open(suite):
     for values, verdict in (((worse, worse), "holds"), ((better, better), "does not"), ((worse, better), "open")):
         peers = [row(suite, "peer", seed, v) for seed, v in enumerate(values)]
         assert suite.judgements.better("default", "peer")(suite.rows.Rows(rows + peers), "vision")[1] == verdict
+
+
+def test_a_claim_that_lacks_a_row_of_a_seed_is_not_judged(suite):
+    claim = suite.claims.Claim(
+        "x", "better", "-", lambda task: {"default": {}, "peer": {}}, suite.judgements.better("default", "peer")
+    )
+    values = [[0.2, 0.3, 0.4], [0.1, 0.2, 0.3]]
+    rows = [row(suite, name, seed, v) for name, v in zip(("default", "peer"), values) for seed in (0, 1)]
+    for there, verdict in ((rows, "holds"), (rows[:-1], "not measured"), (rows[:2], "not measured")):
+        (found,) = suite.claims.verdicts([claim], suite.rows.Rows(there), "vision", seeds=2)
+        assert found["verdict"] == verdict
 
 
 LOSSES = {"a": 4.0, "b": 3.0, "c": 2.0, "d": 1.0}
