@@ -54,7 +54,10 @@ def interpolate(*names: str, peer: str | None = None) -> Callable[[Rows, str], V
 
 def against_alone(rows: Rows, task: str) -> Verdict:
     here, worst = gaps_to_alone(rows, "default", "alone")
-    return f"{here} against its own run of as many steps", "holds" if worst >= -3 else "does not"
+    return (
+        f"{here} against its own run of as many steps, of which anchors share two thirds here",
+        "holds" if worst >= -3 else "does not",
+    )
 
 
 def starving(own: str, name: str, *beside: str) -> Callable[[Rows, str], Verdict]:
@@ -81,8 +84,8 @@ def gaps_to_alone(rows: Rows, name: str, own: str) -> tuple[str, float]:
 
 
 def importance(name: str) -> Callable[[Rows, str], Verdict]:
-    """Inside intervals of two and more stitches; rank by held-out metric decides, by held-out loss stands beside it, and what one
-    half of the held-out rows itself says of the other: a score that knew the truth would be told no better."""
+    """Inside intervals of two and more stitches; rank by held-out metric decides, by held-out loss stands beside it, and how well
+    the held-out rows repeat themselves: what one half of them says of the other bounds what any score can be told to know."""
     return lambda rows, task: _importance(rows[name])
 
 
@@ -119,10 +122,16 @@ def _importance(rows: Sequence[Row]) -> Verdict:
             values.append(statistics.mean(own or [0.0]))
     text = (
         f"Spearman inside intervals {spread(ranks, 2)} ({spread(by_loss, 2)} with the loss); best of its interval "
-        f"{spread([100 * h for h in hits], 0)} %; regret {spread(regrets)}; one half of the held-out rows itself ranks the "
-        f"other with {spread(halves, 2)} and finds its best in {spread([100 * h for h in half_hits], 0)} %"
+        f"{spread([100 * h for h in hits], 0)} %; regret {spread(regrets)}; one half of the held-out rows ranks the other "
+        f"with {spread(halves, 2)}, so that the truth itself would reach {_ceiling(statistics.mean(halves)):.2f} on all, and "
+        f"finds its best in {spread([100 * h for h in half_hits], 0)} %"
     )
     return text, "holds" if statistics.mean(ranks) >= 0.6 and statistics.mean(hits) >= 0.8 else "does not"
+
+
+def _ceiling(halves: float) -> float:
+    """Correlation of the truth with what all rows measure, from that of one half of them with the other (Spearman, Brown)."""
+    return (max(2 * halves / (1 + halves), 0.0)) ** 0.5
 
 
 def aligned(rows: Rows, task: str) -> Verdict:

@@ -176,6 +176,7 @@ def main() -> None:
     table = tabulate(found, made, TASKS[options.task].trained, options.task)
     print(table)
     command = f"python benchmarks/evidence.py --task {options.task} --seeds {' '.join(map(str, options.seeds))}"
+    command += " --no_run" * options.no_run
     if options.only:
         command += f" --only {' '.join(options.only)}"
     seconds = sum(row["train_seconds"] + row.content.get("evaluation_seconds", 0) for row in rows.rows)

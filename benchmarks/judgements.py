@@ -93,7 +93,7 @@ def cost(rows: Rows, task: str) -> Verdict:
         one = rows[name]
         memory = [row["memory_mb"] for row in one if row["memory_mb"] is not None]
         parts.append(
-            f"{name}: {one[0]['trained']:,} train, {spread(memory, 0) if memory else '-'} MB, "
+            f"{name}: {one[0]['settings']['max_steps']} steps, {one[0]['trained']:,} train, {spread(memory, 0) if memory else '-'} MB, "
             f"{spread([r['train_seconds'] for r in one], 0)} s, dial {spread([r.front for r in one])}"
         )
     better = rows.differences("default", peer, lambda row: row.front)

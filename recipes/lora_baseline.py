@@ -2,7 +2,7 @@
 
     python recipes/lora_baseline.py --anchors data/anchors/small data/anchors/large --data train.json ...
 
-Same rows, template, optimiser, steps and LoRA rank as `finetune_alpaca.py`; nothing of `stitched_llama.models` is used.
+Same rows, template, optimiser and options as `finetune_alpaca.py`; nothing of `stitched_llama.models` is used.
 Writes `{key of the anchor: {"loss", "exact_match", "loss_before", "exact_match_before", "seconds"}}`.
 """
 

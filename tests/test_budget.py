@@ -133,6 +133,10 @@ def test_before_evaluation_importance_chooses_one_of_each_interval(llamas):
     published = StitchTable(importance=importance, interval_count=6).published(llamas)
     assert set(published) == set(chosen) | {llamas[0].key, llamas[40].key}
     assert best_of_intervals(list(llamas), {}, 6) == []
+    # anchors are not rated: the intervals stay those of training, which they are part of
+    rated = {stitch.key: importance[stitch.key] for stitch in llamas if not stitch.is_anchor}
+    for group, key in zip(groups, best_of_intervals(list(llamas), rated, 6), strict=True):
+        assert key == max((llamas[i].key for i in group if llamas[i].key in rated), key=rated.get)
 
 
 def test_before_any_training_only_anchors_are_published(llamas):

@@ -7,11 +7,19 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, python, randomise
 from image_anchors import CLASSES, build, swin, vit
-from tiny_runs import Pictures, image_model, image_trainer, stitched_model, trainer
+from tiny_runs import Pictures, fresh, image_model, image_trainer, stitched_model, trainer
 from transformers import TrainerCallback
 
-from stitched_llama import PSTConfig, StitchedSwinForImageClassification, StitchSampler
+from stitched_llama import (
+    PSTConfig,
+    StitchedSwinForImageClassification,
+    StitchSampler,
+    StitchTable,
+    StitchTrainingArguments,
+)
 from stitched_llama.training import collate_images, evaluate_stitches, pico_anchor
+from stitched_llama.training import trainer as trainer_module
+from stitched_llama.training.teaching import speaking
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*junctions do not fit:UserWarning")
 
@@ -167,6 +175,61 @@ def test_resuming_with_other_options_is_refused(tmp_path):
     other.attach_pst(PSTConfig(rank=4))
     with pytest.raises(ValueError, match="has the PST settings .*'rank': 2.*'rank': 4"):
         image_trainer(other, tmp_path, **options).train(resume_from_checkpoint=checkpoint)
+
+
+def test_an_outer_teacher_teaches_in_the_largest_anchors_stead(tmp_path, monkeypatch):
+    """Anchors too where nobody teaches in place, as SN-Net has it; otherwise they learn as they would alone."""
+    for options, anchors_too in (({}, False), ({"inplace_teacher": False}, True)):
+        model, teacher, taught = whole(), swin(8, [2, 2]), []
+        run = image_trainer(model, tmp_path, teacher, max_steps=4, distillation="hard", **options)
+        monkeypatch.setattr(
+            trainer_module, "distil", lambda k, w, x, word, loss, n, taught=taught: taught.append(word) or loss
+        )
+        run.train()
+        drawn = [run.draw(step) for step in range(4)]
+        assert {stitch.is_anchor for stitch in drawn} == {True, False}
+        assert [word is not None for word in taught] == [anchors_too or not stitch.is_anchor for stitch in drawn]
+
+
+def test_an_anchor_of_which_nothing_trains_gets_no_step_of_its_own(anchors, tmp_path):
+    model = fresh(anchors["unequal"], PSTConfig(rank=0, stitch_bias=False))
+    drawn = [trainer(model, tmp_path, anchor_share=1.0, sampling="uniform").draw(step) for step in range(30)]
+    assert not all(stitch.is_anchor for stitch in drawn)
+    model = fresh(anchors["unequal"], PSTConfig(rank=0))
+    assert all(trainer(model, tmp_path, anchor_share=1.0).draw(step).is_anchor for step in range(30))
+
+
+def test_a_teacher_speaks_without_dropout_and_is_left_as_it_was():
+    teacher = torch.nn.Sequential(torch.nn.Linear(4, 64), torch.nn.Dropout(0.5), torch.nn.BatchNorm1d(64).eval())
+    modes = [module.training for module in teacher.modules()]
+    with speaking(teacher):
+        one, two = (teacher(torch.ones(3, 4)) for _ in range(2))
+    assert torch.equal(one, two)
+    assert not one.requires_grad
+    assert [module.training for module in teacher.modules()] == modes
+
+
+def test_averages_of_other_teaching_do_not_mix(tmp_path):
+    model = image_model({})
+    small, *others = model.keys[:3]
+    model.table = StitchTable(
+        importance={small: 1.0, others[0]: 2.0}, visits={small: 3, others[0]: 4}, importance_score="excess_loss"
+    )
+    assert image_trainer(model, tmp_path).importance.averages == {others[0]: 2.0}  # anchors are not rated
+    assert image_trainer(model, tmp_path).importance.visits == {others[0]: 4}
+    assert image_trainer(model, tmp_path, inplace_teacher=False).importance.averages == {}
+    assert image_trainer(model, tmp_path, train_teacher=True).importance.averages == {small: 1.0, others[0]: 2.0}
+
+
+def test_the_share_of_anchors_follows_the_way_of_training(tmp_path):
+    for options, share in (
+        ({}, 0.67), ({"train_teacher": True}, 0), ({"sampling": "esta"}, 0), ({"sampling": "uniform"}, 0),
+        ({"sampling": "uniform", "anchor_share": 0.4}, 0.4), ({"inplace_teacher": False}, 0.67), ({"anchor_share": 0.0}, 0),
+    ):  # fmt: skip
+        assert StitchTrainingArguments(output_dir=str(tmp_path), use_cpu=True, **options).share_of_anchors == share
+    for name in ("anchor_share", "floor"):
+        with pytest.raises(ValueError, match=f"{name} is 1.5; a share lies in 0..1"):
+            StitchTrainingArguments(output_dir=str(tmp_path), use_cpu=True, **{name: 1.5})
 
 
 def test_anchors_that_train_anyway_get_no_share_of_the_steps():

@@ -16,8 +16,8 @@ class StitchSampler:
 
     Schemes: `uniform` over all stitches (SN-Net); `interval`, a cost interval uniformly, then a stitch in it uniformly;
     `esta`, a cost interval, then softmax of raw importance (ESTA section 4.2); `importance` (default), a cost interval,
-    then softmax of importance z-scores within it, with a floor for every stitch. Before any of them, the anchors have their
-    share of the steps; the papers give them none.
+    then softmax of importance z-scores within it, with a floor for every stitch. Steps may be set aside for the anchors, whatever
+    the scheme; it draws the rest among all stitches, anchors too.
 
     Args:
         stitches: those that train, ascending in parameters.
@@ -25,8 +25,8 @@ class StitchSampler:
         interval_count: equal parts of the parameter range (ESTA: 6 for LLaMA, about 15 for ViT).
         warmup_steps: steps drawn uniformly at first, to fill the averages.
         floor: share of the draws spread evenly over the stitches of an interval (`importance` only).
-        anchor_share: share of the steps that the anchors get, spread evenly over them.
-        always: keys of anchors that need none of it, as they train at every step anyway.
+        anchor_share: share of the steps set aside for the anchors, spread evenly over them.
+        always: keys of anchors that need none of them, as they train at every step anyway, or nothing of them trains.
         seed: of all draws.
 
     Raises:
@@ -38,7 +38,7 @@ class StitchSampler:
     interval_count: int = 6
     warmup_steps: int = 0
     floor: float = 0.5
-    anchor_share: float = 0.67
+    anchor_share: float = 0.0
     seed: int = 0
     always: Collection[str] = ()
 

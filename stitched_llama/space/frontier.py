@@ -40,8 +40,6 @@ def intervals(costs: Sequence[float], count: int) -> list[list[int]]:
 
 def best_of_intervals(stitches: Sequence[Stitch], importance: Mapping[str, float], count: int) -> list[str]:
     """The key of highest importance in each interval of parameters (ESTA: deployment without evaluation)."""
-    rated = [stitch for stitch in stitches if stitch.key in importance]
-    if not rated:
-        return []
-    groups = intervals([stitch.params for stitch in rated], count)
-    return [max((rated[i].key for i in group), key=lambda key: importance[key]) for group in groups]
+    groups = intervals([stitch.params for stitch in stitches], count) if importance else []
+    rated = [[stitches[i].key for i in group if stitches[i].key in importance] for group in groups]
+    return [max(keys, key=lambda key: importance[key]) for keys in rated if keys]

@@ -32,10 +32,10 @@ class StitchTable:
     Attributes:
         metrics: metric name -> key -> value, such as `metrics["loss"]["0[0:6]"]`.
         importance: key -> importance score at the end of training.
-        visits: key -> steps that drew the stitch.
+        visits: key -> steps that rated the stitch.
         metric: the metric that decides; one of `metrics`, or None before any evaluation.
         interval_count: cost intervals of training, for choosing by importance.
-        importance_score: name of the score that `importance` averages; averages of different scores do not mix.
+        importance_score: what `importance` averages; averages of different scores do not mix.
     """
 
     metrics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)

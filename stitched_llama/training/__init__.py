@@ -5,8 +5,9 @@ data        rows in Alpaca's schema to labelled batches
 images      labelled images to batches
 arguments   training arguments
 checks      what is known to be wrong before a run starts
-trainer     one stitch a step, the largest anchor as teacher; image_trainer is the same for pictures
+trainer     one route a step, the largest anchor as teacher; image_trainer is the same for pictures
 evaluation  loss and exact match of every stitch
+teaching    what a teacher says and what a student makes of it
 rates       the anchors' own learning rate
 checkpoints which checkpoint to resume from
 plots       the picture and the table of a run

@@ -10,6 +10,7 @@ from stitched_llama.sampling import SCHEMES, SCORES
 from stitched_llama.space import ADAPTER_NORMS, ADAPTERS, DIRECTIONS, PAIRS, RESCALES
 
 DISTILLATIONS = ("hard", "soft", "none")
+ANCHOR_SHARE = 0.67
 
 
 @dataclass
@@ -77,8 +78,12 @@ class StitchTrainingArguments(TrainingArguments):
     interval_count: int = field(default=6, metadata={"help": "Cost intervals to draw from."})
     sampling_warmup: float = field(default=0.1, metadata={"help": "Share of all steps drawn uniformly at first."})
     floor: float = field(default=0.5, metadata={"help": "Share of an interval's draws spread evenly."})
-    anchor_share: float = field(
-        default=0.67, metadata={"help": "Share of the steps that train an anchor, each as often; the papers': 0."}
+    anchor_share: float | None = field(
+        default=None,
+        metadata={
+            "help": f"Share of the steps set aside for anchors; by default {ANCHOR_SHARE} with --sampling importance and "
+            "without --train_teacher, else 0, as in the papers."
+        },
     )
     inplace_teacher: bool = field(
         default=True, metadata={"help": "The largest anchor teaches the drawn stitch; off is SN-Net's way."}
@@ -101,8 +106,9 @@ class StitchTrainingArguments(TrainingArguments):
             )
         if not self.anchor_lr_scale > 0:
             raise ValueError(f"anchor_lr_scale is {self.anchor_lr_scale}; a factor above 0 is needed")
-        if not 0 <= self.distillation_weight <= 1:
-            raise ValueError(f"distillation_weight is {self.distillation_weight}; a share lies in 0..1")
+        for name in ("distillation_weight", "anchor_share", "floor"):
+            if getattr(self, name) is not None and not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; a share lies in 0..1")
         super().__post_init__()
         if self.global_batch_size:
             asked = self.gradient_accumulation_steps
@@ -119,6 +125,18 @@ class StitchTrainingArguments(TrainingArguments):
                     f"other: that batch is {self.gradient_accumulation_steps} times {rows} rows; set --global_batch_size 0 "
                     "to use the former"
                 )
+
+    @property
+    def share_of_anchors(self) -> float:
+        """`anchor_share`, or what stands for None."""
+        if self.anchor_share is not None:
+            return self.anchor_share
+        return ANCHOR_SHARE if self.sampling == "importance" and not self.train_teacher else 0.0
+
+    @property
+    def rating(self) -> str:
+        """The name of the importance score; without a teacher on the same rows its numbers are others."""
+        return self.importance if self.inplace_teacher else f"{self.importance}, untaught"
 
 
 @dataclass

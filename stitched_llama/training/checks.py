@@ -83,8 +83,8 @@ def check_checkpoint(bundle: Bundle, path: str, model: Any, args: Any) -> None:
                 "began with, or in another output_dir"
             )
     score = bundle.table.get("importance_score")
-    if score != args.importance:
+    if score != args.rating:
         raise ValueError(
-            f"{path} averaged the importance {score!r}, this run wants {args.importance!r}: resume "
-            "with the same --importance"
+            f"{path} averaged the importance {score!r}, this run wants {args.rating!r}: resume "
+            "with the same --importance and --inplace_teacher"
         )

@@ -19,6 +19,7 @@ from .checks import check_checkpoint, check_run
 from .data import IGNORED, batches
 from .evaluation import evaluate_stitches
 from .rates import slow_down_anchors
+from .teaching import distil, in_dtype_of, speaking
 
 Gradients = dict[nn.Parameter, Tensor]
 
@@ -38,7 +39,8 @@ class StitchTrainer(Trainer):
     which DistributedDataParallel's own reducer cannot follow together with activation checkpointing.
 
     Args:
-        teacher: a plain model of Transformers whose word students are taught instead of the largest anchor's; frozen.
+        teacher: a plain model of Transformers that teaches in the largest anchor's stead; frozen. Where that one speaks no
+            more (`inplace_teacher` off) it teaches anchors as well.
         args, kwargs: as `transformers.Trainer` has them.
 
     Raises:
@@ -51,12 +53,13 @@ class StitchTrainer(Trainer):
         super().__init__(*args, **kwargs)
         check_run(self, teacher)
         model = self.model
-        self.importance = Importance(self.args.importance, self.args.eta)
-        if model.table.importance_score in (None, self.args.importance):  # averages of different scores do not mix
-            self.importance.averages.update(model.table.importance)
-            self.importance.visits.update(model.table.visits)
         self.stitches = [model.space[key] for key in model.keys]
         self.largest = model.space.anchor_stitch(-1)
+        self.importance = Importance(self.args.importance, self.args.eta)
+        old, rated = model.table, [stitch.key for stitch in model.space if self._is_rated(stitch)]
+        if old.importance_score in (None, self.args.rating):  # averages of different scores do not mix
+            self.importance.averages.update({key: old.importance[key] for key in rated if key in old.importance})
+            self.importance.visits.update({key: old.visits[key] for key in rated if key in old.visits})
         self.teacher = None if teacher is None else teacher.requires_grad_(False).eval().to(self.args.device)
         self._sampler: StitchSampler | None = None
         self._kept: dict[str, Gradients] = {"teacher": {}, "student": {}}
@@ -79,11 +82,18 @@ class StitchTrainer(Trainer):
                 interval_count=self.args.interval_count,
                 warmup_steps=round(self.args.sampling_warmup * self.state.max_steps),
                 floor=self.args.floor,
-                anchor_share=self.args.anchor_share,
+                anchor_share=self.args.share_of_anchors,
                 seed=self.args.seed,
-                always=[self.largest.key] * self.args.train_teacher,
+                always=[anchor.key for anchor in self.stitches if anchor.is_anchor and not self._gains(anchor)],
             )
         return self.model.space[self._sampler.draw(step, self.importance.averages)]
+
+    def _gains(self, anchor: Stitch) -> bool:
+        """Whether a step of its own would teach an anchor anything: it trains anyway, or nothing of it trains."""
+        parts = [self.model.anchors[segment.anchor] for segment in anchor.segments]
+        bias = getattr(self.model.stitch_bias, "vectors", {})
+        trains = any(p.requires_grad for part in parts for p in part.parameters()) or anchor.key in bias
+        return trains and not (self.args.train_teacher and anchor.key == self.largest.key)
 
     # ---- one step
 
@@ -106,7 +116,7 @@ class StitchTrainer(Trainer):
         with self._unreduced(model):
             if self._is_taught(student):
                 self._macs += (3 if self.args.train_teacher else 1) * self.largest.macs
-                with torch.set_grad_enabled(self.args.train_teacher):
+                with contextlib.nullcontext() if self.args.train_teacher else speaking(self.model.anchors[-1]):
                     logits, wanted = self._response_logits(model, inputs, labels, self.largest)
                     loss = F.cross_entropy(logits, wanted, reduction="sum") / num_items_in_batch
                 self._backward("teacher", loss)
@@ -114,12 +124,9 @@ class StitchTrainer(Trainer):
                 self._step_losses[1] += float(label_loss)
                 teacher_logits = logits.detach()
                 del logits, loss
-                self._logged["loss_teacher"].append(float(label_loss) * self.current_gradient_accumulation_steps)
-            if self.teacher is not None:
+            if self.teacher is not None and self._is_rated(student):
                 with torch.no_grad():
-                    dtype = next(self.teacher.parameters()).dtype
-                    own = {n: t.to(dtype) if t.is_floating_point() else t for n, t in inputs.items()}
-                    teacher_logits, _ = self._response_logits(self.teacher, own, labels)
+                    teacher_logits, _ = self._response_logits(self.teacher, in_dtype_of(self.teacher, inputs), labels)
             batch = (inputs, labels, teacher_logits, num_items_in_batch)
             if self._has_own_gradients(student):
                 label_loss, student_loss = self._learn(model, student, *batch)
@@ -129,24 +136,22 @@ class StitchTrainer(Trainer):
         return student_loss * self.accelerator.num_processes  # the log averages over ranks
 
     def _learn(
-        self,
-        model: nn.Module,
-        stitch: Stitch,
-        inputs: dict,
-        labels: Tensor,
-        taught: Tensor | None,
-        items: Any,
+        self, model: nn.Module, stitch: Stitch, inputs: dict, labels: Tensor, taught: Tensor | None, items: Any
     ) -> tuple[Tensor, Tensor]:
         """Forward and backward of the student on labels and on what it is taught; its loss on labels alone, and in all."""
         logits, wanted = self._response_logits(model, inputs, labels, stitch)
         label_loss = F.cross_entropy(logits, wanted, reduction="sum") / items
-        loss = self._distil(logits, taught, label_loss, items)
+        loss = distil(self.args.distillation, self.args.distillation_weight, logits, taught, label_loss, items)
         self._backward("student", loss)
         return label_loss.detach(), loss.detach()
 
     def _is_taught(self, student: Stitch) -> bool:
         """Whether the largest anchor teaches it: an anchor learns as it would alone, unless it is a student like others (ESTA)."""
         return self.args.inplace_teacher and (self.args.train_teacher or not student.is_anchor)
+
+    def _is_rated(self, student: Stitch) -> bool:
+        """Whether its steps tell its importance, and an outer teacher teaches it: not an anchor's, where others have a teacher."""
+        return self._is_taught(student) or not self.args.inplace_teacher
 
     def _has_own_gradients(self, student: Stitch) -> bool:
         """False where the largest anchor is drawn and trains as the teacher already."""
@@ -163,17 +168,6 @@ class StitchTrainer(Trainer):
         logits = model(**inputs, **how, use_cache=False).logits[:, :-1]
         wanted = labels[:, 1:].to(logits.device)
         return logits[wanted != IGNORED].float(), wanted[wanted != IGNORED]
-
-    def _distil(self, logits: Tensor, teacher: Tensor | None, label_loss: Tensor, num_items: Any) -> Tensor:
-        """The student's loss: its share of the labels and of the teacher's word (ESTA section 4.2, hard labels)."""
-        weight = self.args.distillation_weight
-        if teacher is None or self.args.distillation == "none" or weight == 0:
-            return label_loss
-        if self.args.distillation == "hard":
-            taught = F.cross_entropy(logits, teacher.argmax(-1), reduction="sum")
-        else:
-            taught = F.kl_div(logits.log_softmax(-1), teacher.log_softmax(-1), reduction="sum", log_target=True)
-        return (1 - weight) * label_loss + weight * taught / num_items
 
     def _unreduced(self, model: nn.Module) -> contextlib.AbstractContextManager:
         return model.no_sync() if hasattr(model, "no_sync") else contextlib.nullcontext()
@@ -200,8 +194,10 @@ class StitchTrainer(Trainer):
         self._sum_over_ranks(statistics, share=1 / self.accelerator.num_processes)
         own = self._kept["student" if self._has_own_gradients(student) else "teacher"]
         signals = self._signals(own, *losses.tolist())
-        if self._is_taught(student) or not self.args.inplace_teacher:  # scores with and without a teacher do not mix
+        if self._is_rated(student):
             self.importance.update(student.key, signals)
+        if self._is_taught(student):
+            self._logged["loss_teacher"].append(signals.teacher_loss)
         self._logged[f"loss_interval_{self._group[student.key]}"].append(signals.loss)
         for role in self._kept:
             for parameter, gradient in self._kept[role].items():
@@ -234,7 +230,7 @@ class StitchTrainer(Trainer):
     # ---- logging, evaluation, checkpoints
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Of what ran on this batch: three forwards where it trained, as Transformers counts a step, one where it taught."""
+        """Of the stitches that ran: three forwards where they trained, as Transformers counts a step, one where they taught."""
         name = self.model.main_input_name
         units = inputs[name].numel() if name == "input_ids" else len(inputs[name])
         return 2 * units * self._macs
@@ -283,7 +279,7 @@ class StitchTrainer(Trainer):
             self.model.table,
             importance=dict(self.importance.averages),
             visits=dict(self.importance.visits),
-            importance_score=self.args.importance,
+            importance_score=self.args.rating,
             interval_count=self.args.interval_count,
         )
 
