@@ -235,6 +235,14 @@ def test_the_published_dial_of_the_measured_runs_never_goes_down(task, suite):
     assert suite.curves.monotone(found, task)[1] == "holds", suite.curves.monotone(found, task)
 
 
+@pytest.mark.parametrize("task", ["vision", "language"])
+def test_no_row_is_left_of_a_setting_that_is_gone(task, suite):
+    folder = ROOT / "benchmarks" / "results" / f"evidence-{task}"
+    for path in (folder / "rows").glob("*.json"):
+        run = json.loads(path.read_text())["run"]
+        assert suite.evidence.row_path(folder, suite.tasks.Run(**run | {"lasts": tuple(run["lasts"])})) == path
+
+
 def test_every_claim_stands_in_the_papers_table(suite):
     table = (ROOT / "PAPERS.md").read_text().split("## Claims")[1].split("## Where")[0]
     told = {
