@@ -38,7 +38,7 @@ demo-vision: setup
 	$(BIN)/python data/make_vits.py --output $(VISION)
 	$(BIN)/accelerate launch --cpu --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 	  recipes/finetune_vision.py --anchors $(VISION)/anchors/tiny $(VISION)/anchors/small $(VISION)/anchors/base \
-	  --data $(VISION)/digits.npz --shots 10 --no_augment --rank 16 8 4 --max_steps 900 --global_batch_size 32 \
+	  --data $(VISION)/digits.npz --shots 10 --no_augment --rank 32 16 8 --max_steps 900 --global_batch_size 32 \
 	  --per_device_train_batch_size 32 --base_lr 0.04 --logging_steps 50 --save_strategy no --use_cpu --output_dir $(VISION)
 
 # The papers' claims at demo scale; about an hour and a half a task on 2 cores. Rows that are done are read again.
