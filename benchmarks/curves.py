@@ -81,14 +81,16 @@ def gaps_to_alone(rows: Rows, name: str, own: str) -> tuple[str, float]:
 
 
 def importance(name: str) -> Callable[[Rows, str], Verdict]:
-    """Inside intervals of two and more stitches; rank by held-out metric decides, by held-out loss stands beside it."""
+    """Inside intervals of two and more stitches; rank by held-out metric decides, by held-out loss stands beside it, and how well
+    the held-out rows repeat themselves: what one half of them says of the other bounds what any score can be told to know."""
     return lambda rows, task: _importance(rows[name])
 
 
 def _importance(rows: Sequence[Row]) -> Verdict:
-    ranks, by_loss, hits, regrets = [], [], [], []
+    ranks, by_loss, hits, regrets, halves, half_hits = [], [], [], [], [], []
     for row in rows:
-        inside, losses, right, regret = [], [], [], []
+        inside, losses, right, regret, half, half_right = [], [], [], [], [], []
+        here, there = row["halves"]
         for group in row.intervals():
             known = [s for s in group if s["importance"] is not None]
             if len(known) < 2:
@@ -99,16 +101,27 @@ def _importance(rows: Sequence[Row]) -> Verdict:
             chosen = quality[scores.index(max(scores))]
             right.append(chosen == max(quality))
             regret.append(max(quality) - chosen)
-        inside = [rank for rank in inside if rank == rank]  # none where all are equally good
+            one, other = ([part[s["key"]] for s in known] for part in (here, there))
+            half.append(spearman(one, other))
+            half_right.append(other[one.index(max(one))] == max(other))
+        inside, half = ([rank for rank in own if rank == rank] for own in (inside, half))  # none where all are equal
         if not inside:
             return "too few draws to tell", "open"
-        for values, own in ((ranks, inside), (by_loss, losses), (hits, right), (regrets, regret)):
-            values.append(statistics.mean(own))
-    here = (
+        lists = (ranks, by_loss, hits, regrets, halves, half_hits)
+        for values, own in zip(lists, (inside, losses, right, regret, half, half_right)):
+            values.append(statistics.mean(own or [0.0]))
+    text = (
         f"Spearman inside intervals {spread(ranks, 2)} ({spread(by_loss, 2)} with the loss); best of its interval "
-        f"{spread([100 * h for h in hits], 0)} %; regret {spread(regrets)}"
+        f"{spread([100 * h for h in hits], 0)} %; regret {spread(regrets)}; one half of the held-out rows ranks the other "
+        f"with {spread(halves, 2)}, so that the truth itself would reach {_ceiling(statistics.mean(halves)):.2f} on all, and "
+        f"finds its best in {spread([100 * h for h in half_hits], 0)} %"
     )
-    return here, "holds" if statistics.mean(ranks) >= 0.6 and statistics.mean(hits) >= 0.8 else "does not"
+    return text, "holds" if statistics.mean(ranks) >= 0.6 and statistics.mean(hits) >= 0.8 else "does not"
+
+
+def _ceiling(halves: float) -> float:
+    """Correlation of the truth with what all rows measure, from that of one half of them with the other (Spearman, Brown)."""
+    return (max(2 * halves / (1 + halves), 0.0)) ** 0.5
 
 
 def aligned(rows: Rows, task: str) -> Verdict:
