@@ -110,15 +110,8 @@ def _importance(rows: Sequence[Row]) -> Verdict:
         inside, half = ([rank for rank in own if rank == rank] for own in (inside, half))  # none where all are equal
         if not inside:
             return "too few draws to tell", "open"
-        measured = (
-            (ranks, inside),
-            (by_loss, losses),
-            (hits, right),
-            (regrets, regret),
-            (halves, half),
-            (half_hits, half_right),
-        )
-        for values, own in measured:
+        lists = (ranks, by_loss, hits, regrets, halves, half_hits)
+        for values, own in zip(lists, (inside, losses, right, regret, half, half_right)):
             values.append(statistics.mean(own or [0.0]))
     text = (
         f"Spearman inside intervals {spread(ranks, 2)} ({spread(by_loss, 2)} with the loss); best of its interval "
