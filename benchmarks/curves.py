@@ -124,7 +124,7 @@ def _importance(rows: Sequence[Row]) -> Verdict:
 
 def _ceiling(halves: float) -> float:
     """Correlation of the truth with what all rows measure, from that of one half of them with the other (Spearman, Brown)."""
-    return (max(2 * halves / (1 + halves), 0.0)) ** 0.5
+    return (2 * halves / (1 + halves)) ** 0.5 if halves > 0 else 0.0
 
 
 def aligned(rows: Rows, task: str) -> Verdict:

@@ -183,7 +183,10 @@ def test_interpolation_and_importance_by_hand(suite):
     assert "-15.0" in here
     assert verdict == "does not"
     ranked = row(suite, "uniform, longer", 0, [0.1, 0.2, 0.3, 0.4], loss=LOSSES, importance=[1.0, 2.0, 3.0, 4.0])
-    assert suite.curves.importance("uniform, longer")(suite.rows.Rows([ranked]), "vision")[1] == "holds"
+    here, verdict = suite.curves.importance("uniform, longer")(suite.rows.Rows([ranked]), "vision")
+    assert verdict == "holds"
+    assert "ranks the other with 1.00 ± 0.00, so that the truth itself would reach 1.00 on all" in here
+    assert [suite.curves._ceiling(halves) for halves in (-1.0, 0.0, 1 / 3, 1.0)] == pytest.approx([0, 0, 0.5**0.5, 1])
     wrong = row(suite, "uniform, longer", 0, [0.1, 0.2, 0.3, 0.4], loss=LOSSES, importance=[2.0, 1.0, 4.0, 3.0])
     assert suite.curves.importance("uniform, longer")(suite.rows.Rows([wrong]), "vision")[1] == "does not"
 
