@@ -147,5 +147,7 @@ def aligned(rows: Rows, task: str) -> Verdict:
 def monotone(rows: Rows, task: str) -> Verdict:
     counts = [row.falls(half) for row in rows["default"] for half in (0, 1)]
     pairs, worse, beyond = (sum(values) for values in zip(*counts))
+    if not pairs:
+        return "one size alone is published, by every half of the rows of every seed: nothing to compare", "open"
     here = f"of {pairs} pairs of published sizes the larger is worse in {worse}, in {beyond} of them beyond chance"
     return here, "does not" if beyond else "holds"
