@@ -86,40 +86,61 @@ def gaps_to_alone(rows: Rows, name: str, own: str) -> tuple[str, float]:
 def importance(name: str) -> Callable[[Rows, str], Verdict]:
     """Inside intervals of two and more stitches; rank by held-out metric decides, by held-out loss stands beside it, and how well
     the held-out rows repeat themselves: what one half of them says of the other bounds what any score can be told to know."""
-    return lambda rows, task: _importance(rows[name])
 
-
-def _importance(rows: Sequence[Row]) -> Verdict:
-    ranks, by_loss, hits, regrets, halves, half_hits = [], [], [], [], [], []
-    for row in rows:
-        inside, losses, right, regret, half, half_right = [], [], [], [], [], []
-        here, there = row["halves"]
-        for group in row.intervals():
-            known = [s for s in group if s["importance"] is not None]
-            if len(known) < 2:
-                continue
-            quality, scores = [row.metric[s["key"]] for s in known], [s["importance"] for s in known]
-            inside.append(spearman(scores, quality))
-            losses.append(spearman(scores, [-row["loss"][s["key"]] for s in known]))
-            chosen = quality[scores.index(max(scores))]
-            right.append(chosen == max(quality))
-            regret.append(max(quality) - chosen)
-            one, other = ([part[s["key"]] for s in known] for part in (here, there))
-            half.append(spearman(one, other))
-            half_right.append(other[one.index(max(one))] == max(other))
-        inside, half = ([rank for rank in own if rank == rank] for own in (inside, half))  # none where all are equal
-        if not inside:
+    def judge(rows: Rows, task: str) -> Verdict:
+        found = [_ranked(row) for row in rows[name]]
+        if not all(found):
             return "too few draws to tell", "open"
-        lists = (ranks, by_loss, hits, regrets, halves, half_hits)
-        for values, own in zip(lists, (inside, losses, right, regret, half, half_right)):
-            values.append(statistics.mean(own or [0.0]))
-    text = (
-        f"Spearman inside intervals {spread(ranks, 2)} ({spread(by_loss, 2)} with the loss); best of its interval "
-        f"{spread([100 * h for h in hits], 0)} %; regret {spread(regrets)}; one half of the held-out rows ranks the other "
-        f"with {spread(halves, 2)}, so that the truth itself would reach {_ceiling(statistics.mean(halves)):.2f} on all, and "
-        f"finds its best in {spread([100 * h for h in half_hits], 0)} %"
-    )
-    return text, "holds" if statistics.mean(ranks) >= 0.6 and statistics.mean(hits) >= 0.8 else "does not"
+        each = {what: [one[what] for one in found] for what in found[0]}
+        shares = {what: spread([100 * value for value in values], 0) for what, values in each.items()}
+        here = (
+            f"Spearman inside intervals {spread(each['rank'], 2)} ({spread(each['rank of loss'], 2)} with the loss); best of its "
+            f"interval {shares['best']} %; regret {spread(each['regret'])}; {shares['front']} % of its choices lie on the front of "
+            f"the stitches it ranks, of which {shares['front of all']} % do; one half of the held-out rows ranks the other with "
+            f"{spread(each['rank of half'], 2)}, so that the truth itself would reach "
+            f"{_ceiling(statistics.mean(each['rank of half'])):.2f} on all, and finds its best in {shares['best of half']} %"
+        )
+        wanted = statistics.mean(each["rank"]) >= 0.6 and statistics.mean(each["best"]) >= 0.8
+        return here, "holds" if wanted else "does not"
+
+    return judge
+
+
+def _ranked(row: Row) -> dict[str, float]:
+    """What importance, and one half of the held-out rows, say of the stitches of an interval: means over the intervals; empty
+    where too few stitches were drawn."""
+    rated = [s for s in row["stitches"] if s["importance"] is not None]
+    score, quality = {s["key"]: s["importance"] for s in rated}, row.metric
+    less_loss = {key: -loss for key, loss in row["loss"].items()}
+    here, there = row["halves"]
+    groups = [[s["key"] for s in group if s["key"] in score] for group in row.intervals()]
+    groups = [keys for keys in groups if len(keys) > 1]
+    chosen = [max(keys, key=score.__getitem__) for keys in groups]
+    front, best = set(), -1.0
+    for stitch in sorted(rated, key=lambda s: (s["params"], -quality[s["key"]])):
+        if quality[stitch["key"]] > best:
+            best = quality[stitch["key"]]
+            front.add(stitch["key"])
+
+    def rank(one: dict, other: dict) -> float:
+        found = [spearman([one[k] for k in keys], [other[k] for k in keys]) for keys in groups]
+        return statistics.mean([value for value in found if value == value] or [0.0])  # none where all are equal
+
+    def finds(one: dict, other: dict) -> float:
+        return statistics.mean(other[max(keys, key=one.__getitem__)] == max(other[k] for k in keys) for keys in groups)
+
+    if not groups:
+        return {}
+    return {
+        "rank": rank(score, quality),
+        "rank of loss": rank(score, less_loss),
+        "best": finds(score, quality),
+        "regret": statistics.mean(max(quality[k] for k in keys) - quality[c] for keys, c in zip(groups, chosen)),
+        "front": statistics.mean(key in front for key in chosen),
+        "front of all": len(front) / len(rated),
+        "rank of half": rank(here, there),
+        "best of half": finds(here, there),
+    }
 
 
 def _ceiling(halves: float) -> float:

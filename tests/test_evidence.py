@@ -189,8 +189,17 @@ def test_interpolation_and_importance_by_hand(suite):
     assert verdict == "holds"
     assert "ranks the other with 1.00 ± 0.00, so that the truth itself would reach 1.00 on all" in here
     assert [suite.curves._ceiling(halves) for halves in (-1.0, 0.0, 1 / 3, 1.0)] == pytest.approx([0, 0, 0.5**0.5, 1])
+    late = row(suite, "uniform, longer", 0, [0.1, 0.4, 0.2, 0.3], loss=LOSSES, importance=[1.0, 2.0, 1.0, 2.0])
+    here, verdict = suite.curves.importance("uniform, longer")(suite.rows.Rows([late]), "vision")
+    assert "50 ± 0 % of its choices lie on the front of the stitches it ranks, of which 50 ± 0 % do" in here
+    assert verdict == "holds"
     wrong = row(suite, "uniform, longer", 0, [0.1, 0.2, 0.3, 0.4], loss=LOSSES, importance=[2.0, 1.0, 4.0, 3.0])
-    assert suite.curves.importance("uniform, longer")(suite.rows.Rows([wrong]), "vision")[1] == "does not"
+    here, verdict = suite.curves.importance("uniform, longer")(suite.rows.Rows([wrong]), "vision")
+    assert verdict == "does not"
+    assert "Spearman inside intervals -1.00" in here
+    assert "best of its interval 0 ± 0 %; regret 10.0" in here
+    undrawn = row(suite, "uniform, longer", 0, [0.1, 0.2, 0.3, 0.4], loss=LOSSES, importance=[1.0, None, None, 2.0])
+    assert suite.curves.importance("uniform, longer")(suite.rows.Rows([undrawn]), "vision")[1] == "open"
 
 
 def test_rows_of_another_version_or_machine_are_refused(suite, tmp_path):
