@@ -108,7 +108,7 @@ class Rows:
         matplotlib.use("Agg")
         from matplotlib import pyplot as plt
 
-        figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
+        figure, axis = plt.subplots(figsize=(8, 6), layout="constrained")
         colours = {"default": "tab:blue", "esta": "tab:green", "snnet": "tab:orange", "kaiming": "tab:red"}
         for name, colour in colours.items():
             rows = self[name]
@@ -142,7 +142,7 @@ class Rows:
         axis.set_ylabel("accuracy (%)" if task == "vision" else "exact match (%)")
         axis.set_title(f"{task}: every stitch and its peers; stars are the anchors")
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.12))
         write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=120, format="png"))
         plt.close(figure)
 
