@@ -95,6 +95,7 @@ def _settings(*names: str) -> Callable[[str], dict[str, dict[str, Any]]]:
             "snnet, one stage": SN_NET,
             "snnet, one stage, equal time": SN_NET | {"lasts": ("default",), "rate_of": "snnet, one stage"},
             "longer": {"training": {"max_steps": 1800}},  # two defaults; its peer lasts as long as those, which were timed beside it
+            "longer, no distillation": {"training": {"max_steps": 1800, "distillation": "none"}},
             "alone, as long as longer": {"kind": "alone", "lasts": ("default", "default"), "rate_of": "alone"},
             "teacher beside, equal time": {"training": BESIDE, "lasts": ("default",), "rate_of": "esta"},
             "anchor share a third": {"training": {"anchor_share": 0.33}},
@@ -211,7 +212,8 @@ CLAIMS = (
     Claim("S1", "importance ranks stitches drawn evenly as quality does", "ours: Spearman >= .6, 4 of 5", _settings("uniform, longer"), importance("uniform, longer"), VISION, tried="six scores, averages corrected for their short history or not, of a hundred visits or ten, fewer steps (LOG.md); more pictures (S1b)"),
     Claim("S1b", "so it does with six times the pictures", "ours", _settings("uniform, longer, 60 shots"), importance("uniform, longer, 60 shots"), VISION),
     Claim("S2", "no anchor starves: within 3 points of its own run, equal cost", "ours", _settings("default", *_BESIDE, "alone", "alone, equal cost"), starving("alone, equal cost", "default", "teacher beside, equal time"), tried="their share of the steps; all routes in one step, a taught small anchor (LOG.md); twice the steps on language (S2b)"),
-    Claim("S2b", "the same where all take twice as long", "ours", _settings("default", "longer", "alone", "alone, as long as longer"), starving("alone, as long as longer", "longer"), LANGUAGE),
+    Claim("S2b", "the same where all take twice as long", "ours", _settings("default", "longer", "alone", "alone, as long as longer"), starving("alone, as long as longer", "longer"), LANGUAGE, tried="no word of the teacher (S2c)"),
+    Claim("S2c", "and without the teacher's word", "ours", _settings("default", "longer, no distillation", "alone", "alone, as long as longer"), starving("alone, as long as longer", "longer, no distillation"), LANGUAGE),
     Claim("S3", "the dial never goes down beyond chance", "ours", _settings("default"), monotone),
     Claim("S4", "the default beats ESTA and SN-Net in equal time", "ours: in every seed", _settings(*_SN_NET, "default, as long as snnet", "esta, equal time", "snnet, one stage, equal time"), equal_time(("default", "esta, equal time"), ("default, as long as snnet", "snnet"), ("default", "snnet, one stage, equal time")), tried="no word of the teacher, soft labels, fewer steps for anchors, floor, draws, `mean`, ridge (S5, S5b); rates and ranks, all routes in one step, four times the rate for stitching layers (LOG.md)"),
     Claim("S5", "the default beats what else was tried", "ours", _settings("default", *_REMEDIES), better("default", *_REMEDIES), VISION),

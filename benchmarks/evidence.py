@@ -82,12 +82,12 @@ def measure(run: Run, output: Path, cache: Path, smoke: bool) -> float:
     return time.monotonic() - start
 
 
-def complete(runs: list[Run], output: Path, cache: Path, workers: int, smoke: bool, here: dict) -> None:
-    """Does what is not done yet."""
+def complete(runs: list[Run], output: Path, cache: Path, workers: int, smoke: bool, here: dict, needed: set) -> None:
+    """Does what is not done yet, and again what left no anchors that a run to come needs."""
 
     def done(run: Run) -> bool:
         left = adapted_folder(cache, run.task, run.name, run.seed, smoke)
-        return row_path(output, run).is_file() and (run.kind != "alone" or left.is_dir())
+        return row_path(output, run).is_file() and ((run.name, run.seed) not in needed or left.is_dir())
 
     missing = [run for run in runs if not done(run)]
     for run in runs:
@@ -162,11 +162,12 @@ def main() -> None:
         lambda run: run.adapted and not run.lasts,
         lambda run: run.lasts,
     ]
+    needed = {(run.adapted, run.seed) for run in runs if run.adapted and not row_path(output, run).is_file()}
     done: list[Run] = []
     for stage in stages:  # each needs what the one before it left
         now = [with_steps(run, runs, output, here) for run in runs if stage(run)]
         if not options.no_run:
-            complete(now, output, cache, options.workers, options.smoke, here)
+            complete(now, output, cache, options.workers, options.smoke, here, needed)
         done += now
     runs = [run for run in done if row_path(output, run).is_file()]
 
