@@ -83,7 +83,7 @@ def measure(run: Run, output: Path, cache: Path, smoke: bool) -> float:
 
 
 def complete(runs: list[Run], output: Path, cache: Path, workers: int, smoke: bool, here: dict, needed: set) -> None:
-    """Does what is not done yet, and again what left no anchors that a run to come needs."""
+    """Does what is not done yet, and again what left no anchors that a run to come needs; makes the anchors that takes."""
 
     def done(run: Run) -> bool:
         left = adapted_folder(cache, run.task, run.name, run.seed, smoke)
@@ -93,7 +93,9 @@ def complete(runs: list[Run], output: Path, cache: Path, workers: int, smoke: bo
     for run in runs:
         if run not in missing:
             read_row(row_path(output, run), here)
+    anchors = {TASKS[r.task].place(cache, r.family, r.seed): (TASKS[r.task], r.family, r.seed) for r in missing}
     with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(lambda made: made[0].prepare(cache, *made[1:]), anchors.values()))
         for number, (run, seconds) in enumerate(
             zip(missing, pool.map(lambda run: measure(run, output, cache, smoke), missing)), 1
         ):
@@ -151,10 +153,6 @@ def main() -> None:
         )
     settings = {run.name: run for claim in claims for run in claim.runs(options.task)}
     runs = [replace(run, seed=seed) for run in settings.values() for seed in options.seeds]
-    with ThreadPoolExecutor(options.workers) as pool:
-        task = TASKS[options.task]
-        wanted = {task.place(cache, run.family, run.seed): (run.family, run.seed) for run in runs}
-        list(pool.map(lambda made: task.prepare(cache, *made), wanted.values()))
     torch.set_num_threads(1)  # as every run has it
     here = provenance()
     stages = [
