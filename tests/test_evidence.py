@@ -221,6 +221,19 @@ def test_a_run_that_died_leaves_no_row(suite, cache, tmp_path):
     assert suite.evidence.row_path(tmp_path, run) != suite.evidence.row_path(tmp_path, replace(run, seed=1))
 
 
+def test_what_is_done_is_read_and_nothing_is_made_for_it(suite, tmp_path, monkeypatch):
+    alone, here, done = suite.tasks.Run("vision", "alone", 0, kind="alone"), {"versions": {}, "machine": {}}, []
+    path = suite.evidence.row_path(tmp_path, alone)
+    path.parent.mkdir()
+    path.write_text(json.dumps(here))
+    monkeypatch.setattr(suite.evidence, "measure", lambda run, *_: done.append(run.name) or 0.0)
+    monkeypatch.setattr(suite.tasks.Vision, "prepare", lambda cache, family, seed: done.append(f"anchors {seed}"))
+    suite.evidence.complete([alone], tmp_path, tmp_path, 1, False, here, needed=set())
+    assert done == []  # a fresh clone has the rows, not the tuned anchors
+    suite.evidence.complete([alone], tmp_path, tmp_path, 1, False, here, needed={("alone", 0)})
+    assert done == ["anchors 0", "alone"]
+
+
 def test_equal_time_counts_every_stage(suite, tmp_path):
     runs = [
         suite.tasks.Run("vision", "default", 0), suite.tasks.Run("vision", "alone full", 0), suite.tasks.Run("vision", "snnet", 0),
@@ -252,8 +265,10 @@ def test_the_published_dial_of_the_measured_runs_never_goes_down(task, suite):
 @pytest.mark.parametrize("task", ["vision", "language"])
 def test_no_row_is_left_of_a_setting_that_is_gone(task, suite):
     folder = ROOT / "benchmarks" / "results" / f"evidence-{task}"
+    names = {name for claim in suite.claims.CLAIMS if task in claim.tasks for name in claim.settings(task)}
     for path in (folder / "rows").glob("*.json"):
         run = json.loads(path.read_text())["run"]
+        assert run["name"] in names
         assert suite.evidence.row_path(folder, suite.tasks.Run(**run | {"lasts": tuple(run["lasts"])})) == path
 
 
