@@ -197,7 +197,7 @@ CLAIMS = (
     Claim("c5", "the same as the paper writes it", "ESTA Fig 9b: a little", _settings("esta", "esta, no distillation"), better("esta", "esta, no distillation")),
     Claim("d", "stitches keep up with anchors tuned alone by LoRA", "ESTA Figs 3, 4: yes", _settings("default", "alone"), against_alone, tried="two steps of three are an anchor's (S2)"),
     Claim("e1", "the bias a stitch beats none, and a scaled rank", "ESTA Fig 6b: yes", _settings("default", "no bias", "no bias, scaled rank"), better("default", "no bias", "no bias, scaled rank"), tried="four times the rate for the biases (LOG.md): worse"),
-    Claim("e2", "and a LoRA of each stitch's own", "ESTA Fig 6b: yes", _settings("default", "stitch lora"), better("default", "stitch lora"), VISION),
+    Claim("e2", "and a LoRA of each stitch's own", "ESTA Fig 6b: yes", _settings("default", "stitch lora"), better("default", "stitch lora")),
     Claim("f1", "drawing by importance beats even draws", "ESTA Fig 6c: yes", _settings("default", "uniform", "interval"), better("default", "uniform", "interval"), tried="no floor (S5); six scores (LOG.md)"),
     Claim("f1b", "so it does with windows of two blocks", "-", _settings("windows of 2", "uniform, windows of 2"), better("windows of 2", "uniform, windows of 2"), LANGUAGE),
     Claim("f2", "the same as the paper writes it", "ESTA Fig 6c: yes", _settings(*_DRAWS), better(*_DRAWS), VISION),
