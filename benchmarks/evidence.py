@@ -83,23 +83,31 @@ def measure(run: Run, output: Path, cache: Path, smoke: bool) -> float:
 
 
 def complete(runs: list[Run], output: Path, cache: Path, workers: int, smoke: bool, here: dict, needed: set) -> None:
-    """Does what is not done yet, and again what left no anchors that a run to come needs; makes the anchors that takes."""
+    """Does what is not done yet, and makes the anchors that takes. A run that is done but left no anchors that one to come needs
+    is done again for these alone: its row stays, as steps of other rows follow from its seconds."""
 
-    def done(run: Run) -> bool:
-        left = adapted_folder(cache, run.task, run.name, run.seed, smoke)
-        return row_path(output, run).is_file() and ((run.name, run.seed) not in needed or left.is_dir())
+    def left(run: Run) -> bool:
+        return adapted_folder(cache, run.task, run.name, run.seed, smoke).is_dir()
 
-    missing = [run for run in runs if not done(run)]
+    missing = []
     for run in runs:
-        if run not in missing:
-            read_row(row_path(output, run), here)
-    anchors = {TASKS[r.task].place(cache, r.family, r.seed): (TASKS[r.task], r.family, r.seed) for r in missing}
+        if not row_path(output, run).is_file():
+            missing.append((run, output))
+            continue
+        read_row(row_path(output, run), here)
+        if (run.name, run.seed) in needed and not left(run):
+            missing.append((run, cache / "again"))
+    anchors = {TASKS[r.task].place(cache, r.family, r.seed): (TASKS[r.task], r.family, r.seed) for r, _ in missing}
     with ThreadPoolExecutor(workers) as pool:
         list(pool.map(lambda made: made[0].prepare(cache, *made[1:]), anchors.values()))
-        for number, (run, seconds) in enumerate(
-            zip(missing, pool.map(lambda run: measure(run, output, cache, smoke), missing)), 1
-        ):
+        measured = pool.map(lambda one: measure(*one, cache, smoke), missing)
+        for number, ((run, _), seconds) in enumerate(zip(missing, measured), 1):
             print(f"{number}/{len(missing)} {run.name}, seed {run.seed}: {seconds:.0f} s", flush=True)
+
+
+def tuned(runs: list[Run], output: Path) -> set[tuple[str, int]]:
+    """Names and seeds of the runs whose anchors are still to be stitched."""
+    return {(run.adapted, run.seed) for run in runs if run.adapted and not row_path(output, run).is_file()}
 
 
 def with_steps(run: Run, runs: list[Run], output: Path, here: dict) -> Run:
@@ -160,7 +168,7 @@ def main() -> None:
         lambda run: run.adapted and not run.lasts,
         lambda run: run.lasts,
     ]
-    needed = {(run.adapted, run.seed) for run in runs if run.adapted and not row_path(output, run).is_file()}
+    needed = tuned(runs, output)
     done: list[Run] = []
     for stage in stages:  # each needs what the one before it left
         now = [with_steps(run, runs, output, here) for run in runs if stage(run)]

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -186,13 +187,15 @@ class Language:
 
     @classmethod
     def prepare(cls, cache: Path, family: str, seed: int) -> None:
-        """Makes skills and anchors that are not there yet."""
+        """Makes skills, which every family meets, and anchors that are not there yet."""
         folder, make = cls.place(cache, family, seed), ("data/make_anchors.py", "--preset", "demo", "--threads", 1)
+        skills = cls.place(cache, "", seed)
+        with _SKILLS:
+            if not skills.is_dir():
+                _python("data/skills.py", output=skills)
         if folder.is_dir():
             return
-        if not family:
-            _python("data/skills.py", output=folder)
-        elif family == "apart":
+        if family == "apart":
             _python(*make, "--large", "data/anchors/large", "--apart", "--seed", 1, output=folder)
         else:
             _python(*make, "--large-steps", 1000, "--small-steps", 500, "--seed", 2, output=folder)
@@ -213,6 +216,7 @@ class Language:
         return AutoModelForCausalLM.from_pretrained(anchor, dtype="float32")
 
 
+_SKILLS = Lock()  # families are made side by side
 TASKS: dict[str, type] = {"vision": Vision, "language": Language}
 
 

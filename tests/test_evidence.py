@@ -226,12 +226,24 @@ def test_what_is_done_is_read_and_nothing_is_made_for_it(suite, tmp_path, monkey
     path = suite.evidence.row_path(tmp_path, alone)
     path.parent.mkdir()
     path.write_text(json.dumps(here))
-    monkeypatch.setattr(suite.evidence, "measure", lambda run, *_: done.append(run.name) or 0.0)
+    monkeypatch.setattr(suite.evidence, "measure", lambda run, place, *_: done.append((run.name, place)) or 0.0)
     monkeypatch.setattr(suite.tasks.Vision, "prepare", lambda cache, family, seed: done.append(f"anchors {seed}"))
     suite.evidence.complete([alone], tmp_path, tmp_path, 1, False, here, needed=set())
     assert done == []  # a fresh clone has the rows, not the tuned anchors
-    suite.evidence.complete([alone], tmp_path, tmp_path, 1, False, here, needed={("alone", 0)})
-    assert done == ["anchors 0", "alone"]
+    stitched = [suite.tasks.Run("vision", "adapted", seed, adapted="alone") for seed in (0, 1)]
+    suite.evidence.row_path(tmp_path, stitched[1]).write_text(json.dumps(here))
+    needed = suite.evidence.tuned([alone, *stitched], tmp_path)
+    assert needed == {("alone", 0)}  # the other seed's are stitched already
+    suite.evidence.complete([alone], tmp_path, tmp_path, 1, False, here, needed)
+    assert done == ["anchors 0", ("alone", tmp_path / "again")]  # the row stays as it is
+
+
+def test_every_language_family_has_its_skills(suite, tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(suite.tasks, "_python", lambda script, *_, output: made.append(output.name) or output.mkdir())
+    for family in ("apart", "second", "", "apart"):
+        suite.tasks.Language.prepare(tmp_path, family, 0)
+    assert made == ["skills", "language-apart", "language-second"]
 
 
 def test_equal_time_counts_every_stage(suite, tmp_path):
