@@ -63,7 +63,7 @@ def cache(tmp_path_factory):
             make().save_pretrained(folder / name / "anchors" / anchor)
             processor.save_pretrained(folder / name / "anchors" / anchor)
     for name in ("demo", "language-second", "language-apart"):
-        for anchor, (width, depth) in {"small": (48, 2), "large": (64, 4)}.items():
+        for anchor, (width, depth) in {"small": (48, 3), "large": (64, 4)}.items():
             pico_anchor(width, depth, 2, 2, len(byte_tokenizer())).save_pretrained(folder / name / anchor)
             byte_tokenizer().save_pretrained(folder / name / anchor)
     return folder
