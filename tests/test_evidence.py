@@ -175,6 +175,16 @@ def test_a_claim_that_lacks_a_row_of_a_seed_is_not_judged(suite):
 LOSSES = {"a": 4.0, "b": 3.0, "c": 2.0, "d": 1.0}
 
 
+def test_a_claim_asked_again_never_just_holds(suite):
+    rows = suite.rows.Rows([row(suite, "default", 0, [0.1])])
+    for judged, verdict in (("holds", "only if"), ("does not", "does not"), ("open", "open")):
+        settings = suite.claims._settings("default")
+        claim = suite.claims.Claim("x", "", "", settings, lambda *_, judged=judged: ("1", judged), only_if="longer")
+        (found,) = suite.claims.verdicts([claim], rows, "vision", seeds=1)
+        assert found["verdict"] == verdict
+        assert ("Only if: longer" in found["here"]) == (verdict == "only if")
+
+
 def test_interpolation_and_importance_by_hand(suite):
     straight = suite.rows.Rows([row(suite, "default", 0, [0.1, 0.2, 0.3, 0.4])])
     here, verdict = suite.curves.interpolate("default")(straight, "vision")

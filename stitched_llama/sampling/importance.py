@@ -1,8 +1,8 @@
 """Importance of a stitch from one training step: a small registry of scores and their moving averages.
 
 A score is the larger the more important the stitch; `snip` is the paper's. Which one ranks stitches as held-out quality does was
-measured (LOG.md): the loss above the teacher's on the same batch does best, as easy and hard batches cancel out. It tells the stitches
-of an interval apart where they differ as on language in windows of two blocks, not neighbours that held-out rows hardly tell either.
+measured (LOG.md): the loss above the teacher's on the same batch does best, as easy and hard batches cancel out. After long
+even draws it tells stitches of an interval that differ much apart, not neighbours that held-out rows hardly tell either (claims S1).
 """
 
 from collections.abc import Callable
