@@ -104,7 +104,7 @@ def test_every_setting_runs_and_every_claim_is_judged(task, suite, cache, tmp_pa
             assert set(found["halves"][0]) == set(found[found["metric"]])
     verdicts = suite.claims.verdicts(own, suite.rows.Rows(rows), task, seeds=1)
     told = {word for v in verdicts for word in v["verdict"].split(" / ")}
-    assert told <= {"holds", "does not", "open", "only in part"}
+    assert told <= {"holds", "does not", "open", "only in part", "only if"}
     assert all(v["here"] for v in verdicts)
     suite.rows.Rows(rows).plot(tmp_path / "p.png", task)
     assert (tmp_path / "p.png").stat().st_size > 10_000
