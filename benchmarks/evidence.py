@@ -160,7 +160,7 @@ def main() -> None:
             f"no claim of {options.task} is called {options.only}; there are {', '.join(c.letter for c in CLAIMS)}"
         )
     settings = {run.name: run for claim in claims for run in claim.runs(options.task)}
-    runs = [replace(run, seed=seed) for run in settings.values() for seed in options.seeds]
+    runs = [replace(run, seed=run.seed + seed) for run in settings.values() for seed in options.seeds]
     torch.set_num_threads(1)  # as every run has it
     here = provenance()
     stages = [
