@@ -78,13 +78,15 @@ class LlamaFamily:
         decoder, cache = anchor.model, context.past_key_values
         if cache is not None and slot != start:
             cache = SlotView(cache, slot - start)
-        position_embeddings = decoder.rotary_emb(hidden, position_ids=context.position_ids)
+        # the head of the route may lie on another device
+        mask, position_ids = (_beside(hidden, given) for given in (context.attention_mask, context.position_ids))
+        position_embeddings = decoder.rotary_emb(hidden, position_ids=position_ids)
         for index in range(start, stop):
             extra = {} if context.stitch_bias is None else {"stitch_bias": context.stitch_bias[slot + index - start]}
             hidden = decoder.layers[index](
                 hidden,
-                attention_mask=context.attention_mask,
-                position_ids=context.position_ids,
+                attention_mask=mask,
+                position_ids=position_ids,
                 past_key_values=cache,
                 use_cache=context.use_cache,
                 position_embeddings=position_embeddings,
@@ -95,3 +97,8 @@ class LlamaFamily:
 
     def head(self, anchor: nn.Module, hidden: Tensor) -> Tensor:
         return anchor.lm_head(anchor.model.norm(hidden))
+
+
+def _beside(hidden: Tensor, given: Any) -> Any:
+    """A mask or positions on the device of the rows; what is no tensor (a mask of flex attention, none) as it is."""
+    return given.to(hidden.device) if isinstance(given, Tensor) else given

@@ -19,7 +19,7 @@ from transformers.utils.output_capturing import capture_outputs
 from stitched_llama.anchors import DecoderContext
 from stitched_llama.space import Junction, Stitch
 
-from ..modeling_base import BlockOutputs, StitchedPreTrainedModel
+from ..modeling_base import NO_BUDGET, BlockOutputs, StitchedPreTrainedModel
 from ..route import walk
 from ..tokenizers import check_tokenizers
 from .configuration_stitched_llama import StitchedLlamaConfig
@@ -92,6 +92,8 @@ class StitchedLlamaForCausalLM(StitchedPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: no such stitch, or the cache was made by another stitch.
         """
+        if "budget" in kwargs:
+            raise ValueError(NO_BUDGET)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds is needed")
         stitch = self._pinned_or(stitch_id)
@@ -213,7 +215,7 @@ class StitchedLlamaForCausalLM(StitchedPreTrainedModel, GenerationMixin):
             prompts = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
             prompt = next((given for given in prompts if given is not None), None)
             config = args[0] if args else kwargs.get("generation_config")
-            stitch = self.choose(budget, self._context_tokens(prompt, config or self.generation_config, kwargs))
+            stitch = self.choose(budget, self._context_tokens(prompt, config, kwargs))
         else:
             stitch = self.stitch(stitch_id)
         if isinstance(kwargs.get("assistant_model"), (int, str)):
@@ -224,7 +226,8 @@ class StitchedLlamaForCausalLM(StitchedPreTrainedModel, GenerationMixin):
         """Tokens the KV cache of a call will hold over all rows, returned sequences and beams."""
         rows, length = prompt.shape[:2] if prompt is not None else (1, 0)
         names = ("max_new_tokens", "max_length", "num_beams", "num_return_sequences")
-        wanted = {name: kwargs.get(name, getattr(config, name, None)) for name in names}
+        said = (kwargs, vars(config or object), vars(self.generation_config))  # what one leaves open the next one says
+        wanted = {name: next((by[name] for by in said if by.get(name) is not None), None) for name in names}
         new, beams = wanted["max_new_tokens"], wanted["num_beams"] or 1
         total = length + new if new is not None else max(length, wanted["max_length"] or length + 20)
         copies = beams if beams > 1 else wanted["num_return_sequences"] or 1  # beams return from among themselves
