@@ -13,6 +13,7 @@ class Hub(BaseHTTPRequestHandler):
 
     files: dict[str, dict[str, bytes]] = {}
     asked: list[str] = []
+    branches: set[str] = set()
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *args):
@@ -42,6 +43,9 @@ class Hub(BaseHTTPRequestHandler):
             repo = "someone/" + json.loads(body)["name"].split("/")[-1]
             self.files.setdefault(repo, {})
             return self.answer({"url": f"http://{self.headers['Host']}/{repo}", "id": repo, "name": repo})
+        if "/branch/" in path:
+            self.branches.add(path.rsplit("/", 1)[1])
+            return self.answer({})
         if path == "/api/validate-yaml":
             return self.answer({"errors": [], "warnings": []})
         repo = "/".join(path.split("/")[3:5])
@@ -51,6 +55,9 @@ class Hub(BaseHTTPRequestHandler):
                 {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in wanted]}
             )
         if "/commit/" in path:
+            branch = path.rsplit("/", 1)[1]
+            if branch not in {"main", *self.branches}:
+                return self.answer({"error": "Invalid rev id"}, 404, {"X-Error-Code": "RevisionNotFound"})
             for line in map(json.loads, body.splitlines()):
                 if line["key"] == "file":
                     self.files[repo][line["value"]["path"]] = base64.b64decode(line["value"]["content"])
@@ -114,6 +121,7 @@ def main(folders, output):
         LlamaForCausalLM.from_pretrained(folder).push_to_hub(name, max_shard_size="20KB")
     model = stitched_model(names)
     commit = model.push_to_hub("someone/bundle")
+    model.push_to_hub("someone/tagged", revision="v2", commit_description="why", tags=["alpaca"])
     ids, equal = ids_like(1, 6), {}
     for load in (AutoModelForCausalLM, stitched_llama.StitchedLlamaForCausalLM):
         again = load.from_pretrained("someone/bundle", cache_dir=output)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import FAMILIES, fresh, ids_like, randomise, spread
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaForCausalLM
 
 from stitched_llama import PSTConfig, StitchedLlamaForCausalLM
 from stitched_llama.bundles import CARD, CONFIG, GENERATION, TABLE, WEIGHTS
@@ -114,6 +114,62 @@ def test_an_object_that_was_changed_is_not_taken_for_its_files(anchors, tmp_path
     assert_equal(load(tmp_path, anchors=[LlamaForCausalLM.from_pretrained(anchors["unequal"][0]), plain]), model)
 
 
+def test_an_object_that_carries_something_is_refused(anchors, bundle):
+    from peft import LoraConfig
+
+    objects = [LlamaForCausalLM.from_pretrained(folder) for folder in anchors["unequal"]]
+    first = fresh(objects, PSTConfig(rank=0))  # the stitch bias alone
+    before = logits(first)
+    for again in (lambda: StitchedLlamaForCausalLM.from_anchors(objects), lambda: load(bundle, anchors=objects)):
+        with pytest.raises(ValueError, match="anchor 0, a LlamaForCausalLM .* carries LoRA or another .* load it anew"):
+            again()
+    assert torch.equal(logits(first), before)
+    objects = [LlamaForCausalLM.from_pretrained(folder) for folder in anchors["unequal"]]
+    objects[1].add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="anchor 1, .* carries LoRA"):
+        StitchedLlamaForCausalLM.from_anchors(objects)
+
+
+def test_the_configuration_of_an_anchor_is_the_bundles(anchors, tmp_path):
+    """Of files whose config.json says otherwise now, whole and in part."""
+    own = [shutil.copytree(folder, tmp_path / str(n)) for n, folder in enumerate(anchors["unequal"])]
+    model = fresh([str(folder) for folder in own], PSTConfig(rank=2))
+    model.save_pretrained(tmp_path / "b")
+    changed = json.loads((own[1] / "config.json").read_text())
+    changed["rope_parameters"]["rope_theta"] = 100.0
+    (own[1] / "config.json").write_text(json.dumps(changed))
+    assert_equal(load(tmp_path / "b"), model)
+    assert torch.equal(logits(load(tmp_path / "b", stitch_id=2)), logits(model, 2))
+
+
+def test_anchors_that_are_stored_in_8_bits(anchors, tmp_path):
+    settings = BitsAndBytesConfig(load_in_8bit=True)
+    folders = [str(tmp_path / str(n)) for n in range(2)]
+    for folder, source in zip(folders, anchors["unequal"]):
+        LlamaForCausalLM.from_pretrained(source, quantization_config=settings).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    model = fresh(folders, PSTConfig(rank=2))
+    model.save_pretrained(tmp_path / "b")
+    whole = load(tmp_path / "b")
+    assert_equal(whole, model)
+    for stitch in model.space:
+        part = load(tmp_path / "b", stitch_id=stitch.stitch_id)
+        assert torch.equal(logits(part), logits(model, stitch.key)), stitch.key
+    budget = f"{whole.space.anchor_stitch(-1).weight_bytes / 1000}kB"
+    assert load(tmp_path / "b", budget=budget).keys == [whole.choose(budget).key] == ["1[0:5]"]
+    objects = [LlamaForCausalLM.from_pretrained(source, quantization_config=settings) for source in anchors["unequal"]]
+    fresh(objects).save_pretrained(tmp_path / "full")  # quantised by loading, not in their files
+    assert "quantization_config" not in load(tmp_path / "full").config.anchor_configs[0]
+
+
+@pytest.mark.filterwarnings("ignore:.*device_map keys do not match")  # one map for anchors of two depths
+def test_what_is_offloaded_is_refused(bundle, tmp_path):
+    places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "lm_head": "cpu", "model.rotary_emb": "cpu"}
+    places |= {f"model.layers.{n}": "disk" if n == 2 else "cpu" for n in range(5)}
+    with pytest.raises(ValueError, match="device_map put a part of .* load one size"):
+        load(bundle, device_map=places, offload_folder=str(tmp_path / "off"))
+
+
 @pytest.mark.parametrize("loader", [StitchedLlamaForCausalLM, AutoModelForCausalLM])
 def test_anchors_may_lie_elsewhere(loader, made, bundle, anchors, tmp_path):
     moved = [str(shutil.copytree(folder, tmp_path / f"moved{n}")) for n, folder in enumerate(anchors["unequal"])]
@@ -185,3 +241,21 @@ def test_saving_forwards_what_concerns_the_hub_and_refuses_the_rest(made, tmp_pa
     assert seen == {"repo_id": "me/x", "commit_message": "m", "stitches": "published", "stitching_dtype": "int8"}
     with pytest.raises(TypeError, match=r"unknown arguments \['stiches'\]"):
         made.save_pretrained(tmp_path / "b", stiches="published")
+    made.save_pretrained(tmp_path / "c", is_main_process=True, save_function=torch.save)  # as Accelerate's guide has it
+
+
+def test_saving_over_an_anchor_is_refused(anchors, tmp_path):
+    own = [str(shutil.copytree(folder, tmp_path / str(n))) for n, folder in enumerate(anchors["unequal"])]
+    before = contents(own[1])
+    with pytest.raises(ValueError, match=f"{own[1]} is the folder of an anchor"):
+        fresh(own).save_pretrained(own[1])
+    assert contents(own[1]) == before
+
+
+def test_options_that_evaluation_harnesses_pass_are_taken(made, bundle):
+    again = AutoModelForCausalLM.from_pretrained(
+        bundle, gguf_file=None, subfolder="", use_kernels=False, revision="main"
+    )
+    assert_equal(again, made, made.keys[:1])
+    with pytest.raises(TypeError, match="unknown argument 'subfolder'"):
+        load(bundle, subfolder="deep")

@@ -22,7 +22,7 @@ def chatty(tokenizer):
 @pytest.fixture
 def chat(stitched, chatty):
     model = stitched("unequal", pst=True)
-    return Chat(model, chatty, model.space[2], **SETTINGS)
+    return Chat(model, chatty, "#2", **SETTINGS)
 
 
 def answer(chat, prompt, stitch_id):
@@ -88,7 +88,7 @@ def test_paper_settings_answer_in_one_piece(chat):
 
 
 def test_overflow_drops_the_oldest_turns(chat, monkeypatch):
-    monkeypatch.setattr(chat.model.config, "max_position_embeddings", 100)
+    chat.context = 100
     seen = []
     generate = type(chat.model).generate
     monkeypatch.setattr(
@@ -122,7 +122,19 @@ def test_prompts_are_tokenised_as_in_training(chat):
 
 def test_a_tokenizer_without_chat_template_is_refused(stitched, tokenizer):
     with pytest.raises(ValueError, match="no chat template"):
-        Chat(stitched("unequal"), tokenizer, stitched("unequal").space[0])
+        Chat(stitched("unequal"), tokenizer)
+
+
+def test_a_memory_budget_holds_the_conversation_too(chat, chatty):
+    large = chat.model.space.anchor_stitch(-1)
+    held = large.weight_bytes + 100 * large.kv_bytes_per_token
+    for spare, beams, key in ((0, 1, "1[0:5]"), (-1000, 1, "0[0:3]"), (0, 2, "0[0:3]")):
+        settings = SETTINGS | {"num_beams": beams}
+        small = Chat(chat.model, chatty, f"{(held + spare) / 1000}kB", context=100, **settings)
+        assert small.stitch.key == key
+    for context in (0, 10**6):
+        with pytest.raises(ValueError, match=f"context of {context} tokens is asked for: 1 to 512 is"):
+            Chat(chat.model, chatty, context=context)
 
 
 def test_sizes_are_the_published_ones_and_the_current_one(chat):

@@ -253,6 +253,7 @@ def test_the_pipeline_of_transformers_takes_a_stitch(stitched, tokenizer):
         ({"max_new_tokens": 5, "num_return_sequences": 4, "do_sample": True}, 8 * 14),
         ({"max_new_tokens": 5, "num_beams": 4, "num_return_sequences": 2}, 8 * 14),
         ({"generation_config": GenerationConfig(max_new_tokens=6)}, 2 * 15),
+        ({"generation_config": GenerationConfig(num_beams=2), "own": 7}, 4 * 16),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("given", ["ids", "embeds", "positional"])
@@ -260,6 +261,8 @@ def test_a_budget_of_memory_counts_the_whole_cache(how, tokens, given, stitched,
     model, ids = stitched("unequal"), ids_like(2, 9)
     seen = []
     monkeypatch.setattr(type(model), "choose", lambda self, budget, context: seen.append(context) or self.stitch(0))
+    monkeypatch.setattr(model.generation_config, "max_new_tokens", how.get("own"))
+    how = {name: value for name, value in how.items() if name != "own"}
     embeds = model.anchors[0].get_input_embeddings()(ids)
     prompt = {"inputs_embeds": embeds} if given == "embeds" else {"input_ids": ids}
     how, args = dict(how), ()

@@ -36,6 +36,8 @@ def test_bundle_and_anchors_by_repository_id(hub, anchors, tmp_path):
     }
     card = Hub.files["someone/bundle"]["README.md"].decode()
     assert "base_model:\n- someone/small\n- someone/large\n" in card
+    assert "v2" in Hub.branches
+    assert "tags:\n- stitched-llama\n- alpaca\n" in Hub.files["someone/tagged"]["README.md"].decode()
     part = [path for path in Hub.asked if "someone/large/resolve" in path and "model-0" in path]
     shards = {name for name in Hub.files["someone/large"] if name.startswith("model-0")}
     assert len(shards) > 5

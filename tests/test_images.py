@@ -227,6 +227,17 @@ def test_a_new_head_trains_and_lies_in_the_bundle(folders, tmp_path):
     assert "heads" not in frozen.trainable_parameters()
 
 
+def test_a_new_head_is_kept_before_pst_too_and_its_classes_stay(folders, tmp_path):
+    model = stitched(folders, "vit", num_labels=3)
+    model.save_pretrained(tmp_path / "b")
+    again, pixels = StitchedViTForImageClassification.from_pretrained(tmp_path / "b"), images(model)
+    for stitch in model.space:
+        assert torch.equal(logits(again, pixels, stitch.key), logits(model, pixels, stitch.key))
+    for loader in (StitchedViTForImageClassification, AutoModelForImageClassification):
+        with pytest.raises(ValueError, match=r"9 labels are asked for, the heads of .* have 3: make a model of your"):
+            loader.from_pretrained(tmp_path / "b", num_labels=9)
+
+
 def test_anchors_that_name_the_same_classes_otherwise_are_joined_by_id2label(folders, tmp_path):
     paths = folders("vit")
     other = build("vit")[1]
@@ -264,6 +275,10 @@ def test_bad_images_and_labels_are_named(folders):
         model(torch.zeros(1, 1, 16, 16))
     with pytest.raises(ValueError, match=f"label {CLASSES} is outside the {CLASSES} classes"):
         model(images(model, 2), labels=torch.tensor([0, CLASSES]))
+    with pytest.raises(ValueError, match="no budget: pass stitch_id="):
+        model(images(model), budget="1M")
+    with pytest.raises(TypeError, match=r"unknown arguments \['output_hidden_states', 'stich_id'\]"):
+        model(images(model), stich_id=1, output_hidden_states=True)
 
 
 def test_anchors_that_cannot_be_joined_are_refused_when_built(tmp_path):

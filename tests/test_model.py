@@ -1,5 +1,6 @@
 """Every stitch computes what it should: anchors as Transformers runs them, PST born neutral, what is refused."""
 
+import copy
 import json
 import logging
 import threading
@@ -270,5 +271,40 @@ def test_tokenizers_of_equal_pieces_that_read_differently_are_refused(anchors, t
 def test_bytes_follow_the_dtype(anchors):
     model = fresh(anchors["unequal"])
     before = [stitch.weight_bytes for stitch in model.space]
-    model.to(torch.bfloat16)
-    assert [2 * stitch.weight_bytes for stitch in model.space] == before
+    for change, share in (
+        (lambda: model.to(torch.bfloat16), 2),
+        (model.float, 1),
+        (model.half, 2),
+        (model.bfloat16, 2),
+    ):
+        change()
+        assert [share * stitch.weight_bytes for stitch in model.space] == before
+
+
+def test_forward_takes_no_budget(stitched):
+    with pytest.raises(ValueError, match=r"no budget: pass stitch_id=model\.choose\(budget\)"):
+        stitched("unequal")(ids_like(1, 4), budget="1M")
+
+
+def test_masks_and_positions_follow_the_rows_to_another_device(stitched, monkeypatch):
+    """Anchors on two devices, of which this machine has one: `meta` stands in for the other."""
+    model = stitched("unequal")
+    family, moved = model.families[1], []
+    run = type(family).run
+    rows = torch.empty(1, 4, 48, device="meta")
+    context = model._context(0, torch.zeros(1, 4, 32), torch.ones(1, 4))
+    large = copy.deepcopy(model.anchors[1]).to("meta")
+    for block in large.model.layers:
+        block.register_forward_pre_hook(lambda _, args, kwargs: moved.append(kwargs), with_kwargs=True)
+    assert run(family, large, rows, 1, 5, 1, context).device.type == "meta"
+    assert {kwargs["position_ids"].device.type for kwargs in moved} == {"meta"}
+
+
+def test_a_default_that_was_not_loaded_gives_way(made, bundle, tmp_path):
+    made.config.default_stitch_id = 5
+    made.save_pretrained(tmp_path / "b")
+    part = StitchedLlamaForCausalLM.from_pretrained(tmp_path / "b", stitch_id=2)
+    assert part.stitch().stitch_id == 2
+    config = AutoConfig.from_pretrained(tmp_path / "b")
+    StitchedLlamaForCausalLM.from_pretrained(tmp_path / "b", config=config, stitch_id=2)
+    assert len(StitchedLlamaForCausalLM.from_pretrained(tmp_path / "b", config=config).keys) == len(made.space)

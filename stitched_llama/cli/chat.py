@@ -26,6 +26,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--paper", action="store_true", help="the paper's generation: beam 4, top-p 0.75 (no streaming)"
     )
     parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument(
+        "--context",
+        type=int,
+        help="tokens a conversation may grow to, for which a budget of memory must have room too (default: all that the model takes)",
+    )
     parser.add_argument("--temperature", type=float, help="sample at this temperature (default, and 0: greedy)")
     parser.add_argument("--top-p", type=float, help="sample from the top candidates of this probability")
     parser.add_argument("--anchors", nargs="+", metavar="ANCHOR", help="where the anchors lie now, small to large")
@@ -39,18 +44,26 @@ class Chat:
 
     Args:
         model, tokenizer: of one bundle; the tokenizer's chat template is the one it was trained with.
-        stitch: the size to start with.
+        size: to start with: a budget, `#` and a stitch id, or None for the largest that is published.
+        context: tokens the conversation may grow to; None is all that the model takes. A budget of memory has room for them.
         settings: passed to `generate`.
 
     Raises:
-        ValueError: the tokenizer has no chat template.
+        ValueError: the tokenizer has no chat template, no such size, or a context that the model has not.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, stitch: Stitch, **settings: Any):
+    def __init__(
+        self, model: Any, tokenizer: Any, size: str | None = None, context: int | None = None, **settings: Any
+    ):
+        most = model.config.max_position_embeddings
         if tokenizer.chat_template is None:
             raise ValueError("the bundle's tokenizer has no chat template: save it with tokenizer.chat_template set")
-        self.model, self.tokenizer, self.stitch, self.settings = model, tokenizer, stitch, settings
+        if context is not None and not 0 < context <= most:
+            raise ValueError(f"a context of {context} tokens is asked for: 1 to {most} is what the model takes")
+        self.model, self.tokenizer, self.settings = model, tokenizer, settings
+        self.context = most if context is None else context
         self.messages: list[dict[str, str]] = []
+        self.stitch = model.published[-1] if size is None else self.resize(size)
 
     def resize(self, size: str) -> Stitch:
         """Changes the size from the next answer on: a budget, or `#` and a stitch id.
@@ -59,7 +72,8 @@ class Chat:
             ValueError: no such stitch, or a budget that is too small or unreadable; the size stays.
         """
         size = size.strip()
-        self.stitch = self.model.stitch(size[1:]) if size.startswith("#") else self.model.choose(size)
+        held = self.context * self.settings.get("num_beams", 1)
+        self.stitch = self.model.stitch(size[1:]) if size.startswith("#") else self.model.choose(size, held)
         return self.stitch
 
     def ask(self, text: str) -> Iterator[str]:
@@ -96,15 +110,15 @@ class Chat:
         self.messages = [*messages, {"role": "assistant", "content": answer.strip()}]
 
     def _inputs(self, messages: list[dict[str, str]]) -> dict[str, Any]:
-        """The conversation as tokens; its oldest turns are dropped once it no longer fits the model's context."""
-        room = self.model.config.max_position_embeddings - self.settings.get("max_new_tokens", 0)
+        """The conversation as tokens; its oldest turns are dropped once it no longer fits the context."""
+        room = self.context - self.settings.get("max_new_tokens", 0)
         while True:
             text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
             encoded = self.tokenizer(text, return_tensors="pt")  # with BOS, as in training
             length = encoded["input_ids"].shape[1]
             if length > room and len(messages) == 1:
                 raise ValueError(
-                    f"the message is {length} tokens long; {self.model.config.max_position_embeddings} of context less "
+                    f"the message is {length} tokens long; {self.context} of context less "
                     f"{self.settings.get('max_new_tokens', 0)} for the answer leave {room}: shorten it, or --max-new-tokens"
                 )
             if length <= room:
@@ -144,12 +158,10 @@ def run(options: argparse.Namespace) -> int:
     )
     if options.budget is not None and options.stitch_id is not None:
         raise ValueError("--budget and --stitch-id both given: pass one of them")
-    if options.stitch_id is not None:
-        stitch = model.stitch(options.stitch_id)
-    else:
-        stitch = model.choose(options.budget) if options.budget is not None else model.published[-1]
+    size = options.budget if options.stitch_id is None else f"#{options.stitch_id}"
     settings = {"max_new_tokens": options.max_new_tokens, **sampling(options)}
-    chat = Chat(model, AutoTokenizer.from_pretrained(options.bundle), stitch, **settings)
+    chat = Chat(model, AutoTokenizer.from_pretrained(options.bundle), size, options.context, **settings)
+    stitch = chat.stitch
     print(f"{format_count(stitch.params)} parameters, stitch {stitch.stitch_id} ({stitch.key}); {HELP}")
     converse(chat)
     return 0

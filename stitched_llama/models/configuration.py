@@ -12,7 +12,7 @@ from stitched_llama.bundles import CONFIG, recover
 from stitched_llama.pst import PSTConfig
 from stitched_llama.space import BYTES_PER_NUMBER, SPACE_OPTIONS, Precision, StitchSpace, anchor_specs
 
-_NOT_KEPT = ("_name_or_path", "transformers_version", "quantization_config")
+_NOT_KEPT = ("_name_or_path", "transformers_version")
 
 
 @strict
@@ -89,13 +89,17 @@ class StitchedConfig(PreTrainedConfig):
         )
 
     def precision(self, dtype: Any = None, quantization_config: Any = None) -> Precision:
-        """In which form the weights will be held when the anchors are loaded with these options."""
+        """In which form the weights will be held when the anchors are loaded with these options; what is stored in 8 or 4 bits
+        stays so."""
         if dtype in (None, "auto"):
             full = self.pst is not None and self.pst_config.full  # trained, and saved, in float32
             dtype = "float32" if full else self.anchor_configs[-1].get("dtype") or "float32"
         flags = {"8bit": "load_in_8bit", "4bit": "load_in_4bit"}
-        asked = quantization_config if isinstance(quantization_config, dict) else vars(quantization_config or object)
-        wanted = [name for name, flag in flags.items() if asked.get(flag) or asked.get(f"_{flag}")]
+        stored = [c["quantization_config"] for c in self.anchor_configs if c.get("quantization_config")]
+        settings = [
+            s if isinstance(s, dict) else vars(s) for s in ([quantization_config] if quantization_config else stored)
+        ]
+        wanted = [n for n, flag in flags.items() if any(s.get(flag) or s.get(f"_{flag}") for s in settings)]
         name = str(dtype).removeprefix("torch.")
         return Precision(name if name in BYTES_PER_NUMBER else "float32", wanted[0] if wanted else None)
 

@@ -13,7 +13,7 @@ from stitched_llama.pst import PSTConfig
 from stitched_llama.space import Junction
 
 from .configuration import StitchedConfig
-from .modeling_base import BlockOutputs, StitchedPreTrainedModel
+from .modeling_base import NO_BUDGET, BlockOutputs, StitchedPreTrainedModel
 from .route import walk
 
 
@@ -95,6 +95,10 @@ class StitchedForImageClassification(StitchedPreTrainedModel):
         Raises:
             ValueError: no such stitch, images of another size or channel count, or a label outside the classes.
         """
+        if "budget" in kwargs:
+            raise ValueError(NO_BUDGET)
+        if unknown := sorted(name for name, value in kwargs.items() if value and name != "num_items_in_batch"):
+            raise TypeError(f"forward of stitched image models got unknown arguments {unknown}")
         stitch = self._pinned_or(stitch_id)
         self._check_images(pixel_values)
         first, last = stitch.segments[0].anchor, stitch.segments[-1].anchor
@@ -156,7 +160,7 @@ class StitchedForImageClassification(StitchedPreTrainedModel):
                     anchor.get_submodule(name).float().requires_grad_(True)
 
     def trained_heads(self, anchors: Any) -> list[str]:
-        if self.config.pst is None or not self.config.train_head:
+        if not self.config.train_head:
             return []
         return [f"anchors.{index}.{name}." for index in anchors for name in self.families[index].head_modules]
 

@@ -21,7 +21,7 @@ from stitched_llama.bundles import (
 )
 from stitched_llama.space import AnchorSpec, Stitch, anchor_spec
 
-from .references import HUB_OPTIONS, check_fingerprint, fingerprint_in_memory, reference_to, weight_files
+from .references import HUB_OPTIONS, check_fingerprint, check_plain, fingerprint_in_memory, reference_to, weight_files
 
 
 class _Needed:
@@ -47,23 +47,25 @@ class _Needed:
 def load_anchor(
     name_or_path: str, config: Any, spec: AnchorSpec, index: int, stitches: Iterable[Stitch] | None, **options: Any
 ) -> tuple[PreTrainedModel, dict[str, str]]:
-    """An anchor, frozen, with the digests of its parts; only the blocks, embedding and head that `stitches` need.
+    """An anchor, frozen, with the digests of its parts; only the blocks, embedding and head that `stitches` need. One that is
+    stored in 8 or 4 bits is read whole: only Transformers knows how its tensors belong together.
 
     Raises:
-        ValueError: there are no safetensors weights, or a tensor is missing.
+        ValueError: there are no safetensors weights, a tensor is missing, or a part was put where it cannot be trained.
     """
     family = FAMILIES[spec.family]
     if not isinstance(family, LlamaFamily):
         return _load_image_anchor(name_or_path, config, family, index, stitches, **options)
     needed = None if stitches is None else _Needed(family, spec, index, stitches)
-    if needed is not None and needed.all:
+    if needed is not None and (needed.all or getattr(config, "quantization_config", None)):
         needed = None
     files = weight_files(name_or_path, needed, **options)
     fingerprint = fingerprint_files(sorted(set(files.values())))
     if needed is None:
         model, info = family.auto_class().from_pretrained(
-            name_or_path, use_safetensors=True, output_loading_info=True, **options
+            name_or_path, config=config, use_safetensors=True, output_loading_info=True, **options
         )
+        _let_go(model, family, index, stitches)
     else:
         fingerprint = {part: digest for part, digest in fingerprint.items() if part in {part_of(t) for t in files}}
         options = {name: value for name, value in options.items() if name not in HUB_OPTIONS}
@@ -74,8 +76,18 @@ def load_anchor(
             None, config=config, state_dict=_read(files), output_loading_info=True, **options
         )
     _check_whole(name_or_path, info["missing_keys"])
+    _check_placed(name_or_path, model)
     model.requires_grad_(False)
     return model.eval(), fingerprint
+
+
+def _check_placed(name_or_path: str, model: nn.Module) -> None:
+    """Weights that were offloaded are on no device between calls: stitching layers and LoRA beside them would be lost."""
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError(
+            f"device_map put a part of {name_or_path} on the CPU or on disk to be fetched at every call, which stitched models "
+            "cannot do: load one size (budget=...), fewer bits (quantization_config), or the whole on one device (device_map='cpu')"
+        )
 
 
 def _check_whole(name_or_path: str, missing: Iterable[str]) -> None:
@@ -102,19 +114,25 @@ def _load_image_anchor(
         output_loading_info=True,
         **options,
     )
+    _check_placed(name_or_path, model)
     renewed = {name for name, *_ in info["mismatched_keys"]}
     _check_whole(name_or_path, set(info["missing_keys"]) - renewed)
     if wrong := sorted(name for name in renewed if not name.startswith(family.head_modules)):
         raise ValueError(
             f"{name_or_path} and its config differ in the shape of {wrong[0]}: they do not belong together"
         )
+    _let_go(model, family, index, stitches)
+    model.requires_grad_(False)
+    return model.eval(), fingerprint
+
+
+def _let_go(model: nn.Module, family: Family, index: int, stitches: Iterable[Stitch] | None) -> None:
+    """Frees the blocks of an anchor that was read whole and that no route needs."""
     if stitches is not None:
         used = {block for stitch in stitches for anchor, block in stitch.blocks() if anchor == index}
         for number, name in enumerate(family.block_names(model)):
             if number not in used:
                 model.set_submodule(name, nn.Identity())
-    model.requires_grad_(False)
-    return model.eval(), fingerprint
 
 
 def _partial_class(model_class: type[PreTrainedModel], needed: _Needed) -> type[PreTrainedModel]:
@@ -199,6 +217,7 @@ def load_anchors(
                 f"the bundle does not know where anchor {index} lies: pass anchors=[...] to from_pretrained"
             )
         if isinstance(source, PreTrainedModel):
+            check_plain(source, index)
             found = reference_to(source)["fingerprint"]  # of its files where it still equals them
             if found != reference["fingerprint"]:
                 found = fingerprint_in_memory(source)

@@ -17,6 +17,8 @@ from .calibration import Calibration, calibrate
 from .configuration import StitchedConfig
 from .storage import BundleMixin
 
+NO_BUDGET = "forward takes a stitch_id, no budget: pass stitch_id=model.choose(budget).stitch_id"
+
 
 class BlockOutputs(NamedTuple):
     """What enters and what leaves each block of an anchor, in the layout of its family."""
@@ -112,16 +114,16 @@ class StitchedPreTrainedModel(BundleMixin, PreTrainedModel):
     # ---- choosing a stitch
 
     def stitch(self, stitch_id: int | str | None = None) -> Stitch:
-        """The stitch of an id or key; of the configured default, or else the largest anchor, for None.
+        """The stitch of an id or key; for None the configured default, or else the largest anchor, or the largest of what was
+        loaded where that is not among it.
 
         Raises:
             ValueError: no such stitch, or its blocks were not loaded.
         """
         if stitch_id is None:
-            stitch_id = self.config.default_stitch_id
-        if stitch_id is None:
-            largest = self.space.anchor_stitch(-1)
-            stitch_id = largest.key if largest.key in self.keys else self.keys[-1]
+            default = self.config.default_stitch_id
+            wanted = self.space.anchor_stitch(-1) if default is None else self.space[default]
+            stitch_id = wanted.key if wanted.key in self.keys else self.keys[-1]
         stitch = self.space[stitch_id]
         if stitch.key not in self.keys:
             raise ValueError(
@@ -161,9 +163,9 @@ class StitchedPreTrainedModel(BundleMixin, PreTrainedModel):
         """The stitch of a call; a view runs its own, as assisted generation hands the main model's keyword on to it."""
         return self.stitch(stitch_id if self.pinned_key is None else self.pinned_key)
 
-    def to(self, *args: Any, **kwargs: Any):
-        """As Transformers has it; the space then counts bytes in the new dtype."""
-        moved = super().to(*args, **kwargs)
+    def _apply(self, *args: Any, **kwargs: Any):
+        """Of `to`, `half`, `bfloat16`, `float`, ..., as torch has it; the space then counts bytes in the new dtype."""
+        moved = super()._apply(*args, **kwargs)
         moved._count_bytes_as_loaded()
         return moved
 

@@ -12,6 +12,7 @@ from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
 from stitched_llama.bundles import WEIGHTS, fingerprint_files, fingerprint_tensors, read_header
+from stitched_llama.pst import carries_adapters
 
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 _INDEX = "model.safetensors.index.json"
@@ -63,6 +64,19 @@ def reference_to(model: PreTrainedModel) -> dict[str, Any]:
         return {"name_or_path": None, "revision": None, "fingerprint": fingerprint_in_memory(model)}
     revision = commit_of(files)
     return {"name_or_path": name, "revision": revision, "fingerprint": fingerprint_files(sorted(set(files.values())))}
+
+
+def check_plain(model: PreTrainedModel, index: int) -> None:
+    """Refuses a model that adapters or PST were put into: their outputs would be taken for the anchor's.
+
+    Raises:
+        ValueError: there is something in it.
+    """
+    if carries_adapters(model):
+        raise ValueError(
+            f"anchor {index}, a {type(model).__name__} handed over as an object, carries LoRA or another stitched model's PST "
+            "already: load it anew with from_pretrained, or name its folder or Hub id"
+        )
 
 
 def commit_of(files: Mapping[str, Path]) -> str | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, ModelCard
 from transformers import AutoConfig, GenerationConfig
 
 from stitched_llama.bundles import (
@@ -23,11 +23,11 @@ from stitched_llama.space import SPACE_OPTIONS, StitchTable
 from .bundle_tensors import BundleTensors
 from .card import model_card
 from .loading import bundle_folder, load_anchor, load_anchors
-from .references import commit_of, reference_to, weight_files
+from .references import check_plain, commit_of, reference_to, weight_files
 
 _HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 _LOAD = ("dtype", "quantization_config", "device_map", "max_memory", "offload_folder", "attn_implementation")
-_UPLOAD = ("repo_id", "commit_message", "private", "token", "revision", "create_pr")
+_UPLOAD = ("repo_id", "commit_message", "commit_description", "tags", "private", "token", "revision", "create_pr")
 _NO_MATTER = (
     "state_dict",
     "safe_serialization",
@@ -35,6 +35,8 @@ _NO_MATTER = (
     "variant",
     "save_peft_format",
     "save_original_format",
+    "save_function",
+    "distributed_checkpoint",
 )
 _IGNORED = (
     "adapter_kwargs",
@@ -83,7 +85,7 @@ class BundleMixin(BundleTensors):
             )
         names = [os.fspath(a) if isinstance(a, os.PathLike) else a for a in anchors]
         names = [os.path.abspath(a) if isinstance(a, str) and os.path.isdir(a) else a for a in names]
-        configs = [AutoConfig.from_pretrained(a, **fields, **hub) if isinstance(a, str) else a.config for a in names]
+        configs = [AutoConfig.from_pretrained(a, **fields, **hub) if isinstance(a, str) else _stored(a) for a in names]
         config = cls.config_class.from_anchor_configs(configs, **space)
         cls.check_names(names, **hub)
         loaded, references = [], []
@@ -94,7 +96,7 @@ class BundleMixin(BundleTensors):
                 revision = commit_of(weight_files(name, **hub)) or hub.get("revision")
                 references.append({"name_or_path": name, "revision": revision, "fingerprint": fingerprint})
             else:
-                model = name
+                check_plain(model := name, index)
                 references.append(reference_to(model))
             loaded.append(model)
         config.anchors = references
@@ -130,11 +132,18 @@ class BundleMixin(BundleTensors):
         load, hub = _take(kwargs, _LOAD), _take(kwargs, _HUB)
         kwargs = {key: v for key, v in kwargs.items() if key not in _IGNORED and not key.startswith("_")}
         bundle = Bundle.open(bundle_folder(name, hub))
-        config = wanted["config"] or cls.config_class.from_dict(dict(bundle.config))
-        for key in list(kwargs):
-            if not hasattr(config, key):
+        own = cls.config_class.from_dict(dict(bundle.config))
+        config = copy.deepcopy(own if wanted["config"] is None else wanted["config"])
+        for key, value in kwargs.items():
+            if hasattr(config, key):
+                setattr(config, key, value)
+            elif value not in (None, False, ""):  # an option of Transformers, left as it is
                 raise TypeError(f"from_pretrained got an unknown argument {key!r}")
-            setattr(config, key, kwargs.pop(key))
+        if cls.config_fields and config.num_labels != own.num_labels:
+            raise ValueError(
+                f"{config.num_labels} labels are asked for, the heads of {name} have {own.num_labels}: make a model of your "
+                "classes by from_anchors(..., num_labels=...)"
+            )
         precision = config.precision(load.get("dtype"), load.get("quantization_config"))
         space, table = config.stitch_space(precision), StitchTable.from_dict(bundle.table)
         if space.digest != bundle.table["space_digest"]:
@@ -180,7 +189,7 @@ class BundleMixin(BundleTensors):
             stitching_dtype: `"int8"` halves the stitching layers' bytes against bfloat16 (kept on later saves).
 
         Raises:
-            ValueError: `stitches` or `stitching_dtype` is unknown.
+            ValueError: `stitches` or `stitching_dtype` is unknown, or an anchor lies in that folder.
         """
         if stitches not in ("all", "published"):
             raise ValueError(f"stitches {stitches!r} is unknown; 'all' or 'published' is needed")
@@ -192,6 +201,13 @@ class BundleMixin(BundleTensors):
             raise TypeError(f"save_pretrained got unknown arguments {unknown}")
         if not is_main_process:
             return
+        homes = [
+            Path(anchor["name_or_path"]).resolve() for anchor in self.config.anchors or [] if anchor["name_or_path"]
+        ]
+        if Path(save_directory).resolve() in homes:
+            raise ValueError(
+                f"{save_directory} is the folder of an anchor, whose files the bundle would replace: save it elsewhere"
+            )
         config = copy.deepcopy(self.config)
         config.architectures, config.stitching_dtype = [type(self).__name__], stitching_dtype
         keys = self.keys if stitches == "all" else [stitch.key for stitch in self.published]
@@ -212,24 +228,53 @@ class BundleMixin(BundleTensors):
         self,
         repo_id: str,
         commit_message: str = "Upload stitched bundle",
+        commit_description: str | None = None,
         private: bool | None = None,
         token: str | None = None,
         revision: str | None = None,
         create_pr: bool = False,
+        tags: str | Sequence[str] | None = None,
         **save: Any,
     ):
-        """Uploads the bundle with its own model card; `save` goes to `save_pretrained`. Returns the commit."""
+        """Uploads the bundle with its own model card; `save` goes to `save_pretrained`. Returns the commit.
+
+        Args:
+            revision: a branch, made where it is not there yet.
+            tags: of the model card, beside its own.
+        """
         api = HfApi(token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None and not revision.startswith("refs/pr"):
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, **save)
+            if tags:
+                card = ModelCard.load(Path(folder) / CARD)
+                card.data.tags = [*card.data.tags, *([tags] if isinstance(tags, str) else tags)]
+                card.save(Path(folder) / CARD)
             return api.upload_folder(
                 repo_id=repo_id,
                 folder_path=folder,
                 commit_message=commit_message,
+                commit_description=commit_description,
                 revision=revision,
                 create_pr=create_pr,
             )
+
+
+def _stored(model: Any) -> Any:
+    """The config of a loaded model as its files have it: quantised only where these are, not where loading did that."""
+    if getattr(model.config, "quantization_config", None) is None:
+        return model.config
+    config = copy.deepcopy(model.config)
+    try:
+        stored = AutoConfig.from_pretrained(model.name_or_path)
+    except (OSError, ValueError):
+        stored = None
+    del config.quantization_config
+    if hasattr(stored, "quantization_config"):
+        config.quantization_config = stored.quantization_config
+    return config
 
 
 def _take(kwargs: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:

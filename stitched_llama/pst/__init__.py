@@ -5,8 +5,8 @@ bias    a bias for each stitch
 attach  LoRA and low-rank updates through PEFT, everything else frozen
 """
 
-from .attach import attach_pst, is_low_rank, show_convolutions
+from .attach import attach_pst, carries_adapters, is_low_rank, show_convolutions
 from .bias import StitchBias
 from .config import PSTConfig
 
-__all__ = ["PSTConfig", "StitchBias", "attach_pst", "is_low_rank", "show_convolutions"]
+__all__ = ["PSTConfig", "StitchBias", "attach_pst", "carries_adapters", "is_low_rank", "show_convolutions"]

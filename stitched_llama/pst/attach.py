@@ -8,7 +8,7 @@ from torch import nn
 from stitched_llama.anchors import FAMILIES
 from stitched_llama.space import StitchSpace
 
-from .bias import StitchBias, install_bias_hooks
+from .bias import StitchBias, install_bias_hooks, takes_bias
 from .config import PSTConfig
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a line at import, and for every 8-bit matmul, otherwise
@@ -75,6 +75,13 @@ def show_convolutions(model: nn.Module) -> None:
         if isinstance(convolution := getattr(module, "base_layer", None), nn.Conv2d):
             for name in ("stride", "kernel_size", "dilation"):
                 setattr(module, name, getattr(convolution, name))
+
+
+def carries_adapters(model: nn.Module) -> bool:
+    """Whether PEFT's layers, or this package's stitch bias, sit in a model."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return any(isinstance(module, BaseTunerLayer) or takes_bias(module) for module in model.modules())
 
 
 def is_low_rank(name: str) -> bool:

@@ -50,6 +50,11 @@ def install_bias_hooks(family: Family, block: nn.Module, names: Iterable[str]) -
         owner.get_submodule(name).register_forward_hook(partial(_add, index))
 
 
+def takes_bias(module: nn.Module) -> bool:
+    """Whether a module was given its hook already."""
+    return _receive in module._forward_pre_hooks.values()
+
+
 def _receive(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     _call.slices = kwargs.pop("stitch_bias", None)
     return args, kwargs
