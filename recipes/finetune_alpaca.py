@@ -7,7 +7,6 @@ calibrating. Not measured at that size.
 `--smoke` does all of it on pico anchors in under a minute; `make demo` runs it on the anchors in `data/`.
 """
 
-import json
 import time
 import warnings
 from dataclasses import asdict, dataclass, field
@@ -29,6 +28,7 @@ from stitched_llama.training import (
     Collator,
     InstructionDataset,
     batches,
+    drawn,
     dump_record,
     evaluate_stitches,
     find_checkpoint,
@@ -36,6 +36,7 @@ from stitched_llama.training import (
     pad_token_id,
     plot_stitches,
     provenance,
+    read_baselines,
     read_rows,
     sample_budgets,
     smoke_anchors,
@@ -93,10 +94,10 @@ def main() -> None:
 
     # What can be known to be wrong before hours are spent
     checkpoint = find_checkpoint(args.resume, training.output_dir)
-    baselines = json.loads(Path(args.baselines).read_text()) if args.baselines else {}
     pst = PSTConfig(rank=args.rank, stitching_rank=args.stitching_rank, stitch_bias=args.stitch_bias)
     space = StitchSpace.from_configs(args.anchors, kernel_size=args.kernel_size, stride=args.stride)
     pst.trainable_params(space)
+    baselines = read_baselines(args.baselines, space)
     for budget in map(Budget.parse, args.budgets):
         if budget.kind != "memory_bytes":  # bytes are known once the anchors are loaded
             StitchTable().choose(space, budget)
@@ -107,7 +108,8 @@ def main() -> None:
     tokenizer.chat_template = prompt.chat
     rows = read_rows(args.data, args.on_bad_row)
     if args.eval_data:
-        held_out = read_rows(args.eval_data, args.on_bad_row)[: args.eval_size]
+        held_out = read_rows(args.eval_data, args.on_bad_row)
+        held_out = [held_out[i] for i in drawn(len(held_out), args.eval_size, training.seed)]
     else:
         rows, held_out = split_rows(rows, args.eval_size, training.seed)
     train_set = InstructionDataset(rows, tokenizer, prompt, args.max_length, args.train_on_prompt)

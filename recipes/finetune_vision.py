@@ -10,7 +10,6 @@ families, `--shared mean`; it adapts then stitches where `--anchors` names what 
 `--adapter bottleneck --rescale bilinear --across_stages` joins stages of different resolution (Traft and Cheney).
 """
 
-import json
 import time
 import warnings
 from collections.abc import Iterator
@@ -43,7 +42,9 @@ from stitched_llama.training import (
     format_table,
     plot_stitches,
     provenance,
+    read_baselines,
     read_images,
+    some_of,
     spearman,
 )
 
@@ -81,21 +82,27 @@ def main() -> None:
     set_seed(training.seed)
     chief = training.process_index == 0
     checkpoint = find_checkpoint(args.resume, training.output_dir)
-    baselines = json.loads(Path(args.baselines).read_text()) if args.baselines else {}
 
     # Data: pictures, a few of each class where asked, prepared by the anchors' own processor
     images = read_images(args.data, args.train_split)
-    held_out = read_images(args.data, args.eval_split, images.names)
+    held_out = some_of(read_images(args.data, args.eval_split, images.names), args.eval_size, training.seed)
     if args.shots:
         images = few_shot(images, args.shots, training.seed)
+    classes = dict(enumerate(images.names))
+
+    # What can be known to be wrong before hours are spent
+    configs = [AutoConfig.from_pretrained(name, id2label=classes) for name in args.anchors]
+    model_class = image_class(config.model_type for config in configs)
+    shape = model_class.config_class.from_anchor_configs(configs, **asdict(space)).stitch_space()
+    pst.settings().trainable_params(shape)
+    baselines = read_baselines(args.baselines, shape)
+
     processor = AutoImageProcessor.from_pretrained(args.anchors[-1], use_fast=False)
-    train_set, eval_set = ImageSet(images, processor, args.augment), ImageSet(held_out, processor)
-    limit = args.eval_size or None
-    held_out_batches = list(batches(eval_set, collate_images, training.per_device_eval_batch_size, limit))
+    train_set = ImageSet(images, processor, args.augment, training.seed)
+    eval_set = ImageSet(held_out, processor)
+    held_out_batches = list(batches(eval_set, collate_images, training.per_device_eval_batch_size))
 
     # Model: frozen anchors with new heads, stitching layers by least squares, then the trainable parts
-    model_class = image_class(AutoConfig.from_pretrained(name).model_type for name in args.anchors)
-    classes = dict(enumerate(images.names))
     model = model_class.from_anchors(args.anchors, **asdict(space), dtype=args.dtype, id2label=classes)
     model.to(training.device)
     calibration = None
@@ -154,7 +161,7 @@ def _pictures(images: ImageSet, count: int) -> Iterator[dict[str, torch.Tensor]]
     """Shuffled batches, not augmented, without labels: the new heads know nothing yet."""
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count].tolist()
     for first in range(0, len(order), 10):
-        yield {"pixel_values": images.pixels[order[first : first + 10]]}
+        yield {"pixel_values": torch.stack([images.picture(index) for index in order[first : first + 10]])}
 
 
 if __name__ == "__main__":

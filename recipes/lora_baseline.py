@@ -2,7 +2,7 @@
 
     python recipes/lora_baseline.py --anchors data/anchors/small data/anchors/large --data train.json ...
 
-Same rows, template, optimiser and options as `finetune_alpaca.py`; nothing of `stitched_llama.models` is used.
+Same rows, template and optimiser as `finetune_alpaca.py`, anchors as they are stored; nothing of `stitched_llama.models` is used.
 Writes `{key of the anchor: {"loss", "exact_match", "loss_before", "exact_match_before", "seconds"}}`.
 """
 
@@ -20,6 +20,7 @@ from stitched_llama.training import (
     Collator,
     InstructionDataset,
     batches,
+    drawn,
     evaluate_plain,
     pad_token_id,
     read_rows,
@@ -50,7 +51,8 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.anchors[0])
     rows = read_rows(args.data, args.on_bad_row)
     if args.eval_data:
-        held_out = read_rows(args.eval_data, args.on_bad_row)[: args.eval_size]
+        held_out = read_rows(args.eval_data, args.on_bad_row)
+        held_out = [held_out[i] for i in drawn(len(held_out), args.eval_size, training.seed)]
     else:
         rows, held_out = split_rows(rows, args.eval_size, training.seed)
     train_set = InstructionDataset(rows, tokenizer, prompt, args.max_length)
@@ -59,7 +61,7 @@ def main() -> None:
     held_out_batches = list(batches(eval_set, collator, training.per_device_eval_batch_size))
     for index, name in enumerate(args.anchors):
         set_seed(training.seed)
-        anchor = AutoModelForCausalLM.from_pretrained(name, dtype=args.dtype)
+        anchor = AutoModelForCausalLM.from_pretrained(name, dtype=args.dtype).to(training.device)
         before = evaluate_plain(anchor, held_out_batches)
         lora = LoraConfig(r=args.rank, lora_alpha=args.rank, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
         model = get_peft_model(anchor, lora)

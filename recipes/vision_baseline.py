@@ -28,6 +28,7 @@ from stitched_llama.training import (
     evaluate_plain,
     few_shot,
     read_images,
+    some_of,
 )
 
 
@@ -47,13 +48,14 @@ def main() -> None:
     if len(ranks) != len(args.anchors):
         raise SystemExit(f"{len(ranks)} ranks for {len(args.anchors)} anchors: give one --rank, or one for each anchor")
     images = read_images(args.data, args.train_split)
-    held_out = read_images(args.data, args.eval_split, images.names)
+    held_out = some_of(read_images(args.data, args.eval_split, images.names), args.eval_size, training.seed)
     if args.shots:
         images = few_shot(images, args.shots, training.seed)
     processor = AutoImageProcessor.from_pretrained(args.anchors[-1], use_fast=False)
-    train_set, eval_set = ImageSet(images, processor, args.augment), ImageSet(held_out, processor)
+    train_set = ImageSet(images, processor, args.augment, training.seed)
+    eval_set = ImageSet(held_out, processor)
     size = training.per_device_eval_batch_size
-    held_out_batches = list(batches(eval_set, collate_images, size, args.eval_size or None))
+    held_out_batches = list(batches(eval_set, collate_images, size))
     found = {}
     for index, (name, rank) in enumerate(zip(args.anchors, ranks)):
         set_seed(training.seed)

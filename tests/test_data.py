@@ -114,6 +114,18 @@ def test_unreadable_files_are_named(name, text, reason, tmp_path):
         read_rows(str(tmp_path / name))
 
 
+def test_code_keeps_its_indentation(tmp_path):
+    rows = [
+        {"instruction": " double it ", "output": "\n  \n    x = 1\n    return x \n"},
+        {"instruction": "i", "output": "a"},
+    ]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    assert read_rows(str(tmp_path / "rows.json")) == [
+        Row("double it", "", "    x = 1\n    return x"),
+        Row("i", "", "a"),
+    ]
+
+
 def test_missing_file_empty_after_skipping_and_unknown_option(tmp_path):
     with pytest.raises(ValueError, match="there is no file .*none.json"):
         read_rows(str(tmp_path / "none.json"))

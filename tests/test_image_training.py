@@ -28,6 +28,7 @@ from stitched_llama.training import (
     few_shot,
     image_scores,
     read_images,
+    some_of,
 )
 
 COLOURS = np.array([[200, 30, 30], [30, 200, 30], [30, 30, 200]])
@@ -71,6 +72,46 @@ def test_npz_and_folder_hold_the_same_pictures(colours, tmp_path):
     assert sorted(again.labels) == sorted(images.labels)
     assert np.array_equal(np.asarray(again.pictures[0]), np.asarray(images.pictures[0]))
     assert read_images(str(tmp_path)).names == ["blue", "green", "red"]  # by itself a folder's names are sorted
+
+
+def folder_of(path, **counts):
+    """`class=count` folders of pictures."""
+    for number, (name, count) in enumerate(counts.items()):
+        (path / name).mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            Image.new("RGB", (4, 4), (number, i, len(path.name))).save(path / name / f"{i:02}.png")
+
+
+def test_parts_of_a_folder_share_their_classes(tmp_path):
+    folder_of(tmp_path / "train", ant=2, bee=2, cat=2)
+    folder_of(tmp_path / "val", ant=1, cat=1)
+    both = read_images(str(tmp_path), "train+val")
+    assert (both.names, both.labels) == (["ant", "bee", "cat"], [0, 0, 1, 1, 2, 2, 0, 2])
+    folder_of(tmp_path / "test", dog=1)
+    with pytest.raises(ValueError, match="test/dog is none of the classes ant, bee, cat"):
+        read_images(str(tmp_path), "test", both.names)
+    with pytest.raises(ValueError, match="has no folder 'held': it holds test, train, val"):
+        read_images(str(tmp_path), "held")
+
+
+def test_a_folder_without_parts_is_never_judged_by_what_it_trains_on(tmp_path):
+    folder_of(tmp_path, ant=10, bee=7)
+    train, test = (read_images(str(tmp_path), part) for part in ("train", "test"))
+    assert (train.labels, test.labels) == ([0] * 8 + [1] * 6, [0, 0, 1])
+    seen = [{np.asarray(picture).tobytes() for picture in part.pictures} for part in (train, test)]
+    assert not seen[0] & seen[1]
+    with pytest.raises(ValueError, match="has no folder 'val': it holds ant, bee"):
+        read_images(str(tmp_path), "val")
+
+
+def test_a_part_to_evaluate_on_is_drawn_from_all_classes(colours):
+    images = read_images(str(colours), "test")
+    ordered = type(images)(images.pictures, sorted(images.labels), images.names)  # class by class, as folders are read
+    some = some_of(ordered, 12, 0)
+    assert len(some.labels) == 12
+    assert set(some.labels) == {0, 1, 2}
+    assert some_of(ordered, 12, 0).labels == some.labels
+    assert some_of(ordered, 0, 0).labels == some_of(ordered, 99, 0).labels == ordered.labels
 
 
 def test_bad_pictures_are_named(colours, tmp_path):
@@ -129,11 +170,41 @@ def test_augmentation_moves_pictures_and_keeps_what_they_are_made_of():
     images = type("Images", (), {"pictures": [picture], "labels": [1]})
     processor = ViTImageProcessor(size={"height": 16, "width": 16})
     plain, moved = ImageSet(images, processor), ImageSet(images, processor, augment=True)
-    torch.manual_seed(0)
-    seen = [moved[0]["pixel_values"] for _ in range(8)]
+    seen = []
+    for epoch in range(8):
+        moved.set_epoch(epoch)
+        seen.append(moved[0]["pixel_values"])
+        assert torch.equal(moved[0]["pixel_values"], seen[-1])  # nothing but seed, epoch and picture decides
     assert len({tensor.sum().item() for tensor in seen}) > 2
     assert all(set(tensor.unique().tolist()) <= set(plain[0]["pixel_values"].unique().tolist()) for tensor in seen)
     assert torch.equal(plain[0]["pixel_values"], plain[0]["pixel_values"])
+
+
+def test_pictures_too_many_to_keep_are_prepared_at_every_visit(colours):
+    images, processor = read_images(str(colours)), ViTImageProcessor(size={"height": 16, "width": 16})
+    kept, fetched = ImageSet(images, processor), ImageSet(images, processor, keep_bytes=48 * 3 * 16 * 16 * 4 - 1)
+    assert fetched.pixels is None
+    assert all(torch.equal(kept[i]["pixel_values"], fetched[i]["pixel_values"]) for i in range(48))
+
+
+@pytest.mark.filterwarnings("ignore:.*ridge decides:UserWarning")
+def test_resume_sees_the_same_augmented_pictures(colours, anchors, tmp_path):
+    images, processor = read_images(str(colours)), ViTImageProcessor(size={"height": 16, "width": 16})
+    found = []
+    for resume in (None, str(tmp_path / "checkpoint-3")):
+        torch.manual_seed(0)
+        model = StitchedViTForImageClassification.from_anchors(anchors, kernel_size=2, num_labels=3)
+        model.attach_pst(PSTConfig(rank=4))
+        args = StitchTrainingArguments(
+            output_dir=str(tmp_path), max_steps=8, per_device_train_batch_size=16, global_batch_size=16, seed=1,
+            learning_rate=1e-2, use_cpu=True, save_steps=3, report_to="none", disable_tqdm=True, dataloader_pin_memory=False,
+        )  # fmt: skip
+        train_set = ImageSet(images, processor, augment=True, seed=1)
+        run = StitchImageTrainer(model=model, args=args, train_dataset=train_set, data_collator=collate_images)
+        run.train(resume_from_checkpoint=resume)
+        assert train_set.epoch == 2  # of three steps each
+        found.append({n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad})
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
 
 
 def test_image_scores():

@@ -180,6 +180,14 @@ def test_moving_average_by_hand():
     assert importance.visits == {"a": 3, "b": 1}
 
 
+def test_a_score_that_is_no_number_is_left_out():
+    """As under float16, where a first scale is chosen so large that gradients overflow."""
+    importance = Importance("snip")
+    for value in (math.inf, 2.0, math.nan):
+        importance.update("a", StepSignals(value, 1.0, 1.0))
+    assert (importance.averages, importance.visits) == ({"a": 2.0}, {"a": 1})
+
+
 @pytest.mark.parametrize(
     ("settings", "named"),
     [({"score": "luck"}, "'luck'.*snip"), ({"eta": 1.0}, "eta is 1.0"), ({"eta": -1}, "eta is -1")],

@@ -191,6 +191,24 @@ def test_an_outer_teacher_teaches_in_the_largest_anchors_stead(tmp_path, monkeyp
         assert [word is not None for word in taught] == [anchors_too or not stitch.is_anchor for stitch in drawn]
 
 
+def test_importance_is_rated_against_an_outer_teacher(tmp_path, monkeypatch):
+    model, teacher = whole(), swin(8, [2, 2])
+    run = image_trainer(model, tmp_path, teacher, max_steps=2, inplace_teacher=False)
+    seen, update = [], type(run.importance).update
+    monkeypatch.setattr(
+        type(run.importance), "update", lambda s, key, signals: seen.append(signals) or update(s, key, signals)
+    )
+    run.train()
+    batch = next(iter(run.get_train_dataloader()))
+    with torch.no_grad():
+        wanted = torch.nn.functional.cross_entropy(teacher(batch["pixel_values"]).logits, batch["labels"])
+    losses = [signals.teacher_loss for signals in seen]
+    assert all(loss == pytest.approx(float(wanted), abs=1) and loss > 0 for loss in losses)
+    assert run.rating == "excess_loss, outer teacher"
+    run.save_importance()
+    assert model.table.importance_score == run.rating
+
+
 def test_an_anchor_of_which_nothing_trains_gets_no_step_of_its_own(anchors, tmp_path):
     model = fresh(anchors["unequal"], PSTConfig(rank=0, stitch_bias=False))
     drawn = [trainer(model, tmp_path, anchor_share=1.0, sampling="uniform").draw(step) for step in range(30)]

@@ -7,7 +7,7 @@ from itertools import cycle
 
 import pytest
 import torch
-from conftest import ROOT, python, spread
+from conftest import ROOT, ids_like, python, spread
 from safetensors import safe_open
 from tiny_runs import dataset, evaluated, stitched_model, trained, trainer
 from transformers import BitsAndBytesConfig
@@ -15,8 +15,10 @@ from transformers import BitsAndBytesConfig
 from stitched_llama import StitchTrainingArguments
 from stitched_llama.bundles import Bundle
 from stitched_llama.sampling import SCHEMES, SCORES, Importance, StepSignals
-from stitched_llama.training import find_checkpoint, pico_anchor
+from stitched_llama.training import find_checkpoint, pico_anchor, read_baselines
 from stitched_llama.training import trainer as trainer_module
+
+IDS = ids_like(2, 9)
 
 
 def run(folders, output, seed=0, resume=None, **options):
@@ -196,6 +198,11 @@ def test_every_option_runs(options, anchors, tmp_path):
     [
         ({"distillation": "warm"}, "'warm' is unknown"),
         ({"distillation_weight": 2.0}, "distillation_weight is 2.0"),
+        ({"sampling": "banana"}, "'banana' is unknown; one of importance"),
+        ({"sampling_warmup": 100}, "sampling_warmup is 100; a share"),
+        ({"interval_count": 0}, "interval_count is 0"),
+        ({"importance": "luck"}, "'luck' is unknown; one of snip"),
+        ({"eta": 1.5}, "eta is 1.5"),
         ({"global_batch_size": 10, "per_device_train_batch_size": 4}, "global_batch_size 10 is no multiple of 4"),
     ],
 )
@@ -204,10 +211,29 @@ def test_arguments_that_cannot_work_are_named(options, named, tmp_path):
         StitchTrainingArguments(output_dir=str(tmp_path), use_cpu=True, **options)
 
 
+def test_a_view_runs_its_stitch_after_mixed_precision_too(anchors, tmp_path):
+    """Accelerate leaves a `forward` on the model that is bound to it."""
+    model = stitched_model(anchors["unequal"])
+    trainer(model, tmp_path, bf16=True, max_steps=1).train()
+    assert "forward" in vars(model)
+    for stitch in model.space:
+        assert torch.equal(model.pinned(stitch.key)(IDS).logits, model(IDS, stitch_id=stitch.key).logits)
+    assert not torch.equal(model.pinned(0)(IDS).logits, model(IDS).logits)
+
+
+def test_baselines_of_other_anchors_are_refused(stitched, tmp_path):
+    space, path = stitched("unequal").space, tmp_path / "alone.json"
+    assert read_baselines(None, space) == {}
+    with pytest.raises(ValueError, match=r"there is no file .*alone\.json of baselines"):
+        read_baselines(path, space)
+    path.write_text(json.dumps({"0[0:3]": {"loss": 1.0}}))
+    assert read_baselines(path, space) == {"0[0:3]": {"loss": 1.0}}
+    path.write_text(json.dumps({"0[0:7]": {"loss": 1.0}}))
+    with pytest.raises(ValueError, match=r"alone\.json has a row of 0\[0:7\], the anchors here are 0\[0:3\], 1\[0:5\]"):
+        read_baselines(path, space)
+
+
 def test_settings_the_trainer_cannot_use_are_named(anchors, tmp_path, stitched):
-    for options, named in (({"importance": "luck"}, "'luck'"), ({"eta": 1.5}, "eta is 1.5")):
-        with pytest.raises(ValueError, match=named):
-            trainer(stitched("unequal", True), tmp_path, **options)
     model = stitched_model(anchors["unequal"])
     model.save_pretrained(tmp_path / "bundle")
     with pytest.raises(ValueError, match="the largest anchor is the teacher and was not loaded"):

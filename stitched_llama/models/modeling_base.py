@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterable, Sequence
+from types import MethodType
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -150,6 +151,8 @@ class StitchedPreTrainedModel(BundleMixin, PreTrainedModel):
         stitch = self.choose(budget) if budget is not None else self.stitch(stitch_id)
         maybe_install_capturing_hooks(self)  # once for all views: they share the blocks
         view = copy.copy(self)
+        if "forward" in vars(self):  # Accelerate's, for mixed precision: bound to this model, and would run its route
+            view.forward = MethodType(self.forward.__func__, view)
         view.config = copy.deepcopy(self.config)
         if self.can_generate():
             view.generation_config = copy.deepcopy(self.generation_config)

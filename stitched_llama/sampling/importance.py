@@ -5,6 +5,7 @@ measured (LOG.md): the loss above the teacher's on the same batch does best, as 
 even draws it tells stitches of an interval that differ much apart, not neighbours that held-out rows hardly tell either (claims S1).
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -62,8 +63,13 @@ class Importance:
             raise ValueError(f"eta is {self.eta}; a moving average needs 0 <= eta < 1")
 
     def update(self, key: str, signals: StepSignals) -> None:
-        """Folds one visit of stitch `key` into its average; the first visit is the average, the n-th weighs 1 / n at least."""
+        """Folds one visit of stitch `key` into its average; the first visit is the average, the n-th weighs 1 / n at least.
+
+        A score that is no number tells nothing and is left out: gradients overflow at times, by design under float16.
+        """
         value, visits = SCORES[self.score](signals), self.visits.get(key, 0) + 1
+        if not math.isfinite(value):
+            return
         old = self.averages.get(key, value)
         # averages of an older bundle come without a count: they weigh as a long history
         counted = visits > 1 or key not in self.averages

@@ -25,11 +25,11 @@ from .arguments import (
     StitchTrainingArguments,
 )
 from .checkpoints import find_checkpoint
-from .data import Collator, InstructionDataset, Row, batches, pad_token_id, read_rows, split_rows
+from .data import Collator, InstructionDataset, Row, batches, drawn, pad_token_id, read_rows, split_rows
 from .evaluation import evaluate_plain, evaluate_stitches, image_scores, response_scores, spearman
 from .image_trainer import StitchImageTrainer
-from .images import IMAGE_TASKS, ImageSet, collate_images, few_shot, read_images
-from .plots import format_table, plot_stitches
+from .images import IMAGE_TASKS, ImageSet, collate_images, few_shot, read_images, some_of
+from .plots import format_table, plot_stitches, read_baselines
 from .prompts import TEMPLATES, Template, template
 from .record import dump_record, provenance
 from .samples import sample_budgets
@@ -58,6 +58,7 @@ __all__ = [
     "dump_record",
     "evaluate_plain",
     "evaluate_stitches",
+    "drawn",
     "few_shot",
     "find_checkpoint",
     "format_table",
@@ -66,12 +67,14 @@ __all__ = [
     "image_scores",
     "plot_stitches",
     "provenance",
+    "read_baselines",
     "read_images",
     "read_rows",
     "response_scores",
     "sample_budgets",
     "smoke_anchors",
     "spearman",
+    "some_of",
     "split_rows",
     "template",
 ]

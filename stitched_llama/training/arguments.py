@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from transformers import TrainingArguments
 
 from stitched_llama.pst import PSTConfig
-from stitched_llama.sampling import SCHEMES, SCORES
+from stitched_llama.sampling import SCHEMES, SCORES, Importance
 from stitched_llama.space import ADAPTER_NORMS, ADAPTERS, DIRECTIONS, PAIRS, RESCALES
 
 DISTILLATIONS = ("hard", "soft", "none")
@@ -106,7 +106,12 @@ class StitchTrainingArguments(TrainingArguments):
             )
         if not self.anchor_lr_scale > 0:
             raise ValueError(f"anchor_lr_scale is {self.anchor_lr_scale}; a factor above 0 is needed")
-        for name in ("distillation_weight", "anchor_share", "floor"):
+        if self.sampling not in SCHEMES:
+            raise ValueError(f"sampling {self.sampling!r} is unknown; one of {', '.join(SCHEMES)} is needed")
+        if self.interval_count < 1:
+            raise ValueError(f"interval_count is {self.interval_count}; one interval or more is needed")
+        Importance(self.importance, self.eta)  # refuses what it does not know
+        for name in ("distillation_weight", "anchor_share", "floor", "sampling_warmup"):
             if getattr(self, name) is not None and not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; a share lies in 0..1")
         super().__post_init__()
@@ -135,7 +140,7 @@ class StitchTrainingArguments(TrainingArguments):
 
     @property
     def rating(self) -> str:
-        """The name of the importance score; without a teacher on the same rows its numbers are others."""
+        """The name of the importance score; without the largest anchor on the same rows its numbers are others."""
         return self.importance if self.inplace_teacher else f"{self.importance}, untaught"
 
 

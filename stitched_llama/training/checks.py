@@ -67,7 +67,7 @@ def check_teacher(student: Any, teacher: Any, args: Any) -> None:
             )
 
 
-def check_checkpoint(bundle: Bundle, path: str, model: Any, args: Any) -> None:
+def check_checkpoint(bundle: Bundle, path: str, model: Any, rating: str) -> None:
     """Refuses to go on from a checkpoint of another run.
 
     Raises:
@@ -83,8 +83,8 @@ def check_checkpoint(bundle: Bundle, path: str, model: Any, args: Any) -> None:
                 "began with, or in another output_dir"
             )
     score = bundle.table.get("importance_score")
-    if score != args.rating:
+    if score != rating:
         raise ValueError(
-            f"{path} averaged the importance {score!r}, this run wants {args.rating!r}: resume "
-            "with the same --importance and --inplace_teacher"
+            f"{path} averaged the importance {score!r}, this run wants {rating!r}: resume "
+            "with the same --importance, --inplace_teacher and --teacher"
         )

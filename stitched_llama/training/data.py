@@ -3,6 +3,7 @@
 import json
 import logging
 import random
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,7 +68,10 @@ def _row(content: Any) -> Row:
     extra = content.get("input")
     if extra is not None and not isinstance(extra, str):
         raise ValueError(f"input is {extra!r}, a text is needed")
-    return Row(content["instruction"].strip(), (extra or "").strip(), content["output"].strip())
+    output = re.sub(
+        r"\A(\s*\n)+", "", content["output"].rstrip()
+    )  # the first line keeps its indentation: it may be code
+    return Row(content["instruction"].strip(), (extra or "").strip(), output)
 
 
 def _read(source: str) -> Iterable[tuple[str, Any]]:
@@ -108,6 +112,11 @@ def _parse(text: str, where: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{where} is not JSON: {error}") from None
+
+
+def drawn(count: int, size: int, seed: int) -> list[int]:
+    """`size` of `count` indices in their order, drawn at random by `seed`; all of them where there are no more, or for 0."""
+    return sorted(random.Random(seed).sample(range(count), size)) if 0 < size < count else list(range(count))
 
 
 def split_rows(rows: Sequence[Row], held_out: int, seed: int) -> tuple[list[Row], list[Row]]:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from .data import drawn
+
 # Tasks of VTAB-1k and FGVC (ESTA section 5.1) that the Hub holds as pictures with labels: name -> (Hub id, configuration).
 # VTAB-1k takes 1,000 training pictures of each; its rendered tasks (dSprites, CLEVR, DMLab, KITTI, smallNORB) are not here.
 IMAGE_TASKS = {
@@ -45,20 +47,28 @@ def read_images(source: str, split: str = "train", names: Sequence[str] | None =
     """Labelled pictures of a `.npz` file, an image folder, a task of `IMAGE_TASKS` or a Hub data set.
 
     A `.npz` holds `x_{split}` [images, height, width(, channels)] of uint8, `y_{split}` [images] and optionally `class_names`.
-    A folder holds `{split}/{class}/picture`, or `{class}/picture` where it has no splits.
+    A folder holds `{split}/{class}/picture`, or `{class}/picture`: then `"test"` is every fifth of a class by name, `"train"` the rest.
 
     Args:
         split: `"train"` or `"test"`, or what the data set calls it; `"train+val"` joins two parts.
         names: of the classes, where a training part has named them.
 
     Raises:
-        ValueError: the source cannot be read or is empty, a picture cannot be opened, or a label is outside the classes.
+        ValueError: the source cannot be read or is empty, a picture cannot be opened, a label is outside the classes, or parts
+            name their classes otherwise.
     """
-    if "+" in split:
-        parts = [read_images(source, part, names) for part in split.split("+")]
-        pictures, labels = ([x for part in parts for x in getattr(part, name)] for name in ("pictures", "labels"))
-        return Images(pictures, labels, max((part.names for part in parts), key=len))
     path = Path(source)
+    if "+" in split:
+        if names is None and path.is_dir():
+            names = sorted({name for part in split.split("+") for name in _classes(path, part)})
+        parts = [read_images(source, part, names) for part in split.split("+")]
+        names = max((part.names for part in parts), key=len)
+        if other := next((part for part in parts if part.names != names[: len(part.names)]), None):
+            raise ValueError(
+                f"the parts {split!r} of {source} name their classes {other.names} and {names}: they must agree"
+            )
+        pictures, labels = ([x for part in parts for x in getattr(part, name)] for name in ("pictures", "labels"))
+        return Images(pictures, labels, names)
     if path.suffix == ".npz":
         found = _from_npz(path, split)
     elif path.is_dir():
@@ -93,14 +103,36 @@ def _from_npz(path: Path, split: str) -> Images:
     return Images([Image.fromarray(picture).convert("RGB") for picture in pixels], labels.tolist(), names)
 
 
+def _root(path: Path, split: str) -> tuple[Path, bool]:
+    """Where a part's class folders lie, and whether the parts of an image folder share them."""
+    folders = [folder for folder in path.iterdir() if folder.is_dir()]
+    parts = sorted(folder.name for folder in folders if any(inner.is_dir() for inner in folder.iterdir()))
+    if split in parts or (path / split).is_dir():
+        return path / split, False
+    if parts or split not in ("train", "test"):
+        raise ValueError(
+            f"{path} has no folder {split!r}: it holds {', '.join(parts or sorted(f.name for f in folders))}"
+        )
+    return path, True
+
+
+def _classes(path: Path, split: str) -> list[str]:
+    return sorted(folder.name for folder in _root(path, split)[0].iterdir() if folder.is_dir())
+
+
 def _from_folder(path: Path, split: str, names: Sequence[str] | None) -> Images:
     from PIL import Image
 
-    root = path / split if (path / split).is_dir() else path
-    classes = list(names or sorted(folder.name for folder in root.iterdir() if folder.is_dir()))
+    (root, shared), classes = _root(path, split), _classes(path, split)
+    if unknown := sorted(set(classes) - set(names or classes)):
+        raise ValueError(f"{root / unknown[0]} is none of the classes {', '.join(names or [])} of the other part")
     pictures, labels = [], []
+    classes = list(names or classes)
     for label, name in enumerate(classes):
-        for file in sorted((root / name).glob("*")) if (root / name).is_dir() else []:
+        files = sorted((root / name).glob("*")) if (root / name).is_dir() else []
+        if shared:
+            files = [file for number, file in enumerate(files) if (number % 5 == 4) == (split == "test")]
+        for file in files:
             try:
                 with Image.open(file) as picture:
                     pictures.append(picture.convert("RGB"))
@@ -128,6 +160,12 @@ def _from_hub(name: str, config: str | None, split: str) -> Images:
     return Images([picture.convert("RGB") for picture in table[image]], table[label], names)
 
 
+def some_of(images: Images, size: int, seed: int) -> Images:
+    """`size` pictures drawn by `seed`, whatever order they come in; all for 0."""
+    chosen = drawn(len(images.labels), size, seed)
+    return Images([images.pictures[i] for i in chosen], [images.labels[i] for i in chosen], images.names)
+
+
 def few_shot(images: Images, shots: int, seed: int) -> Images:
     """`shots` pictures of each class, drawn by `seed`.
 
@@ -148,34 +186,52 @@ class ImageSet(Dataset):
 
     Args:
         processor: an image processor of Transformers; it resizes and normalises.
-        augment: random crop (after padding an eighth of the side) and horizontal flip at every visit (ESTA appendix A, for
-            FGVC and CIFAR; VTAB-1k takes none).
+        augment: random crop (after padding an eighth of the side) and horizontal flip, others in each epoch (ESTA appendix A,
+            for FGVC and CIFAR; VTAB-1k takes none). A pure function of seed, epoch and picture, so that a resumed run sees
+            the same.
+        seed: of the augmentation.
+        keep_bytes: pictures are prepared once and kept where they take no more than this, else at every visit.
     """
 
-    def __init__(self, images: Images, processor: Any, augment: bool = False):
-        self.labels, self.augment = list(images.labels), augment
-        self.pixels = torch.cat(
-            [processor(picture, return_tensors="pt")["pixel_values"] for picture in images.pictures]
-        )  # [images, channels, height, width]
+    def __init__(
+        self, images: Images, processor: Any, augment: bool = False, seed: int = 0, keep_bytes: int = 2 * 2**30
+    ):
+        self.labels, self.augment, self.seed, self.epoch = list(images.labels), augment, seed, 0
+        self._pictures, self._processor = images.pictures, processor
+        self.pixels = None
+        if len(self.labels) * self._prepared(0).nbytes <= keep_bytes:
+            # [images, channels, height, width]
+            self.pixels = torch.stack([self._prepared(index) for index in range(len(self.labels))])
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the data loader of Accelerate before each epoch."""
+        self.epoch = epoch
+
+    def _prepared(self, index: int) -> Tensor:
+        return self._processor(self._pictures[index], return_tensors="pt")["pixel_values"][0]
+
+    def picture(self, index: int) -> Tensor:
+        """[channels, height, width], not augmented."""
+        return self._prepared(index) if self.pixels is None else self.pixels[index]
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        pixels = self.pixels[index]
+        pixels = self.picture(index)
         if self.augment:
-            pixels = _augmented(pixels)
+            pixels = _augmented(pixels, random.Random(f"{self.seed}/{self.epoch}/{index}"))
         return {"pixel_values": pixels, "labels": self.labels[index]}
 
 
-def _augmented(pixels: Tensor) -> Tensor:
-    """One random crop and flip of [channels, height, width]; draws from torch's generator."""
+def _augmented(pixels: Tensor, rng: random.Random) -> Tensor:
+    """One random crop and flip of [channels, height, width]."""
     height, width = pixels.shape[1:]
     margin = max(1, height // 8)
     padded = torch.nn.functional.pad(pixels, (margin,) * 4, mode="reflect")
-    top, left = torch.randint(2 * margin + 1, (2,)).tolist()
+    top, left = rng.randint(0, 2 * margin), rng.randint(0, 2 * margin)
     cropped = padded[:, top : top + height, left : left + width]
-    return cropped.flip(2) if torch.rand(()) < 0.5 else cropped
+    return cropped.flip(2) if rng.random() < 0.5 else cropped
 
 
 def collate_images(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
 """The picture of a run: quality against parameters."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,6 +12,27 @@ _LABELS = {
     "exact_match": "exact match on held-out rows (%)",
     "accuracy": "accuracy (%)",
 }
+
+
+def read_baselines(path: str | Path | None, space: StitchSpace) -> dict[str, dict[str, float]]:
+    """What a baseline recipe wrote, anchor key -> metric -> value; nothing for None.
+
+    Raises:
+        ValueError: there is no such file, or it names a stitch that the space has not.
+    """
+    if path is None:
+        return {}
+    if not Path(path).is_file():
+        raise ValueError(
+            f"there is no file {path} of baselines: run the baseline recipe with --rows {path}, or leave it out"
+        )
+    found = json.loads(Path(path).read_text(encoding="utf-8"))
+    known = [stitch.key for stitch in space if stitch.is_anchor]
+    if unknown := sorted(set(found) - set(known)):
+        raise ValueError(
+            f"{path} has a row of {unknown[0]}, the anchors here are {', '.join(known)}: it is of other anchors"
+        )
+    return found
 
 
 def plot_stitches(

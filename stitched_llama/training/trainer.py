@@ -57,7 +57,9 @@ class StitchTrainer(Trainer):
         self.largest = model.space.anchor_stitch(-1)
         self.importance = Importance(self.args.importance, self.args.eta)
         old, rated = model.table, [stitch.key for stitch in model.space if self._is_rated(stitch)]
-        if old.importance_score in (None, self.args.rating):  # averages of different scores do not mix
+        outside = teacher is not None and not self.args.inplace_teacher
+        self.rating = f"{self.args.importance}, outer teacher" if outside else self.args.rating
+        if old.importance_score in (None, self.rating):  # averages of different scores do not mix
             self.importance.averages.update({key: old.importance[key] for key in rated if key in old.importance})
             self.importance.visits.update({key: old.visits[key] for key in rated if key in old.visits})
         self.teacher = None if teacher is None else teacher.requires_grad_(False).eval().to(self.args.device)
@@ -126,7 +128,11 @@ class StitchTrainer(Trainer):
                 del logits, loss
             if self.teacher is not None and self._is_rated(student):
                 with torch.no_grad():
-                    teacher_logits, _ = self._response_logits(self.teacher, in_dtype_of(self.teacher, inputs), labels)
+                    inputs_there = in_dtype_of(self.teacher, inputs)
+                    teacher_logits, wanted = self._response_logits(self.teacher, inputs_there, labels)
+                if not self.args.inplace_teacher:  # what the student's loss is rated against
+                    loss = F.cross_entropy(teacher_logits, wanted, reduction="sum") / num_items_in_batch
+                    self._step_losses[1] += float(loss)
             batch = (inputs, labels, teacher_logits, num_items_in_batch)
             if self._has_own_gradients(student):
                 label_loss, student_loss = self._learn(model, student, *batch)
@@ -279,14 +285,14 @@ class StitchTrainer(Trainer):
             self.model.table,
             importance=dict(self.importance.averages),
             visits=dict(self.importance.visits),
-            importance_score=self.args.rating,
+            importance_score=self.rating,
             interval_count=self.args.interval_count,
         )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """A checkpoint is a bundle: its tensors, and the importance averages, come back whole or not at all."""
         bundle = Bundle.open(resume_from_checkpoint)
-        check_checkpoint(bundle, resume_from_checkpoint, self.model, self.args)
+        check_checkpoint(bundle, resume_from_checkpoint, self.model, self.rating)
         self.model.load_bundle(bundle)
         table = StitchTable.from_dict(bundle.table)
         self.importance.averages, self.importance.visits = dict(table.importance), dict(table.visits)
