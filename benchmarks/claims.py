@@ -171,6 +171,7 @@ def _settings(*names: str) -> Callable[[str], dict[str, dict[str, Any]]]:
             "gap bottleneck undownsampled": GAP | {"space": {"adapter": "bottleneck", "rescale": "none"}},
             "alone": {"kind": "alone"},
             "alone full": {"kind": "alone"} | FULL,
+            "alone, as long as snnet": {"kind": "alone", "lasts": ("alone full", "snnet"), "rate_of": "alone"},
             "alone, equal cost": {"kind": "alone", "lasts": ("default",), "rate_of": "alone"},
         }  # fmt: skip
         return {name: known[name] for name in names}
@@ -235,6 +236,7 @@ CLAIMS = (
     Claim("S2", "no anchor starves: within 3 points of its own run, equal cost", "ours", _settings("default", *_BESIDE, "alone", "alone, equal cost"), starving("alone, equal cost", "default", "teacher beside, equal time"), tried="their share of the steps; all routes in one step, a taught small anchor (LOG.md); twice the steps on language (S2b), without the teacher's word (S2c)"),
     Claim("S2b", "the same where all take twice as long", "ours", _settings("default", "longer", "alone", "alone, as long as longer"), starving("alone, as long as longer", "longer"), LANGUAGE, tried="no word of the teacher (S2c)"),
     Claim("S2c", "and without the teacher's word", "ours", _settings("default", "longer, no distillation", "alone", "alone, as long as longer"), starving("alone, as long as longer", "longer, no distillation"), LANGUAGE, only_if="1,800 steps, nobody's word and the mean over seeds, chosen after S2 and S2b failed"),
+    Claim("S2d", "and where all take as long as SN-Net's three stages", "ours", _settings("alone full", "snnet", "default, as long as snnet", "alone", "alone, as long as snnet"), starving("alone, as long as snnet", "default, as long as snnet"), LANGUAGE, only_if="2.6 times the steps, tried after S2, S2b and S2c"),
     Claim("S3", "the dial never goes down beyond chance", "ours", _settings("default"), monotone),
     Claim("S4", "the default beats ESTA and SN-Net in equal time", "ours: in every seed", _settings(*_SN_NET, "default, as long as snnet", "esta, equal time", "snnet, one stage, equal time"), equal_time(("default", "esta, equal time"), ("default, as long as snnet", "snnet"), ("default", "snnet, one stage, equal time")), tried="no word of the teacher, soft labels, fewer steps for anchors, floor, draws, `mean`, ridge (S5, S5b); rates and ranks, all routes in one step, four times the rate for stitching layers (LOG.md)"),
     Claim("S5", "the default beats what else was tried", "ours", _settings("default", *_REMEDIES), better("default", *_REMEDIES), VISION),

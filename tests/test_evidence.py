@@ -161,6 +161,15 @@ def test_seeds_that_disagree_leave_a_claim_open(suite):
         assert suite.judgements.better("default", "peer")(suite.rows.Rows(rows + peers), "vision")[1] == verdict
 
 
+def test_a_difference_within_chance_is_open_though_every_seed_agrees(suite):
+    sign = suite.judgements.sign
+    assert sign([1.0, 2.0, 3.0]) == "holds"  # t = 3.46 of 2.92
+    assert sign([-1.0, -2.0, -3.0]) == "does not"
+    assert sign([0.5, 1.0, 3.0]) == "open"  # t = 1.96
+    assert sign([2.0, 2.0]) == "holds"
+    assert sign([2.0]) == "open"
+
+
 def test_a_claim_that_lacks_a_row_of_a_seed_is_not_judged(suite):
     claim = suite.claims.Claim(
         "x", "better", "-", lambda task: {"default": {}, "peer": {}}, suite.judgements.better("default", "peer")
