@@ -280,6 +280,15 @@ def test_equal_time_counts_every_stage(suite, tmp_path):
     assert suite.evidence.with_steps(runs[3], runs, tmp_path, here).training == {"max_steps": 600}
 
 
+def test_a_claim_asks_for_all_that_its_runs_build_on(suite):
+    """Or it could not be measured alone."""
+    for claim in suite.claims.CLAIMS:
+        for task in claim.tasks:
+            runs = claim.runs(task)
+            needed = {name for run in runs for name in (*run.lasts, run.rate_of, run.adapted) if name}
+            assert needed <= {run.name for run in runs}, (claim.letter, task)
+
+
 @pytest.mark.parametrize("task", ["vision", "language"])
 def test_the_published_dial_of_the_measured_runs_never_goes_down(task, suite):
     """On the committed rows: sizes chosen on one half of the held-out rows, judged on the other."""
