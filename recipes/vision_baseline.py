@@ -20,6 +20,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Hf
 from stitched_llama.pst import show_convolutions
 from stitched_llama.space import anchor_spec
 from stitched_llama.training import (
+    EpochOfAugmentation,
     ImageDataArguments,
     ImageSet,
     ImageTrainingArguments,
@@ -70,7 +71,10 @@ def main() -> None:
             model.print_trainable_parameters()
         start = time.time()
         quiet = replace(training, save_strategy="no", label_names=["labels"])
-        Trainer(model=model, args=quiet, train_dataset=train_set, data_collator=collate_images).train()
+        callbacks = [EpochOfAugmentation()]
+        Trainer(
+            model=model, args=quiet, train_dataset=train_set, data_collator=collate_images, callbacks=callbacks
+        ).train()
         loss, accuracy = evaluate_plain(model, held_out_batches)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         found[f"{index}[0:{spec.depth}]"] = {

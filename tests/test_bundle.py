@@ -155,6 +155,12 @@ def test_anchors_that_are_stored_in_8_bits(anchors, tmp_path):
     for stitch in model.space:
         part = load(tmp_path / "b", stitch_id=stitch.stitch_id)
         assert torch.equal(logits(part), logits(model, stitch.key)), stitch.key
+    older = json.loads((tmp_path / "b" / CONFIG).read_text())
+    for settings_of in older["anchor_configs"]:  # as a bundle once was: it did not say
+        assert settings_of.pop("quantization_config")
+    shutil.copytree(tmp_path / "b", tmp_path / "older")
+    (tmp_path / "older" / CONFIG).write_text(json.dumps(older))
+    assert_equal(load(tmp_path / "older"), model)
     budget = f"{whole.space.anchor_stitch(-1).weight_bytes / 1000}kB"
     assert load(tmp_path / "b", budget=budget).keys == [whole.choose(budget).key] == ["1[0:5]"]
     objects = [LlamaForCausalLM.from_pretrained(source, quantization_config=settings) for source in anchors["unequal"]]
@@ -163,11 +169,16 @@ def test_anchors_that_are_stored_in_8_bits(anchors, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.*device_map keys do not match")  # one map for anchors of two depths
-def test_what_is_offloaded_is_refused(bundle, tmp_path):
+def test_what_is_offloaded_is_refused(anchors, bundle, tmp_path):
     places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "lm_head": "cpu", "model.rotary_emb": "cpu"}
     places |= {f"model.layers.{n}": "disk" if n == 2 else "cpu" for n in range(5)}
     with pytest.raises(ValueError, match="device_map put a part of .* load one size"):
         load(bundle, device_map=places, offload_folder=str(tmp_path / "off"))
+    large = LlamaForCausalLM.from_pretrained(
+        anchors["unequal"][1], device_map=places, offload_folder=str(tmp_path / "off2")
+    )
+    with pytest.raises(ValueError, match="device_map put a part of anchor 1 on"):
+        StitchedLlamaForCausalLM.from_anchors([LlamaForCausalLM.from_pretrained(anchors["unequal"][0]), large])
 
 
 @pytest.mark.parametrize("loader", [StitchedLlamaForCausalLM, AutoModelForCausalLM])
@@ -250,6 +261,9 @@ def test_saving_over_an_anchor_is_refused(anchors, tmp_path):
     with pytest.raises(ValueError, match=f"{own[1]} is the folder of an anchor"):
         fresh(own).save_pretrained(own[1])
     assert contents(own[1]) == before
+    fresh(anchors["unequal"]).save_pretrained(tmp_path / "b")
+    with pytest.raises(ValueError, match=f"{own[1]} is the folder of an anchor"):
+        load(tmp_path / "b", anchors=own).save_pretrained(own[1])
 
 
 def test_options_that_evaluation_harnesses_pass_are_taken(made, bundle):
@@ -259,3 +273,5 @@ def test_options_that_evaluation_harnesses_pass_are_taken(made, bundle):
     assert_equal(again, made, made.keys[:1])
     with pytest.raises(TypeError, match="unknown argument 'subfolder'"):
         load(bundle, subfolder="deep")
+    with pytest.raises(TypeError, match="unknown argument 'stitch_ids'"):
+        load(bundle, stitch_ids=0)

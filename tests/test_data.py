@@ -117,7 +117,7 @@ def test_unreadable_files_are_named(name, text, reason, tmp_path):
 def test_code_keeps_its_indentation(tmp_path):
     rows = [
         {"instruction": " double it ", "output": "\n  \n    x = 1\n    return x \n"},
-        {"instruction": "i", "output": "a"},
+        {"instruction": "i", "output": " a"},
     ]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     assert read_rows(str(tmp_path / "rows.json")) == [

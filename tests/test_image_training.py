@@ -10,7 +10,7 @@ from conftest import ROOT, SHARED, python
 from image_anchors import build, vit
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoModelForImageClassification, ViTImageProcessor
+from transformers import AutoModelForImageClassification, TrainerState, ViTImageProcessor
 
 from stitched_llama import (
     PSTConfig,
@@ -21,6 +21,7 @@ from stitched_llama import (
 )
 from stitched_llama.training import (
     IMAGE_TASKS,
+    EpochOfAugmentation,
     ImageSet,
     ImageTrainingArguments,
     collate_images,
@@ -172,7 +173,7 @@ def test_augmentation_moves_pictures_and_keeps_what_they_are_made_of():
     plain, moved = ImageSet(images, processor), ImageSet(images, processor, augment=True)
     seen = []
     for epoch in range(8):
-        moved.set_epoch(epoch)
+        moved.epoch = epoch
         seen.append(moved[0]["pixel_values"])
         assert torch.equal(moved[0]["pixel_values"], seen[-1])  # nothing but seed, epoch and picture decides
     assert len({tensor.sum().item() for tensor in seen}) > 2
@@ -191,13 +192,13 @@ def test_pictures_too_many_to_keep_are_prepared_at_every_visit(colours):
 def test_resume_sees_the_same_augmented_pictures(colours, anchors, tmp_path):
     images, processor = read_images(str(colours)), ViTImageProcessor(size={"height": 16, "width": 16})
     found = []
-    for resume in (None, str(tmp_path / "checkpoint-3")):
+    for resume in (None, str(tmp_path / "checkpoint-4")):  # in the middle of an epoch of three steps
         torch.manual_seed(0)
         model = StitchedViTForImageClassification.from_anchors(anchors, kernel_size=2, num_labels=3)
         model.attach_pst(PSTConfig(rank=4))
         args = StitchTrainingArguments(
             output_dir=str(tmp_path), max_steps=8, per_device_train_batch_size=16, global_batch_size=16, seed=1,
-            learning_rate=1e-2, use_cpu=True, save_steps=3, report_to="none", disable_tqdm=True, dataloader_pin_memory=False,
+            learning_rate=1e-2, use_cpu=True, save_steps=4, report_to="none", disable_tqdm=True, dataloader_pin_memory=False,
         )  # fmt: skip
         train_set = ImageSet(images, processor, augment=True, seed=1)
         run = StitchImageTrainer(model=model, args=args, train_dataset=train_set, data_collator=collate_images)
@@ -205,6 +206,19 @@ def test_resume_sees_the_same_augmented_pictures(colours, anchors, tmp_path):
         assert train_set.epoch == 2  # of three steps each
         found.append({n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad})
     assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+
+
+@pytest.mark.filterwarnings("ignore:.*use of fork")
+def test_workers_that_outlive_an_epoch_augment_anew(colours):
+    processor = ViTImageProcessor(size={"height": 16, "width": 16})
+    train_set = ImageSet(read_images(str(colours)), processor, augment=True)
+    loader = torch.utils.data.DataLoader(train_set, batch_size=48, num_workers=1, persistent_workers=True)
+    seen = []
+    for epoch in (0, 1, 0):
+        EpochOfAugmentation().on_epoch_begin(None, TrainerState(epoch=float(epoch)), None, train_dataloader=loader)
+        seen.append(next(iter(loader))["pixel_values"])
+    assert not torch.equal(seen[0], seen[1])
+    assert torch.equal(seen[0], seen[2])
 
 
 def test_image_scores():

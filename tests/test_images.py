@@ -1,5 +1,7 @@
 """Stitched image classifiers: every family equals its plain models, learns, saves, reloads and refuses bad input."""
 
+import json
+
 import pytest
 import torch
 from conftest import randomise
@@ -10,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoConfig,
     AutoModelForImageClassification,
+    BitsAndBytesConfig,
     ResNetConfig,
     ViTConfig,
     ViTImageProcessor,
@@ -238,6 +241,33 @@ def test_a_new_head_is_kept_before_pst_too_and_its_classes_stay(folders, tmp_pat
             loader.from_pretrained(tmp_path / "b", num_labels=9)
 
 
+def test_a_bundle_without_the_anchors_own_heads_loads(folders, tmp_path):
+    """As they were once saved before PST."""
+    model = stitched(folders, "vit")
+    model.config.train_head = False
+    model.save_pretrained(tmp_path / "b")
+    older = json.loads((tmp_path / "b" / "config.json").read_text())
+    (tmp_path / "b" / "config.json").write_text(json.dumps(older | {"train_head": True}))
+    again, pixels = StitchedViTForImageClassification.from_pretrained(tmp_path / "b"), images(model)
+    assert torch.equal(logits(again, pixels, 1), logits(model, pixels, 1))
+
+
+@pytest.mark.parametrize("pst", [False, True])
+def test_anchors_in_8_bits_keep_their_heads_as_they_are(pst, folders, tmp_path):
+    settings = BitsAndBytesConfig(load_in_8bit=True)
+    model = StitchedViTForImageClassification.from_anchors(folders("vit"), num_labels=3, quantization_config=settings)
+    if pst:
+        model.attach_pst(PSTConfig(rank=2))
+        randomise(model)
+        assert model.trainable_parameters()["heads"]
+    model.save_pretrained(tmp_path / "b")
+    again = StitchedViTForImageClassification.from_pretrained(tmp_path / "b", quantization_config=settings)
+    pixels = images(model)
+    for stitch in model.space:
+        torch.testing.assert_close(logits(again, pixels, stitch.key), logits(model, pixels, stitch.key))
+    assert settings.llm_int8_skip_modules is None  # the caller's own
+
+
 def test_anchors_that_name_the_same_classes_otherwise_are_joined_by_id2label(folders, tmp_path):
     paths = folders("vit")
     other = build("vit")[1]
@@ -278,7 +308,10 @@ def test_bad_images_and_labels_are_named(folders):
     with pytest.raises(ValueError, match="no budget: pass stitch_id="):
         model(images(model), budget="1M")
     with pytest.raises(TypeError, match=r"unknown arguments \['output_hidden_states', 'stich_id'\]"):
-        model(images(model), stich_id=1, output_hidden_states=True)
+        model(images(model), stich_id=0, output_hidden_states=True)
+    with pytest.raises(TypeError, match=r"unknown arguments \['mask'\]"):
+        model(images(model), mask=torch.ones(2))
+    model(images(model), output_attentions=False, return_dict=True)
 
 
 def test_anchors_that_cannot_be_joined_are_refused_when_built(tmp_path):

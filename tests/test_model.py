@@ -134,6 +134,15 @@ def test_pinned_runs_one_stitch_and_leaves_the_model_alone(stitched):
         model.pinned(99)
 
 
+def test_a_view_of_a_wrapped_model_runs_its_own_stitch(anchors):
+    model, calls = fresh(anchors["unequal"]), []
+    wanted = logits(model, stitch_id=1)
+    model.forward = lambda *args, forward=model.forward, **how: calls.append(how) or forward(*args, **how)
+    assert torch.equal(logits(model.pinned(1)), wanted)
+    assert torch.equal(logits(model.pinned(1), stitch_id=3), wanted)
+    assert len(calls) == 2
+
+
 def test_default_stitch_is_a_setting_of_the_configuration(anchors):
     model = fresh(anchors["unequal"])
     for number in (0, "0[0:2]>1[3:5]"):

@@ -25,6 +25,11 @@ class BundleTensors:
             ValueError: a tensor is missing or has another shape.
         """
         own = self._own_tensors(self.keys)
+        heads = tuple(self.trained_heads(range(len(self.anchors))))
+        if self.config.pst is None and heads and not any(name.startswith(heads) for name in bundle.shapes):
+            own = {
+                name: tensor for name, tensor in own.items() if not name.startswith(heads)
+            }  # they are the anchors' own
         names = list(own)
         int8 = [n for n in names if _is_stitching_weight(n)] if bundle.config.get("stitching_dtype") == "int8" else []
         scales = {f"{name}_scale": own[name].shape[:1] for name in int8}
@@ -69,7 +74,9 @@ class BundleTensors:
             elif head == "anchors" and is_low_rank(name):
                 keep = name.startswith(blocks)
             else:
-                keep = name.startswith(heads) or self._trains_whole(name, routes, blocks)
+                keep = (name.startswith(heads) and tensor.is_floating_point()) or self._trains_whole(
+                    name, routes, blocks
+                )
             if keep:
                 own[_bundle_name(name)] = tensor
         for name, tensor in self.stitching_layers.named_buffers():  # running statistics of an adapter's norms

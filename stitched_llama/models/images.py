@@ -97,7 +97,8 @@ class StitchedForImageClassification(StitchedPreTrainedModel):
         """
         if "budget" in kwargs:
             raise ValueError(NO_BUDGET)
-        if unknown := sorted(name for name, value in kwargs.items() if value and name != "num_items_in_batch"):
+        said = {name for name, value in kwargs.items() if value is not None and value is not False}
+        if unknown := sorted(said - {"num_items_in_batch"}):
             raise TypeError(f"forward of stitched image models got unknown arguments {unknown}")
         stitch = self._pinned_or(stitch_id)
         self._check_images(pixel_values)

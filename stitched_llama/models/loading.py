@@ -1,5 +1,6 @@
 """Anchors by reference: checked from their configs alone, loaded whole or only the blocks a route needs."""
 
+import copy
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from stitched_llama.anchors import FAMILIES, Family, LlamaFamily
 from stitched_llama.bundles import (
@@ -21,7 +22,15 @@ from stitched_llama.bundles import (
 )
 from stitched_llama.space import AnchorSpec, Stitch, anchor_spec
 
-from .references import HUB_OPTIONS, check_fingerprint, check_plain, fingerprint_in_memory, reference_to, weight_files
+from .references import (
+    HUB_OPTIONS,
+    check_fingerprint,
+    check_placed,
+    check_plain,
+    fingerprint_in_memory,
+    reference_to,
+    weight_files,
+)
 
 
 class _Needed:
@@ -76,18 +85,9 @@ def load_anchor(
             None, config=config, state_dict=_read(files), output_loading_info=True, **options
         )
     _check_whole(name_or_path, info["missing_keys"])
-    _check_placed(name_or_path, model)
+    check_placed(name_or_path, model)
     model.requires_grad_(False)
     return model.eval(), fingerprint
-
-
-def _check_placed(name_or_path: str, model: nn.Module) -> None:
-    """Weights that were offloaded are on no device between calls: stitching layers and LoRA beside them would be lost."""
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise ValueError(
-            f"device_map put a part of {name_or_path} on the CPU or on disk to be fetched at every call, which stitched models "
-            "cannot do: load one size (budget=...), fewer bits (quantization_config), or the whole on one device (device_map='cpu')"
-        )
 
 
 def _check_whole(name_or_path: str, missing: Iterable[str]) -> None:
@@ -106,6 +106,8 @@ def _load_image_anchor(
     Its head is born anew where `config` has another number of classes than the checkpoint.
     """
     fingerprint = fingerprint_files(sorted(set(weight_files(name_or_path, **options).values())))
+    if options.get("quantization_config") is not None:
+        options["quantization_config"] = _but_heads(options["quantization_config"], family)
     model, info = family.auto_class().from_pretrained(
         name_or_path,
         config=config,
@@ -114,7 +116,7 @@ def _load_image_anchor(
         output_loading_info=True,
         **options,
     )
-    _check_placed(name_or_path, model)
+    check_placed(name_or_path, model)
     renewed = {name for name, *_ in info["mismatched_keys"]}
     _check_whole(name_or_path, set(info["missing_keys"]) - renewed)
     if wrong := sorted(name for name in renewed if not name.startswith(family.head_modules)):
@@ -124,6 +126,14 @@ def _load_image_anchor(
     _let_go(model, family, index, stitches)
     model.requires_grad_(False)
     return model.eval(), fingerprint
+
+
+def _but_heads(settings: Any, family: Family) -> Any:
+    """Settings of bitsandbytes that leave the classifier as it is: it may be a new one, and it trains."""
+    settings = copy.deepcopy(settings)
+    fields = settings if isinstance(settings, dict) else vars(settings)
+    fields["llm_int8_skip_modules"] = [*(fields.get("llm_int8_skip_modules") or []), *family.head_modules]
+    return settings
 
 
 def _let_go(model: nn.Module, family: Family, index: int, stitches: Iterable[Stitch] | None) -> None:
@@ -229,9 +239,14 @@ def load_anchors(
             source = str(folder / source)
         revision = reference["revision"] if given is None else None
         options = {**load, **hub} | ({"revision": revision} if revision else {})
-        spec = anchor_spec(config.anchor_configs[index])
+        spec, anchor_config = anchor_spec(config.anchor_configs[index]), config.anchor_config(index)
         try:
-            anchor, found = load_anchor(source, config.anchor_config(index), spec, index, stitches, **options)
+            if not hasattr(anchor_config, "quantization_config"):  # of a bundle that did not say so yet
+                wanted = {name: options[name] for name in HUB_OPTIONS if name in options}
+                stored = getattr(AutoConfig.from_pretrained(source, **wanted), "quantization_config", None)
+                if stored is not None:
+                    anchor_config.quantization_config = stored
+            anchor, found = load_anchor(source, anchor_config, spec, index, stitches, **options)
         except OSError as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise OSError(

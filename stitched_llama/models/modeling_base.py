@@ -151,8 +151,11 @@ class StitchedPreTrainedModel(BundleMixin, PreTrainedModel):
         stitch = self.choose(budget) if budget is not None else self.stitch(stitch_id)
         maybe_install_capturing_hooks(self)  # once for all views: they share the blocks
         view = copy.copy(self)
-        if "forward" in vars(self):  # Accelerate's, for mixed precision: bound to this model, and would run its route
-            view.forward = MethodType(self.forward.__func__, view)
+        own = vars(self).get("forward")  # Accelerate's, or a compiled one: bound to this model, it would run its route
+        if isinstance(own, MethodType):
+            view.forward = MethodType(own.__func__, view)
+        elif own is not None:
+            view.forward = lambda *args, **how: own(*args, **{**how, "stitch_id": stitch.key})
         view.config = copy.deepcopy(self.config)
         if self.can_generate():
             view.generation_config = copy.deepcopy(self.generation_config)

@@ -70,12 +70,26 @@ def check_plain(model: PreTrainedModel, index: int) -> None:
     """Refuses a model that adapters or PST were put into: their outputs would be taken for the anchor's.
 
     Raises:
-        ValueError: there is something in it.
+        ValueError: there is something in it, or a part of it was offloaded.
     """
     if carries_adapters(model):
         raise ValueError(
             f"anchor {index}, a {type(model).__name__} handed over as an object, carries LoRA or another stitched model's PST "
             "already: load it anew with from_pretrained, or name its folder or Hub id"
+        )
+    check_placed(f"anchor {index}", model)
+
+
+def check_placed(name: str, model: PreTrainedModel) -> None:
+    """Refuses weights that were offloaded: they are on no device between calls, and what is trained beside them would be lost.
+
+    Raises:
+        ValueError: a part of the model is.
+    """
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError(
+            f"device_map put a part of {name} on the CPU or on disk to be fetched at every call, which stitched models "
+            "cannot do: load one size (budget=...), fewer bits (quantization_config), or the whole on one device (device_map='cpu')"
         )
 
 

@@ -137,7 +137,7 @@ class BundleMixin(BundleTensors):
         for key, value in kwargs.items():
             if hasattr(config, key):
                 setattr(config, key, value)
-            elif value not in (None, False, ""):  # an option of Transformers, left as it is
+            elif value is not None and value is not False and value != "":  # else an option of Transformers, left alone
                 raise TypeError(f"from_pretrained got an unknown argument {key!r}")
         if cls.config_fields and config.num_labels != own.num_labels:
             raise ValueError(
@@ -201,9 +201,9 @@ class BundleMixin(BundleTensors):
             raise TypeError(f"save_pretrained got unknown arguments {unknown}")
         if not is_main_process:
             return
-        homes = [
-            Path(anchor["name_or_path"]).resolve() for anchor in self.config.anchors or [] if anchor["name_or_path"]
-        ]
+        names = [anchor["name_or_path"] for anchor in self.config.anchors or []]
+        names += [getattr(anchor, "name_or_path", None) for anchor in self.anchors]
+        homes = [Path(name).resolve() for name in names if name and Path(name).is_dir()]
         if Path(save_directory).resolve() in homes:
             raise ValueError(
                 f"{save_directory} is the folder of an anchor, whose files the bundle would replace: save it elsewhere"

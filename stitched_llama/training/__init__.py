@@ -28,7 +28,7 @@ from .checkpoints import find_checkpoint
 from .data import Collator, InstructionDataset, Row, batches, drawn, pad_token_id, read_rows, split_rows
 from .evaluation import evaluate_plain, evaluate_stitches, image_scores, response_scores, spearman
 from .image_trainer import StitchImageTrainer
-from .images import IMAGE_TASKS, ImageSet, collate_images, few_shot, read_images, some_of
+from .images import IMAGE_TASKS, EpochOfAugmentation, ImageSet, collate_images, few_shot, read_images, some_of
 from .plots import format_table, plot_stitches, read_baselines
 from .prompts import TEMPLATES, Template, template
 from .record import dump_record, provenance
@@ -41,6 +41,7 @@ __all__ = [
     "TEMPLATES",
     "IMAGE_TASKS",
     "Collator",
+    "EpochOfAugmentation",
     "ImageDataArguments",
     "ImageSet",
     "ImageTrainingArguments",

@@ -68,9 +68,9 @@ def _row(content: Any) -> Row:
     extra = content.get("input")
     if extra is not None and not isinstance(extra, str):
         raise ValueError(f"input is {extra!r}, a text is needed")
-    output = re.sub(
-        r"\A(\s*\n)+", "", content["output"].rstrip()
-    )  # the first line keeps its indentation: it may be code
+    output = content["output"].strip()
+    if "\n" in output:  # it may be code, whose first line is indented as well
+        output = re.sub(r"\A(\s*\n)+", "", content["output"].rstrip())
     return Row(content["instruction"].strip(), (extra or "").strip(), output)
 
 

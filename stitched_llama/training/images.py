@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+from transformers import TrainerCallback
 
 from .data import drawn
 
@@ -196,16 +197,22 @@ class ImageSet(Dataset):
     def __init__(
         self, images: Images, processor: Any, augment: bool = False, seed: int = 0, keep_bytes: int = 2 * 2**30
     ):
-        self.labels, self.augment, self.seed, self.epoch = list(images.labels), augment, seed, 0
+        self.labels, self.augment, self.seed = list(images.labels), augment, seed
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers that outlive an epoch see it too
         self._pictures, self._processor = images.pictures, processor
         self.pixels = None
         if len(self.labels) * self._prepared(0).nbytes <= keep_bytes:
             # [images, channels, height, width]
             self.pixels = torch.stack([self._prepared(index) for index in range(len(self.labels))])
 
-    def set_epoch(self, epoch: int) -> None:
-        """Called by the data loader of Accelerate before each epoch."""
-        self.epoch = epoch
+    @property
+    def epoch(self) -> int:
+        """Of the augmentation; `EpochOfAugmentation` tells it, as Accelerate's loaders do so in some of their forms only."""
+        return int(self._epoch)
+
+    @epoch.setter
+    def epoch(self, epoch: int) -> None:
+        self._epoch.fill_(epoch)
 
     def _prepared(self, index: int) -> Tensor:
         return self._processor(self._pictures[index], return_tensors="pt")["pixel_values"][0]
@@ -222,6 +229,15 @@ class ImageSet(Dataset):
         if self.augment:
             pixels = _augmented(pixels, random.Random(f"{self.seed}/{self.epoch}/{index}"))
         return {"pixel_values": pixels, "labels": self.labels[index]}
+
+
+class EpochOfAugmentation(TrainerCallback):
+    """Tells an `ImageSet` which epoch begins, or goes on after a resume; `StitchTrainer` has it, a plain `Trainer` needs it."""
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any) -> None:
+        images = getattr(train_dataloader, "dataset", None)
+        if isinstance(images, ImageSet):
+            images.epoch = int(state.epoch + 1e-6)
 
 
 def _augmented(pixels: Tensor, rng: random.Random) -> Tensor:
