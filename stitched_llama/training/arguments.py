@@ -138,10 +138,11 @@ class StitchTrainingArguments(TrainingArguments):
             return self.anchor_share
         return ANCHOR_SHARE if self.sampling == "importance" and not self.train_teacher else 0.0
 
-    @property
-    def rating(self) -> str:
-        """The name of the importance score; without the largest anchor on the same rows its numbers are others."""
-        return self.importance if self.inplace_teacher else f"{self.importance}, untaught"
+    def rating(self, outer_teacher: bool = False) -> str:
+        """The name of the importance score; with another teacher than the largest anchor, or none, its numbers are others."""
+        if self.inplace_teacher:
+            return self.importance
+        return f"{self.importance}, {'outer teacher' if outer_teacher and self.importance == 'excess_loss' else 'untaught'}"
 
 
 @dataclass

@@ -1,15 +1,22 @@
 """The fine-tune of image classifiers."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from stitched_llama.space import Stitch
 
+from .images import EpochOfAugmentation
 from .trainer import StitchTrainer
 
 
 class StitchImageTrainer(StitchTrainer):
     """The same for image classifiers: every image is one label (ESTA section 5.1)."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.add_callback(EpochOfAugmentation)
 
     def _label_count(self, labels: Tensor) -> Tensor:
         return torch.tensor(len(labels), device=labels.device)

@@ -232,7 +232,7 @@ class ImageSet(Dataset):
 
 
 class EpochOfAugmentation(TrainerCallback):
-    """Tells an `ImageSet` which epoch begins, or goes on after a resume; `StitchTrainer` has it, a plain `Trainer` needs it."""
+    """Tells an `ImageSet` which epoch begins, or goes on after a resume; `StitchImageTrainer` has it, a plain `Trainer` needs it."""
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any) -> None:
         images = getattr(train_dataloader, "dataset", None)

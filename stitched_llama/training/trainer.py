@@ -18,7 +18,6 @@ from .arguments import StitchTrainingArguments
 from .checks import check_checkpoint, check_run
 from .data import IGNORED, batches
 from .evaluation import evaluate_stitches
-from .images import EpochOfAugmentation
 from .rates import slow_down_anchors
 from .teaching import distil, in_dtype_of, speaking
 
@@ -53,14 +52,12 @@ class StitchTrainer(Trainer):
     def __init__(self, *args: Any, teacher: nn.Module | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
         check_run(self, teacher)
-        self.add_callback(EpochOfAugmentation)
         model = self.model
         self.stitches = [model.space[key] for key in model.keys]
         self.largest = model.space.anchor_stitch(-1)
         self.importance = Importance(self.args.importance, self.args.eta)
         old, rated = model.table, [stitch.key for stitch in model.space if self._is_rated(stitch)]
-        outside = teacher is not None and not self.args.inplace_teacher and self.args.importance == "excess_loss"
-        self.rating = f"{self.args.importance}, outer teacher" if outside else self.args.rating
+        self.rating = self.args.rating(teacher is not None)
         if old.importance_score in (None, self.rating):  # averages of different scores do not mix
             self.importance.averages.update({key: old.importance[key] for key in rated if key in old.importance})
             self.importance.visits.update({key: old.visits[key] for key in rated if key in old.visits})
