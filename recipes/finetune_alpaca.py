@@ -33,6 +33,7 @@ from stitched_llama.training import (
     evaluate_stitches,
     find_checkpoint,
     format_table,
+    keep_data_settings,
     pad_token_id,
     plot_stitches,
     provenance,
@@ -93,7 +94,11 @@ def main() -> None:
     chief = training.process_index == 0
 
     # What can be known to be wrong before hours are spent
+    if args.load_in_4bit and training.device.type == "cpu":
+        raise SystemExit("--load_in_4bit needs a GPU to train (bitsandbytes): use --load_in_8bit or neither here")
     checkpoint = find_checkpoint(args.resume, training.output_dir)
+    data = {"data": args.data, "eval_data": args.eval_data, "eval_size": args.eval_size, "seed": training.seed}
+    keep_data_settings(training.output_dir, data, checkpoint, chief)
     pst = PSTConfig(rank=args.rank, stitching_rank=args.stitching_rank, stitch_bias=args.stitch_bias)
     space = StitchSpace.from_configs(args.anchors, kernel_size=args.kernel_size, stride=args.stride)
     pst.trainable_params(space)

@@ -40,6 +40,7 @@ from stitched_llama.training import (
     few_shot,
     find_checkpoint,
     format_table,
+    keep_data_settings,
     plot_stitches,
     provenance,
     read_baselines,
@@ -82,6 +83,9 @@ def main() -> None:
     set_seed(training.seed)
     chief = training.process_index == 0
     checkpoint = find_checkpoint(args.resume, training.output_dir)
+    names = ("data", "train_split", "eval_split", "eval_size", "shots")
+    data = {name: getattr(args, name) for name in names} | {"seed": training.seed}
+    keep_data_settings(training.output_dir, data, checkpoint, chief)
 
     # Data: pictures, a few of each class where asked, prepared by the anchors' own processor
     images = read_images(args.data, args.train_split)

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import FAMILIES, fresh, ids_like, randomise, spread
+from image_anchors import vit
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaForCausalLM
 
-from stitched_llama import PSTConfig, StitchedLlamaForCausalLM
+from stitched_llama import PSTConfig, StitchedLlamaForCausalLM, StitchedViTForImageClassification
 from stitched_llama.bundles import CARD, CONFIG, GENERATION, TABLE, WEIGHTS
 from stitched_llama.cli import main
 from stitched_llama.training import pico_anchor
@@ -253,6 +254,30 @@ def test_saving_forwards_what_concerns_the_hub_and_refuses_the_rest(made, tmp_pa
     with pytest.raises(TypeError, match=r"unknown arguments \['stiches'\]"):
         made.save_pretrained(tmp_path / "b", stiches="published")
     made.save_pretrained(tmp_path / "c", is_main_process=True, save_function=torch.save)  # as Accelerate's guide has it
+
+
+def test_anchors_in_the_wrong_order_are_named_before_their_weights_are_read(bundle, anchors):
+    for how in ({}, {"stitch_id": 4}):
+        with pytest.raises(
+            ValueError, match="anchor 0 is .*unequal1, a llama of 5 blocks, 48 wide; .* of 3 blocks, 32 wide"
+        ):
+            load(bundle, anchors=anchors["unequal"][::-1], **how)
+
+
+def test_what_is_no_anchor_and_no_bundle_of_the_class_is_named(bundle, anchors, tmp_path):
+    for source in (tmp_path / "none", tmp_path):
+        with pytest.raises(OSError, match=f"anchor '{source}' is neither a folder here with a config.json nor"):
+            StitchedLlamaForCausalLM.from_anchors([str(source), anchors["unequal"][1]])
+    with pytest.raises(
+        ValueError, match="is a bundle of stitched_llama, StitchedViTForImageClassification loads stitched_vit"
+    ):
+        StitchedViTForImageClassification.from_pretrained(bundle)
+    for number, width in enumerate((16, 24)):
+        vit(width, 3).save_pretrained(tmp_path / str(number))
+    with pytest.raises(ValueError, match="anchor 0 is a vit, which reads pixel_values; StitchedLlamaForCausalLM reads"):
+        StitchedLlamaForCausalLM.from_anchors([str(tmp_path / "0"), str(tmp_path / "1")])
+    with pytest.raises(ValueError, match="anchor 0 is a llama, which reads input_ids; StitchedViT"):
+        StitchedViTForImageClassification.from_anchors(anchors["unequal"])
 
 
 def test_saving_over_an_anchor_is_refused(anchors, tmp_path):

@@ -172,6 +172,32 @@ def rotated_twin(small, rotation):
     return large
 
 
+@pytest.mark.parametrize(
+    ("batches", "reason"),
+    [
+        ({"input_ids": torch.ones(1, 4).long()}, "batch 0 is a str"), (["text"], "batch 0 is a str"),
+        ([{"input_ids": [[1, 2]]}], "batch 0 has input_ids list"), ([{"ids": torch.ones(1, 4)}], "batch 0 has input_ids NoneType"),
+        ([torch.ones(1, 4)], "batch 0 is a Tensor"),
+    ],
+)  # fmt: skip
+def test_what_is_no_batch_is_named(batches, reason, anchors):
+    with pytest.raises(ValueError, match=f"dicts with input_ids as a tensor: {reason}"):
+        fresh(anchors["unequal"]).calibrate(batches, progress=False)
+
+
+@pytest.mark.filterwarnings("ignore:.*junctions do not fit", "ignore:.*ridge decides")
+def test_what_was_measured_before_training_decides_nothing_after(anchors, tmp_path):
+    model = fresh(anchors["unequal"])
+    model.calibrate([{"input_ids": ids_like(2, 9, seed)} for seed in range(3)], progress=False)
+    assert model.table.deciding == "loss_before"
+    model.attach_pst(PSTConfig(rank=2))
+    assert model.table.deciding is None
+    assert [stitch.key for stitch in model.published] == ["0[0:3]", "1[0:5]"]
+    model.save_pretrained(tmp_path)
+    again = StitchedLlamaForCausalLM.from_pretrained(tmp_path, budget="1B")
+    assert again.keys == ["1[0:5]"]
+
+
 def test_calibrating_joins_anchors_that_are_linear_images_of_each_other():
     """RMSNorm does not see a rotation, so after the fit every stitch must compute what both anchors do."""
     small = spread(pico_anchor(32, 3, 4, 2, vocab_size=260))

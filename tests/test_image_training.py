@@ -105,6 +105,16 @@ def test_a_folder_without_parts_is_never_judged_by_what_it_trains_on(tmp_path):
         read_images(str(tmp_path), "val")
 
 
+def test_hidden_files_are_passed_over_and_empty_classes_named(tmp_path):
+    folder_of(tmp_path / "train", ant=2, bee=2)
+    (tmp_path / "train" / "ant" / ".DS_Store").write_bytes(b"x")
+    (tmp_path / "train" / ".cache").mkdir()
+    assert read_images(str(tmp_path)).labels == [0, 0, 1, 1]
+    (tmp_path / "train" / "eel").mkdir()
+    with pytest.raises(ValueError, match="train/eel would be a class and holds no pictures"):
+        read_images(str(tmp_path))
+
+
 def test_a_part_to_evaluate_on_is_drawn_from_all_classes(colours):
     images = read_images(str(colours), "test")
     ordered = type(images)(images.pictures, sorted(images.labels), images.names)  # class by class, as folders are read
@@ -112,6 +122,8 @@ def test_a_part_to_evaluate_on_is_drawn_from_all_classes(colours):
     assert len(some.labels) == 12
     assert set(some.labels) == {0, 1, 2}
     assert some_of(ordered, 12, 0).labels == some.labels
+    with pytest.raises(ValueError, match="-3 of 30 held-out rows are asked for"):
+        some_of(ordered, -3, 0)
     assert some_of(ordered, 0, 0).labels == some_of(ordered, 99, 0).labels == ordered.labels
 
 

@@ -91,6 +91,14 @@ def test_a_recipe_is_short_and_opens_with_its_command(name):
     assert f"recipes/{name}" in text.split('"""')[1]
 
 
+def test_the_recipe_says_that_4_bits_need_a_gpu(tmp_path):
+    done = python(
+        "recipes/finetune_alpaca.py", "--smoke", "--load_in_4bit", "--use_cpu", "--output_dir", tmp_path, check=False
+    )
+    assert done.returncode != 0
+    assert done.stderr.splitlines()[-1].startswith("--load_in_4bit needs a GPU to train")
+
+
 def test_the_recipe_says_that_it_needs_two_anchors(tmp_path):
     done = python("recipes/finetune_alpaca.py", "--anchors", "one", "--output_dir", tmp_path, check=False)
     assert done.returncode != 0

@@ -7,16 +7,17 @@ from itertools import cycle
 
 import pytest
 import torch
-from conftest import ROOT, ids_like, python, spread
+from conftest import ROOT, fresh, ids_like, python, spread
 from safetensors import safe_open
 from tiny_runs import dataset, evaluated, stitched_model, trained, trainer
 from transformers import BitsAndBytesConfig
 
-from stitched_llama import StitchTrainingArguments
+from stitched_llama import PSTConfig, StitchTrainingArguments
 from stitched_llama.bundles import Bundle
 from stitched_llama.sampling import SCHEMES, SCORES, Importance, StepSignals
-from stitched_llama.training import find_checkpoint, pico_anchor, read_baselines
+from stitched_llama.training import find_checkpoint, keep_data_settings, pico_anchor, read_baselines
 from stitched_llama.training import trainer as trainer_module
+from stitched_llama.training.checks import check_checkpoint
 
 IDS = ids_like(2, 9)
 
@@ -231,6 +232,38 @@ def test_baselines_of_other_anchors_are_refused(stitched, tmp_path):
     path.write_text(json.dumps({"0[0:7]": {"loss": 1.0}}))
     with pytest.raises(ValueError, match=r"alone\.json has a row of 0\[0:7\], the anchors here are 0\[0:3\], 1\[0:5\]"):
         read_baselines(path, space)
+
+
+def test_a_model_of_which_nothing_trains_is_refused(stitched, tmp_path):
+    with pytest.raises(ValueError, match=r"nothing of this model trains: call model\.attach_pst"):
+        trainer(stitched("unequal"), tmp_path)
+
+
+def test_what_decides_the_held_out_rows_stays_over_a_resume(tmp_path):
+    settings = {"data": "a.json", "eval_size": 96, "seed": 0}
+    keep_data_settings(str(tmp_path), settings, None)
+    checkpoint = str(tmp_path / "checkpoint-3")
+    keep_data_settings(str(tmp_path), settings, checkpoint)
+    for name, value in (("eval_size", 8), ("seed", 7)):
+        with pytest.raises(
+            ValueError, match=f"checkpoint-3 began with --{name} {settings[name]}, this run has {value}"
+        ):
+            keep_data_settings(str(tmp_path), settings | {name: value}, checkpoint)
+    assert json.loads((tmp_path / "data.json").read_text()) == settings
+
+
+def test_a_checkpoint_is_compared_by_what_its_options_mean(anchors, tmp_path, stitched):
+    model = fresh(anchors["unequal"], PSTConfig(rank=4))
+    model.save_pretrained(tmp_path)
+    bundle = Bundle.open(tmp_path)
+    same = fresh(anchors["unequal"], PSTConfig(rank=[4, 4]))
+    check_checkpoint(bundle, "there", same, bundle.table["importance_score"])
+    with pytest.raises(ValueError, match="PST settings .*'rank': 4.*'rank': 2"):
+        check_checkpoint(bundle, "there", fresh(anchors["unequal"], PSTConfig(rank=2)), None)
+    with pytest.raises(
+        ValueError, match="there is of another space: kernel_size 1 there, 2 here; resume with the options"
+    ):
+        check_checkpoint(bundle, "there", fresh(anchors["unequal"], PSTConfig(rank=4), kernel_size=2), None)
 
 
 def test_settings_the_trainer_cannot_use_are_named(anchors, tmp_path, stitched):

@@ -1,7 +1,7 @@
 """Calibration: every stitching layer by least squares, in one pass over a few batches of unlabelled text or images."""
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +54,16 @@ class Calibration:
         return "\n".join(lines)
 
 
+def _check_batch(model: Any, number: int, batch: Any) -> None:
+    name = model.calibration_inputs[0]
+    found = batch.get(name) if isinstance(batch, Mapping) else batch
+    if not isinstance(batch, Mapping) or not isinstance(found, Tensor):
+        raise ValueError(
+            f"calibrate takes a list, or a loader, of dicts with {name} as a tensor: batch {number} "
+            + (f"has {name} {type(found).__name__}" if isinstance(batch, Mapping) else f"is a {type(batch).__name__}")
+        )
+
+
 def calibrate(
     model: "StitchedPreTrainedModel",
     batches: Iterable[dict[str, Tensor]],
@@ -103,6 +113,7 @@ def calibrate(
     try:
         with torch.no_grad():
             for number, batch in enumerate(tqdm(batches, desc="calibrate", disable=not progress)):
+                _check_batch(model, number, batch)
                 batch = {name: batch[name].to(model.device) for name in model.calibration_inputs if name in batch}
                 first_batch = batch if first_batch is None else first_batch
                 if number % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1 and len(held_out) < _HELD_OUT_MOST:

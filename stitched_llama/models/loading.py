@@ -1,6 +1,7 @@
 """Anchors by reference: checked from their configs alone, loaded whole or only the blocks a route needs."""
 
 import copy
+import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -108,14 +109,20 @@ def _load_image_anchor(
     fingerprint = fingerprint_files(sorted(set(weight_files(name_or_path, **options).values())))
     if options.get("quantization_config") is not None:
         options["quantization_config"] = _but_heads(options["quantization_config"], family)
-    model, info = family.auto_class().from_pretrained(
-        name_or_path,
-        config=config,
-        use_safetensors=True,
-        ignore_mismatched_sizes=True,
-        output_loading_info=True,
-        **options,
-    )
+    reports = logging.getLogger("transformers.modeling_utils")
+    level = reports.level
+    reports.setLevel(logging.ERROR)  # of a head of other classes, which is looked after below
+    try:
+        model, info = family.auto_class().from_pretrained(
+            name_or_path,
+            config=config,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **options,
+        )
+    finally:
+        reports.setLevel(level)
     check_placed(name_or_path, model)
     renewed = {name for name, *_ in info["mismatched_keys"]}
     _check_whole(name_or_path, set(info["missing_keys"]) - renewed)
@@ -190,6 +197,16 @@ def bundle_folder(name: str, hub: Mapping[str, Any]) -> Path:
         raise OSError(f"{name!r} is neither a folder here nor a bundle on the Hub in reach: {reason}") from error
 
 
+def _check_shape(source: str, index: int, stored: Any, spec: AnchorSpec) -> None:
+    """Refuses another model in an anchor's place before its weights are read."""
+    found = anchor_spec(stored.to_dict())
+    if (found.family, found.width, found.depth) != (spec.family, spec.width, spec.depth):
+        raise ValueError(
+            f"anchor {index} is {source}, a {found.family} of {found.depth} blocks, {found.width} wide; the bundle was made with a "
+            f"{spec.family} of {spec.depth} blocks, {spec.width} wide: name its anchors small to large"
+        )
+
+
 def load_anchors(
     config: Any,
     folder: Path,
@@ -241,11 +258,12 @@ def load_anchors(
         options = {**load, **hub} | ({"revision": revision} if revision else {})
         spec, anchor_config = anchor_spec(config.anchor_configs[index]), config.anchor_config(index)
         try:
-            if not hasattr(anchor_config, "quantization_config"):  # of a bundle that did not say so yet
-                wanted = {name: options[name] for name in HUB_OPTIONS if name in options}
-                stored = getattr(AutoConfig.from_pretrained(source, **wanted), "quantization_config", None)
-                if stored is not None:
-                    anchor_config.quantization_config = stored
+            stored = AutoConfig.from_pretrained(
+                source, **{name: options[name] for name in HUB_OPTIONS if name in options}
+            )
+            _check_shape(source, index, stored, spec)
+            if not hasattr(anchor_config, "quantization_config") and hasattr(stored, "quantization_config"):
+                anchor_config.quantization_config = stored.quantization_config  # of a bundle that did not say so yet
             anchor, found = load_anchor(source, anchor_config, spec, index, stitches, **options)
         except OSError as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -203,6 +203,7 @@ class StitchedPreTrainedModel(BundleMixin, PreTrainedModel):
             raise ValueError(f"PST is attached already ({self.config.pst}): load the anchors anew for other settings")
         self.stitch_bias = attach_pst(self.anchors, self.stitching_layers, self.space, config, self.keys)
         self.config.pst = config.to_dict()
+        self.table = self.table.in_training()
         self._count_bytes_as_loaded()
 
     def activation_checkpointing_enable(

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
@@ -16,6 +16,21 @@ from stitched_llama.pst import carries_adapters
 
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 _INDEX = "model.safetensors.index.json"
+
+
+def anchor_config(name_or_path: str, **options: Any) -> PreTrainedConfig:
+    """The configuration of an anchor from its own files.
+
+    Raises:
+        OSError: there is none.
+    """
+    try:
+        return AutoConfig.from_pretrained(name_or_path, **options)
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise OSError(
+            f"anchor {name_or_path!r} is neither a folder here with a config.json nor a repository in reach: {reason}"
+        ) from error
 
 
 def weight_files(name_or_path: str, needed: Callable[[str], bool] | None = None, **hub: Any) -> dict[str, Path]:

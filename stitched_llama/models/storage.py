@@ -23,7 +23,7 @@ from stitched_llama.space import SPACE_OPTIONS, StitchTable
 from .bundle_tensors import BundleTensors
 from .card import model_card
 from .loading import bundle_folder, load_anchor, load_anchors
-from .references import check_plain, commit_of, reference_to, weight_files
+from .references import anchor_config, check_plain, commit_of, reference_to, weight_files
 
 _HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 _LOAD = ("dtype", "quantization_config", "device_map", "max_memory", "offload_folder", "attn_implementation")
@@ -58,6 +58,21 @@ class BundleMixin(BundleTensors):
         """Refuses anchors that their configs alone do not tell apart; a kind of model says how."""
 
     @classmethod
+    def check_modality(cls, configs: Sequence[Any]) -> None:
+        """Refuses anchors that read something else than this class does.
+
+        Raises:
+            ValueError: names the anchor.
+        """
+        for index, config in enumerate(configs):
+            reads = "pixel_values" if hasattr(config, "num_channels") else "input_ids"
+            if reads != cls.main_input_name:
+                raise ValueError(
+                    f"anchor {index} is a {config.model_type}, which reads {reads}; {cls.__name__} reads {cls.main_input_name}: "
+                    "take the Stitched class of its family"
+                )
+
+    @classmethod
     def from_anchors(cls, anchors: Sequence[Any], **how: Any):
         """A stitched model from two or more pretrained anchors, small to large, its stitching layers not yet calibrated.
 
@@ -85,14 +100,15 @@ class BundleMixin(BundleTensors):
             )
         names = [os.fspath(a) if isinstance(a, os.PathLike) else a for a in anchors]
         names = [os.path.abspath(a) if isinstance(a, str) and os.path.isdir(a) else a for a in names]
-        configs = [AutoConfig.from_pretrained(a, **fields, **hub) if isinstance(a, str) else _stored(a) for a in names]
+        configs = [anchor_config(a, **fields, **hub) if isinstance(a, str) else _stored(a) for a in names]
+        cls.check_modality(configs)
         config = cls.config_class.from_anchor_configs(configs, **space)
         cls.check_names(names, **hub)
         loaded, references = [], []
-        for index, (name, anchor_config) in enumerate(zip(names, configs)):
+        for index, (name, own) in enumerate(zip(names, configs)):
             if isinstance(name, str):
                 spec = config.stitch_space().anchors[index]
-                model, fingerprint = load_anchor(name, anchor_config, spec, index, None, **load, **hub)
+                model, fingerprint = load_anchor(name, own, spec, index, None, **load, **hub)
                 revision = commit_of(weight_files(name, **hub)) or hub.get("revision")
                 references.append({"name_or_path": name, "revision": revision, "fingerprint": fingerprint})
             else:
@@ -132,6 +148,12 @@ class BundleMixin(BundleTensors):
         load, hub = _take(kwargs, _LOAD), _take(kwargs, _HUB)
         kwargs = {key: v for key, v in kwargs.items() if key not in _IGNORED and not key.startswith("_")}
         bundle = Bundle.open(bundle_folder(name, hub))
+        kind = bundle.config.get("model_type")
+        if kind != cls.config_class.model_type:
+            raise ValueError(
+                f"{name} is a bundle of {kind}, {cls.__name__} loads {cls.config_class.model_type}: "
+                "AutoModelForCausalLM and AutoModelForImageClassification find the class by themselves"
+            )
         own = cls.config_class.from_dict(dict(bundle.config))
         config = copy.deepcopy(own if wanted["config"] is None else wanted["config"])
         for key, value in kwargs.items():
@@ -146,6 +168,8 @@ class BundleMixin(BundleTensors):
             )
         precision = config.precision(load.get("dtype"), load.get("quantization_config"))
         space, table = config.stitch_space(precision), StitchTable.from_dict(bundle.table)
+        if config.pst is not None:
+            table = table.in_training()
         if space.digest != bundle.table["space_digest"]:
             raise ValueError(
                 f"{name} was trained in space {bundle.table['space_digest']}, its config describes {space.digest}: "

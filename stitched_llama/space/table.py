@@ -62,6 +62,10 @@ class StitchTable:
         stale = self.metric is not None and self.metric.endswith("_before") and self.importance
         return None if stale else self.metric
 
+    def in_training(self) -> "StitchTable":
+        """A table in which nothing that was measured before training decides."""
+        return replace(self, metric=None) if (self.metric or "").endswith("_before") else self
+
     def published(self, stitches: Iterable[Stitch]) -> list[str]:
         """Keys a budget may choose from, ascending in parameters.
 

@@ -24,7 +24,7 @@ from .arguments import (
     SpaceArguments,
     StitchTrainingArguments,
 )
-from .checkpoints import find_checkpoint
+from .checkpoints import find_checkpoint, keep_data_settings
 from .data import Collator, InstructionDataset, Row, batches, drawn, pad_token_id, read_rows, split_rows
 from .evaluation import evaluate_plain, evaluate_stitches, image_scores, response_scores, spearman
 from .image_trainer import StitchImageTrainer
@@ -63,6 +63,7 @@ __all__ = [
     "few_shot",
     "find_checkpoint",
     "format_table",
+    "keep_data_settings",
     "pad_token_id",
     "pico_anchor",
     "image_scores",

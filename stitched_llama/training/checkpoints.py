@@ -1,8 +1,11 @@
 """Which checkpoint to resume from."""
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from stitched_llama.bundles import Bundle
+from stitched_llama.bundles import Bundle, write_atomically
 
 
 def find_checkpoint(resume: str | None, output_dir: str) -> str | None:
@@ -22,6 +25,31 @@ def find_checkpoint(resume: str | None, output_dir: str) -> str | None:
             f"{resume} holds no whole checkpoint (a bundle and trainer_state.json): name another, or 'auto'"
         )
     return resume
+
+
+def keep_data_settings(
+    output_dir: str, settings: Mapping[str, Any], checkpoint: str | None, write: bool = True
+) -> None:
+    """Writes what decides which rows train and which are held out beside the checkpoints; with others a resumed run would be
+    judged on rows that it has trained on.
+
+    Raises:
+        ValueError: the run of `checkpoint` had other settings; names the first.
+    """
+    path = (Path(output_dir) if checkpoint is None else Path(checkpoint).parent) / "data.json"
+    if checkpoint is not None and path.is_file():
+        began = json.loads(path.read_text(encoding="utf-8"))
+        for name, value in settings.items():
+            if began.get(name) != value:
+                raise ValueError(
+                    f"{checkpoint} began with --{name} {began.get(name)}, this run has {value}: held-out rows would be others; "
+                    "resume with the same, or in another output_dir"
+                )
+    elif write:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(
+            path, lambda temporary: Path(temporary).write_text(json.dumps(dict(settings), indent=1) + "\n")
+        )
 
 
 def _is_whole(path: Path) -> bool:

@@ -3,6 +3,8 @@
 from typing import Any
 
 from stitched_llama.bundles import Bundle
+from stitched_llama.pst import PSTConfig
+from stitched_llama.space import SPACE_OPTIONS, StitchSpace
 
 
 def check_run(trainer: Any, teacher: Any) -> None:
@@ -19,6 +21,10 @@ def check_run(trainer: Any, teacher: Any) -> None:
     if args.world_size > 1 and not args.average_tokens_across_devices:
         raise ValueError(
             "average_tokens_across_devices is off: ranks would weigh their tokens differently, switch it on"
+        )
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            "nothing of this model trains: call model.attach_pst(PSTConfig(...)) before you make a trainer"
         )
     if args.device.type == "cpu" and any(getattr(anchor, "is_loaded_in_4bit", False) for anchor in model.anchors):
         raise ValueError(
@@ -67,21 +73,29 @@ def check_teacher(student: Any, teacher: Any, args: Any) -> None:
             )
 
 
+def _expanded(pst: Any, space: StitchSpace) -> Any:
+    """Settings of PST with one rank an anchor: one for all of them is the same."""
+    return pst and pst | {"rank": list(PSTConfig.from_dict(pst).ranks(space))}
+
+
 def check_checkpoint(bundle: Bundle, path: str, model: Any, rating: str) -> None:
     """Refuses to go on from a checkpoint of another run.
 
     Raises:
         ValueError: another space, other PST settings or another importance; names both.
     """
-    for name, saved, wanted in (
-        ("space", bundle.table["space_digest"], model.space.digest),
-        ("PST settings", bundle.config.get("pst"), model.config.pst),
-    ):
-        if saved != wanted:
-            raise ValueError(
-                f"{path} has the {name} {saved}, this run has {wanted}: resume with the options it "
-                "began with, or in another output_dir"
-            )
+    ending = "resume with the options it began with, or in another output_dir"
+    if bundle.table["space_digest"] != model.space.digest:
+        pairs = {
+            name: (bundle.config.get(name), getattr(model.config, name)) for name in (*SPACE_OPTIONS, "anchor_configs")
+        }
+        differ = [
+            f"{name} {a!r} there, {b!r} here" for name, (a, b) in pairs.items() if a != b and name != "anchor_configs"
+        ]
+        raise ValueError(f"{path} is of another space: {', '.join(differ) or 'other anchors or classes'}; {ending}")
+    saved, wanted = bundle.config.get("pst"), model.config.pst
+    if _expanded(saved, model.space) != _expanded(wanted, model.space):
+        raise ValueError(f"{path} has the PST settings {saved}, this run has {wanted}: {ending}")
     score = bundle.table.get("importance_score")
     if score != rating:
         raise ValueError(

@@ -116,6 +116,8 @@ def _parse(text: str, where: str) -> Any:
 
 def drawn(count: int, size: int, seed: int) -> list[int]:
     """`size` of `count` indices in their order, drawn at random by `seed`; all of them where there are no more, or for 0."""
+    if size < 0:
+        raise ValueError(f"{size} of {count} held-out rows are asked for: 0 (all) or more (eval_size)")
     return sorted(random.Random(seed).sample(range(count), size)) if 0 < size < count else list(range(count))
 
 

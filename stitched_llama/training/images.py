@@ -106,7 +106,7 @@ def _from_npz(path: Path, split: str) -> Images:
 
 def _root(path: Path, split: str) -> tuple[Path, bool]:
     """Where a part's class folders lie, and whether the parts of an image folder share them."""
-    folders = [folder for folder in path.iterdir() if folder.is_dir()]
+    folders = [folder for folder in path.iterdir() if folder.is_dir() and not folder.name.startswith(".")]
     parts = sorted(folder.name for folder in folders if any(inner.is_dir() for inner in folder.iterdir()))
     if split in parts or (path / split).is_dir():
         return path / split, False
@@ -118,7 +118,10 @@ def _root(path: Path, split: str) -> tuple[Path, bool]:
 
 
 def _classes(path: Path, split: str) -> list[str]:
-    return sorted(folder.name for folder in _root(path, split)[0].iterdir() if folder.is_dir())
+    folders = [f for f in _root(path, split)[0].iterdir() if f.is_dir() and not f.name.startswith(".")]
+    if empty := next((f for f in sorted(folders) if not any(f.iterdir())), None):
+        raise ValueError(f"{empty} would be a class and holds no pictures: remove it, or fill it")
+    return sorted(folder.name for folder in folders)
 
 
 def _from_folder(path: Path, split: str, names: Sequence[str] | None) -> Images:
@@ -130,7 +133,7 @@ def _from_folder(path: Path, split: str, names: Sequence[str] | None) -> Images:
     pictures, labels = [], []
     classes = list(names or classes)
     for label, name in enumerate(classes):
-        files = sorted((root / name).glob("*")) if (root / name).is_dir() else []
+        files = sorted((root / name).glob("[!.]*")) if (root / name).is_dir() else []
         if shared:
             files = [file for number, file in enumerate(files) if (number % 5 == 4) == (split == "test")]
         for file in files:
