@@ -227,7 +227,7 @@ def test_command_shows_and_verifies(made, bundle, capsys):
     assert main(["bundle", "verify", str(bundle), "--no-anchors"]) == 2
     assert "SHA-256" in capsys.readouterr().err
     assert main(["bundle", "show", str(bundle / "none")]) == 2
-    assert "none is not a bundle" in capsys.readouterr().err
+    assert "there is no folder" in capsys.readouterr().err
 
 
 def test_loading_changes_nothing_on_disk(made, bundle):

@@ -135,6 +135,8 @@ def test_a_memory_budget_holds_the_conversation_too(chat, chatty):
     for context in (0, 10**6):
         with pytest.raises(ValueError, match=f"context of {context} tokens is asked for: 1 to 512 is"):
             Chat(chat.model, chatty, context=context)
+    with pytest.raises(ValueError, match="20 new tokens leave no room for a message in a context of 20"):
+        Chat(chat.model, chatty, context=20, max_new_tokens=20)
 
 
 def test_sizes_are_the_published_ones_and_the_current_one(chat):

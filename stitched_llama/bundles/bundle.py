@@ -53,6 +53,10 @@ class Bundle:
         """
         folder = Path(folder)
         recover(folder)
+        if not folder.is_dir():
+            raise ValueError(
+                f"there is no folder {folder}: name one that holds a bundle (chat and from_pretrained take Hub ids too)"
+            )
         for name in (CONFIG, WEIGHTS, TABLE):
             if not (folder / name).is_file():
                 raise ValueError(f"{folder} is not a bundle: it has no {name}")

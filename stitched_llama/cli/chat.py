@@ -60,8 +60,13 @@ class Chat:
             raise ValueError("the bundle's tokenizer has no chat template: save it with tokenizer.chat_template set")
         if context is not None and not 0 < context <= most:
             raise ValueError(f"a context of {context} tokens is asked for: 1 to {most} is what the model takes")
+        new, held = settings.get("max_new_tokens", 0), most if context is None else context
+        if new >= held:
+            raise ValueError(
+                f"{new} new tokens leave no room for a message in a context of {held}: ask for fewer, or more context"
+            )
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
-        self.context = most if context is None else context
+        self.context = held
         self.messages: list[dict[str, str]] = []
         self.stitch = model.published[-1] if size is None else self.resize(size)
 
