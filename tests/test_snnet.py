@@ -165,7 +165,7 @@ def test_resuming_with_other_options_is_refused(tmp_path):
     for model, named in (
         (
             image_model({"adapter": "linear_relu"}),
-            "has the space .* this run has .*: resume with the options it began with",
+            "is of another space: adapter 'linear' there, 'linear_relu' here; resume with the options it began with",
         ),
         (whole(), "this run has"),
     ):
