@@ -86,12 +86,8 @@ def check_checkpoint(bundle: Bundle, path: str, model: Any, rating: str) -> None
     """
     ending = "resume with the options it began with, or in another output_dir"
     if bundle.table["space_digest"] != model.space.digest:
-        pairs = {
-            name: (bundle.config.get(name), getattr(model.config, name)) for name in (*SPACE_OPTIONS, "anchor_configs")
-        }
-        differ = [
-            f"{name} {a!r} there, {b!r} here" for name, (a, b) in pairs.items() if a != b and name != "anchor_configs"
-        ]
+        pairs = {name: (bundle.config.get(name), getattr(model.config, name)) for name in SPACE_OPTIONS}
+        differ = [f"{name} {there!r} there, {here!r} here" for name, (there, here) in pairs.items() if there != here]
         raise ValueError(f"{path} is of another space: {', '.join(differ) or 'other anchors or classes'}; {ending}")
     saved, wanted = bundle.config.get("pst"), model.config.pst
     if _expanded(saved, model.space) != _expanded(wanted, model.space):
