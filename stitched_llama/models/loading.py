@@ -10,7 +10,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from stitched_llama.anchors import FAMILIES, Family, LlamaFamily
 from stitched_llama.bundles import (
@@ -25,6 +25,7 @@ from stitched_llama.space import AnchorSpec, Stitch, anchor_spec
 
 from .references import (
     HUB_OPTIONS,
+    anchor_config,
     check_fingerprint,
     check_placed,
     check_plain,
@@ -32,6 +33,14 @@ from .references import (
     reference_to,
     weight_files,
 )
+
+LOAD_OPTIONS = ("dtype", "quantization_config", "device_map", "max_memory", "offload_folder", "attn_implementation")
+
+
+def take(kwargs: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Removes `names` from `kwargs` and returns those that were set."""
+    taken = {name: kwargs.pop(name) for name in names if name in kwargs}
+    return {name: value for name, value in taken.items() if value is not None}
 
 
 class _Needed:
@@ -256,15 +265,13 @@ def load_anchors(
             source = str(folder / source)
         revision = reference["revision"] if given is None else None
         options = {**load, **hub} | ({"revision": revision} if revision else {})
-        spec, anchor_config = anchor_spec(config.anchor_configs[index]), config.anchor_config(index)
+        spec, own = anchor_spec(config.anchor_configs[index]), config.anchor_config(index)
         try:
-            stored = AutoConfig.from_pretrained(
-                source, **{name: options[name] for name in HUB_OPTIONS if name in options}
-            )
+            stored = anchor_config(source, **{name: options[name] for name in HUB_OPTIONS if name in options})
             _check_shape(source, index, stored, spec)
-            if not hasattr(anchor_config, "quantization_config") and hasattr(stored, "quantization_config"):
-                anchor_config.quantization_config = stored.quantization_config  # of a bundle that did not say so yet
-            anchor, found = load_anchor(source, anchor_config, spec, index, stitches, **options)
+            if not hasattr(own, "quantization_config") and hasattr(stored, "quantization_config"):
+                own.quantization_config = stored.quantization_config  # of a bundle that did not say so yet
+            anchor, found = load_anchor(source, own, spec, index, stitches, **options)
         except OSError as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise OSError(

@@ -16,6 +16,7 @@ from stitched_llama.space import BYTES_PER_NUMBER, Precision, Stitch, StitchTabl
 
 from .calibration import Calibration, calibrate
 from .configuration import StitchedConfig
+from .making import AnchorsMixin
 from .storage import BundleMixin
 
 NO_BUDGET = "forward takes a stitch_id, no budget: pass stitch_id=model.choose(budget).stitch_id"
@@ -28,7 +29,7 @@ class BlockOutputs(NamedTuple):
     leaves: list[Tensor]
 
 
-class StitchedPreTrainedModel(BundleMixin, PreTrainedModel):
+class StitchedPreTrainedModel(AnchorsMixin, BundleMixin, PreTrainedModel):
     """Base of the stitched models.
 
     The route is an argument of `forward` (`stitch_id=`), never a mode; every method that names a stitch takes an id or

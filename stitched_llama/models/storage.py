@@ -1,4 +1,4 @@
-"""Making a stitched model from anchors, and saving and loading it as a bundle that holds none of their weights."""
+"""Saving and loading a stitched model as a bundle that holds none of its anchors' weights."""
 
 import copy
 import os
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi, ModelCard
-from transformers import AutoConfig, GenerationConfig
+from transformers import GenerationConfig
 
 from stitched_llama.bundles import (
     CARD,
@@ -18,15 +18,13 @@ from stitched_llama.bundles import (
     Bundle,
     write_bundle,
 )
-from stitched_llama.space import SPACE_OPTIONS, StitchTable
+from stitched_llama.space import StitchTable
 
 from .bundle_tensors import BundleTensors
 from .card import model_card
-from .loading import bundle_folder, load_anchor, load_anchors
-from .references import anchor_config, check_plain, commit_of, reference_to, weight_files
+from .loading import LOAD_OPTIONS, bundle_folder, load_anchors, take
+from .references import HUB_OPTIONS
 
-_HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download")
-_LOAD = ("dtype", "quantization_config", "device_map", "max_memory", "offload_folder", "attn_implementation")
 _UPLOAD = ("repo_id", "commit_message", "commit_description", "tags", "private", "token", "revision", "create_pr")
 _NO_MATTER = (
     "state_dict",
@@ -49,77 +47,7 @@ _IGNORED = (
 
 
 class BundleMixin(BundleTensors):
-    """`from_anchors`, `from_pretrained`, `save_pretrained` and `push_to_hub` of stitched models."""
-
-    config_fields: tuple[str, ...] = ()  # what from_anchors passes on to each anchor's config
-
-    @classmethod
-    def check_names(cls, names: Sequence[Any], **hub: Any) -> None:
-        """Refuses anchors that their configs alone do not tell apart; a kind of model says how."""
-
-    @classmethod
-    def check_modality(cls, configs: Sequence[Any]) -> None:
-        """Refuses anchors that read something else than this class does.
-
-        Raises:
-            ValueError: names the anchor.
-        """
-        for index, config in enumerate(configs):
-            reads = "pixel_values" if hasattr(config, "num_channels") else "input_ids"
-            if reads != cls.main_input_name:
-                raise ValueError(
-                    f"anchor {index} is a {config.model_type}, which reads {reads}; {cls.__name__} reads {cls.main_input_name}: "
-                    "take the Stitched class of its family"
-                )
-
-    @classmethod
-    def from_anchors(cls, anchors: Sequence[Any], **how: Any):
-        """A stitched model from two or more pretrained anchors, small to large, its stitching layers not yet calibrated.
-
-        Args:
-            anchors: folders, Hub ids or loaded models. A loaded model becomes part of this one: it is frozen, and PST
-                goes into it, as PEFT has it.
-            how: `kernel_size`, `stride`, `direction`, `pairs`, `adapter`, `rescale`, `adapter_norm`, `across_stages` shape the space; `dtype`, `quantization_config`,
-                `device_map`, `attn_implementation` and the Hub's options reach each anchor's `from_pretrained`.
-
-        Raises:
-            ValueError: the anchors do not belong together or stand in the wrong order; both values are named.
-        """
-        space = {name: how.pop(name) for name in SPACE_OPTIONS if name in how}
-        fields = {name: how.pop(name) for name in cls.config_fields if name in how}
-        load, hub = _take(how, _LOAD), _take(how, _HUB)
-        if how:
-            raise TypeError(f"from_anchors got unknown arguments {sorted(how)}")
-        if isinstance(anchors, (str, os.PathLike)):
-            raise ValueError(
-                f"anchors is {os.fspath(anchors)!r}: a list of two or more anchors is needed, small to large"
-            )
-        if fields and not all(isinstance(a, (str, os.PathLike)) for a in anchors):
-            raise ValueError(
-                f"{', '.join(fields)} shape anchors as they are loaded: name folders or Hub ids, not models"
-            )
-        names = [os.fspath(a) if isinstance(a, os.PathLike) else a for a in anchors]
-        names = [os.path.abspath(a) if isinstance(a, str) and os.path.isdir(a) else a for a in names]
-        configs = [anchor_config(a, **fields, **hub) if isinstance(a, str) else _stored(a) for a in names]
-        cls.check_modality(configs)
-        config = cls.config_class.from_anchor_configs(configs, **space)
-        cls.check_names(names, **hub)
-        loaded, references = [], []
-        for index, (name, own) in enumerate(zip(names, configs)):
-            if isinstance(name, str):
-                spec = config.stitch_space().anchors[index]
-                model, fingerprint = load_anchor(name, own, spec, index, None, **load, **hub)
-                revision = commit_of(weight_files(name, **hub)) or hub.get("revision")
-                references.append({"name_or_path": name, "revision": revision, "fingerprint": fingerprint})
-            else:
-                check_plain(model := name, index)
-                references.append(reference_to(model))
-            loaded.append(model)
-        config.anchors = references
-        stitched = cls(config, anchors=loaded)
-        if stitched.can_generate():
-            stitched.generation_config = copy.deepcopy(loaded[-1].generation_config)
-        return stitched.eval()
+    """`from_pretrained`, `save_pretrained` and `push_to_hub` of stitched models."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any):
@@ -145,7 +73,7 @@ class BundleMixin(BundleTensors):
         context_tokens = kwargs.pop("context_tokens", 0)
         if "torch_dtype" in kwargs:  # what Transformers 4 called dtype
             kwargs.setdefault("dtype", kwargs.pop("torch_dtype"))
-        load, hub = _take(kwargs, _LOAD), _take(kwargs, _HUB)
+        load, hub = take(kwargs, LOAD_OPTIONS), take(kwargs, HUB_OPTIONS)
         kwargs = {key: v for key, v in kwargs.items() if key not in _IGNORED and not key.startswith("_")}
         bundle = Bundle.open(bundle_folder(name, hub))
         kind = bundle.config.get("model_type")
@@ -220,7 +148,7 @@ class BundleMixin(BundleTensors):
         stitching_dtype = kwargs.pop("stitching_dtype", self.config.stitching_dtype)
         if stitching_dtype not in (None, "int8"):
             raise ValueError(f"stitching_dtype {stitching_dtype!r} is unknown; None or 'int8' is needed")
-        upload = _take(kwargs, _UPLOAD)
+        upload = take(kwargs, _UPLOAD)
         if unknown := sorted(set(kwargs) - set(_NO_MATTER)):
             raise TypeError(f"save_pretrained got unknown arguments {unknown}")
         if not is_main_process:
@@ -284,24 +212,3 @@ class BundleMixin(BundleTensors):
                 revision=revision,
                 create_pr=create_pr,
             )
-
-
-def _stored(model: Any) -> Any:
-    """The config of a loaded model as its files have it: quantised only where these are, not where loading did that."""
-    if getattr(model.config, "quantization_config", None) is None:
-        return model.config
-    config = copy.deepcopy(model.config)
-    try:
-        stored = AutoConfig.from_pretrained(model.name_or_path)
-    except (OSError, ValueError):
-        stored = None
-    del config.quantization_config
-    if hasattr(stored, "quantization_config"):
-        config.quantization_config = stored.quantization_config
-    return config
-
-
-def _take(kwargs: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """Removes `names` from `kwargs` and returns those that were set."""
-    taken = {name: kwargs.pop(name) for name in names if name in kwargs}
-    return {name: value for name, value in taken.items() if value is not None}

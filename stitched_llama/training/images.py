@@ -108,7 +108,7 @@ def _root(path: Path, split: str) -> tuple[Path, bool]:
     """Where a part's class folders lie, and whether the parts of an image folder share them."""
     folders = [folder for folder in path.iterdir() if folder.is_dir() and not folder.name.startswith(".")]
     parts = sorted(folder.name for folder in folders if any(inner.is_dir() for inner in folder.iterdir()))
-    if split in parts or (path / split).is_dir():
+    if (path / split).is_dir():
         return path / split, False
     if parts or split not in ("train", "test"):
         raise ValueError(

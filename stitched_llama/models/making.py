@@ -1,0 +1,102 @@
+"""Making a stitched model from pretrained anchors."""
+
+import copy
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import AutoConfig
+
+from stitched_llama.space import SPACE_OPTIONS
+
+from .loading import LOAD_OPTIONS, load_anchor, take
+from .references import HUB_OPTIONS, anchor_config, check_plain, commit_of, reference_to, weight_files
+
+
+class AnchorsMixin:
+    """`from_anchors` of stitched models, and what it refuses."""
+
+    config_fields: tuple[str, ...] = ()  # what from_anchors passes on to each anchor's config
+
+    @classmethod
+    def check_names(cls, names: Sequence[Any], **hub: Any) -> None:
+        """Refuses anchors that their configs alone do not tell apart; a kind of model says how."""
+
+    @classmethod
+    def check_modality(cls, configs: Sequence[Any]) -> None:
+        """Refuses anchors that read something else than this class does.
+
+        Raises:
+            ValueError: names the anchor.
+        """
+        for index, config in enumerate(configs):
+            reads = "pixel_values" if hasattr(config, "num_channels") else "input_ids"
+            if reads != cls.main_input_name:
+                raise ValueError(
+                    f"anchor {index} is a {config.model_type}, which reads {reads}; {cls.__name__} reads {cls.main_input_name}: "
+                    "take the Stitched class of its family"
+                )
+
+    @classmethod
+    def from_anchors(cls, anchors: Sequence[Any], **how: Any):
+        """A stitched model from two or more pretrained anchors, small to large, its stitching layers not yet calibrated.
+
+        Args:
+            anchors: folders, Hub ids or loaded models. A loaded model becomes part of this one: it is frozen, and PST
+                goes into it, as PEFT has it.
+            how: `kernel_size`, `stride`, `direction`, `pairs`, `adapter`, `rescale`, `adapter_norm`, `across_stages` shape the space; `dtype`, `quantization_config`,
+                `device_map`, `attn_implementation` and the Hub's options reach each anchor's `from_pretrained`.
+
+        Raises:
+            ValueError: the anchors do not belong together or stand in the wrong order; both values are named.
+        """
+        space = {name: how.pop(name) for name in SPACE_OPTIONS if name in how}
+        fields = {name: how.pop(name) for name in cls.config_fields if name in how}
+        load, hub = take(how, LOAD_OPTIONS), take(how, HUB_OPTIONS)
+        if how:
+            raise TypeError(f"from_anchors got unknown arguments {sorted(how)}")
+        if isinstance(anchors, (str, os.PathLike)):
+            raise ValueError(
+                f"anchors is {os.fspath(anchors)!r}: a list of two or more anchors is needed, small to large"
+            )
+        if fields and not all(isinstance(a, (str, os.PathLike)) for a in anchors):
+            raise ValueError(
+                f"{', '.join(fields)} shape anchors as they are loaded: name folders or Hub ids, not models"
+            )
+        names = [os.fspath(a) if isinstance(a, os.PathLike) else a for a in anchors]
+        names = [os.path.abspath(a) if isinstance(a, str) and os.path.isdir(a) else a for a in names]
+        configs = [anchor_config(a, **fields, **hub) if isinstance(a, str) else _stored(a) for a in names]
+        cls.check_modality(configs)
+        config = cls.config_class.from_anchor_configs(configs, **space)
+        cls.check_names(names, **hub)
+        loaded, references = [], []
+        for index, (name, own) in enumerate(zip(names, configs)):
+            if isinstance(name, str):
+                spec = config.stitch_space().anchors[index]
+                model, fingerprint = load_anchor(name, own, spec, index, None, **load, **hub)
+                revision = commit_of(weight_files(name, **hub)) or hub.get("revision")
+                references.append({"name_or_path": name, "revision": revision, "fingerprint": fingerprint})
+            else:
+                check_plain(model := name, index)
+                references.append(reference_to(model))
+            loaded.append(model)
+        config.anchors = references
+        stitched = cls(config, anchors=loaded)
+        if stitched.can_generate():
+            stitched.generation_config = copy.deepcopy(loaded[-1].generation_config)
+        return stitched.eval()
+
+
+def _stored(model: Any) -> Any:
+    """The config of a loaded model as its files have it: quantised only where these are, not where loading did that."""
+    if getattr(model.config, "quantization_config", None) is None:
+        return model.config
+    config = copy.deepcopy(model.config)
+    try:
+        stored = AutoConfig.from_pretrained(model.name_or_path)
+    except (OSError, ValueError):
+        stored = None
+    del config.quantization_config
+    if hasattr(stored, "quantization_config"):
+        config.quantization_config = stored.quantization_config
+    return config
