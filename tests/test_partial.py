@@ -50,6 +50,8 @@ def test_a_size_that_was_never_evaluated_can_be_saved_and_chosen(made, tmp_path)
     part = load(tmp_path / "bundle", stitch_id=3)
     assert [stitch.key for stitch in part.published] == [made.keys[3]]
     part.generate(IDS, budget=10**9, max_new_tokens=1)
+    with pytest.raises(ValueError, match=r"budget '9' is too small: the smallest of the 1 loaded sizes is stitch 3"):
+        part.generate(IDS, budget=9, max_new_tokens=1)
     part.save_pretrained(tmp_path / "part")
 
 

@@ -10,7 +10,7 @@ import torch
 from conftest import ROOT, fresh, ids_like, python, spread
 from safetensors import safe_open
 from tiny_runs import dataset, evaluated, stitched_model, trained, trainer
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
 from stitched_llama import PSTConfig, StitchTrainingArguments
 from stitched_llama.bundles import Bundle
@@ -264,6 +264,15 @@ def test_a_checkpoint_is_compared_by_what_its_options_mean(anchors, tmp_path, st
         ValueError, match="there is of another space: kernel_size 1 there, 2 here; resume with the options"
     ):
         check_checkpoint(bundle, "there", fresh(anchors["unequal"], PSTConfig(rank=4), kernel_size=2), None)
+    small, large = anchors["unequal"]
+    other = LlamaForCausalLM.from_pretrained(small)
+    with torch.no_grad():
+        other.model.layers[1].mlp.up_proj.weight.neg_()
+    other.save_pretrained(tmp_path / "other")  # of the same shape
+    with pytest.raises(
+        ValueError, match=r"began on anchor 0 of .*, this run has that of .*other: model.layers.1 had the digest"
+    ):
+        check_checkpoint(bundle, "there", fresh([tmp_path / "other", large], PSTConfig(rank=4)), None)
 
 
 def test_settings_the_trainer_cannot_use_are_named(anchors, tmp_path, stitched):

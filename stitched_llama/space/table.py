@@ -101,8 +101,9 @@ class StitchTable:
         if not fitting:
             smallest = min(published, key=lambda stitch: budget.cost_of(stitch, context_tokens))
             show = format_bytes if budget.kind == "memory_bytes" else format_count
+            size = "smallest size" if len(at_hand) == len(space) else f"smallest of the {len(at_hand)} loaded sizes"
             raise ValueError(
-                f"budget {budget.text!r} is too small: the smallest size is stitch {smallest.stitch_id} "
+                f"budget {budget.text!r} is too small: the {size} is stitch {smallest.stitch_id} "
                 f"({smallest.key}) and needs {show(budget.cost_of(smallest, context_tokens))} "
                 f"{budget.kind.replace('_', ' ')}" + (f" with {context_tokens} tokens" if context_tokens else "")
             )

@@ -82,13 +82,20 @@ def check_checkpoint(bundle: Bundle, path: str, model: Any, rating: str) -> None
     """Refuses to go on from a checkpoint of another run.
 
     Raises:
-        ValueError: another space, other PST settings or another importance; names both.
+        ValueError: another space, other weights of an anchor, other PST settings or another importance; names both.
     """
     ending = "resume with the options it began with, or in another output_dir"
     if bundle.table["space_digest"] != model.space.digest:
         pairs = {name: (bundle.config.get(name), getattr(model.config, name)) for name in SPACE_OPTIONS}
         differ = [f"{name} {there!r} there, {here!r} here" for name, (there, here) in pairs.items() if there != here]
         raise ValueError(f"{path} is of another space: {', '.join(differ) or 'other anchors or classes'}; {ending}")
+    for index, (there, here) in enumerate(zip(bundle.config.get("anchors") or (), model.config.anchors or ())):
+        for part, digest in here["fingerprint"].items():
+            if digest != (began := there["fingerprint"].get(part)):
+                raise ValueError(
+                    f"{path} began on anchor {index} of {there['name_or_path']}, this run has that of {here['name_or_path']}: "
+                    f"{part} had the digest {began} and has {digest}; resume with the anchors it began with, or in another output_dir"
+                )
     saved, wanted = bundle.config.get("pst"), model.config.pst
     if _expanded(saved, model.space) != _expanded(wanted, model.space):
         raise ValueError(f"{path} has the PST settings {saved}, this run has {wanted}: {ending}")
