@@ -4,7 +4,7 @@
 
 Peers, in the same run: each setting beside this package's default, anchors tuned alone by plain PEFT, SN-Net's procedure. Runs are
 independent processes of one thread each; a run that is done is read again, unless another version or machine wrote it: that is
-refused. Writes `rows/` and, of all claims, `evidence.json`, `table.txt` and `curves.png`; prints the table and, last, one JSON line.
+refused, and where the committed rows are of another all is measured anew into `runs/evidence-TASK`. Writes `rows/` and, of all claims, `evidence.json`, `table.txt` and `curves.png`; prints the table and, last, one JSON line.
 """
 
 from __future__ import annotations
@@ -51,6 +51,22 @@ def _default(field: Field) -> Any:
     return field.default if field.default_factory is MISSING else field.default_factory()
 
 
+def folder_of(task: str, here: dict[str, Any]) -> Path:
+    """The committed results; a folder of one's own where other versions or another machine measured those."""
+    committed, own = ROOT / "benchmarks" / "results" / f"evidence-{task}", ROOT / "runs" / f"evidence-{task}"
+    row = next((committed / "rows").glob("*.json"), None)
+    if row is None or not _unlike(json.loads(row.read_text()), here):
+        return committed
+    print(f"{committed} is of other versions or another machine: measuring all anew into {own}", file=sys.stderr)
+    return own
+
+
+def _unlike(row: dict[str, Any], here: dict[str, Any]) -> str | None:
+    """Whether versions or machine differ; a row that does not tell something of its machine counts as equal in it."""
+    told = row | {"machine": {name: row["machine"].get(name, value) for name, value in here["machine"].items()}}
+    return next((name for name in ("versions", "machine") if told[name] != here[name]), None)
+
+
 def read_row(path: Path, here: dict[str, Any]) -> dict[str, Any]:
     """A row that is done.
 
@@ -58,12 +74,11 @@ def read_row(path: Path, here: dict[str, Any]) -> dict[str, Any]:
         SystemExit: other versions or another machine wrote it; names both and the way out.
     """
     row = json.loads(path.read_text())
-    for name in ("versions", "machine"):
-        if row[name] != here[name]:
-            raise SystemExit(
-                f"{path} was measured with {name} {row[name]}, here are {here[name]}: rows of two do not mix; move the folder "
-                "away, or pass another --output"
-            )
+    if name := _unlike(row, here):
+        raise SystemExit(
+            f"{path} was measured with {name} {row[name]}, here are {here[name]}: rows of two do not mix; move the folder "
+            "away, or pass another --output"
+        )
     return row
 
 
@@ -142,15 +157,15 @@ def main() -> None:
     parser.add_argument("--task", choices=TASKS, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", help="claims by letter; all by default")
-    parser.add_argument("--output", type=Path, help="default: benchmarks/results/evidence-TASK")
+    parser.add_argument(
+        "--output", type=Path, help="default: benchmarks/results/evidence-TASK, where this machine measured that"
+    )
     parser.add_argument("--cache", type=Path, default=ROOT / "runs" / "evidence", help="anchors and adapted anchors")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--no_run", action="store_true", help="judge the rows there are; other claims are not measured")
     parser.add_argument("--smoke", action="store_true", help="six steps a run: does it run, not what it finds")
     options = parser.parse_args()
     cache = options.cache.resolve()
-    results = cache / "smoke" if options.smoke else ROOT / "benchmarks" / "results"
-    output = options.output or results / f"evidence-{options.task}"
     cache.mkdir(parents=True, exist_ok=True)
     claims = [
         claim for claim in CLAIMS if options.task in claim.tasks and claim.letter in (options.only or claim.letter)
@@ -163,6 +178,8 @@ def main() -> None:
     runs = [replace(run, seed=run.seed + seed) for run in settings.values() for seed in options.seeds]
     torch.set_num_threads(1)  # as every run has it
     here = provenance()
+    smoke = cache / "smoke" / f"evidence-{options.task}"
+    output = options.output or (smoke if options.smoke else folder_of(options.task, here))
     stages = [
         lambda run: not run.adapted and not run.lasts,
         lambda run: run.adapted and not run.lasts,
@@ -178,6 +195,8 @@ def main() -> None:
     runs = [run for run in done if row_path(output, run).is_file()]
 
     rows = Rows([Row(run.name, run.seed, read_row(row_path(output, run), here)) for run in runs])
+    if unnamed := [row for row in rows.rows if "model" not in row["machine"]]:
+        print(f"{len(unnamed)} of {len(rows.rows)} rows do not say the processor's model", file=sys.stderr)
     found = verdicts(claims, rows, options.task, len(options.seeds))
     made = {family or options.task: TASKS[options.task].made[family] for family in {run.family: None for run in runs}}
     table = tabulate(found, made, TASKS[options.task].trained, options.task)

@@ -123,7 +123,7 @@ def ranks(rows: Rows, task: str) -> Verdict:
 
 
 def shots(rows: Rows, task: str) -> Verdict:
-    here, means = dials(rows, "shots 1", "shots 4", "default", "shots 16")
+    here, means = dials(rows, "shots 1", "shots 4", "shots 8", "default", "shots 16")
     return here, "holds" if means == sorted(means) else "does not"
 
 

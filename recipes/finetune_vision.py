@@ -3,7 +3,8 @@
     accelerate launch recipes/finetune_vision.py --data cifar100 \\
         --anchors WinKawaks/vit-tiny-patch16-224 WinKawaks/vit-small-patch16-224 google/vit-base-patch16-224 --rank 32 16 8
 
-ESTA's settings are the defaults: AdamW, cosine, 10 % warm-up, rate `base_lr * batch / 256`, 15 intervals, kernel 2, stride 1.
+ESTA's settings are the defaults: AdamW, cosine, 10 % warm-up, rate `base_lr * batch / 256`, 15 intervals, kernel 2, stride 1; its ranks
+32 16 8 are for its three anchors and are given, as one rank for all (16) is the default.
 Its steps and draws are `--train_teacher --sampling esta --importance snip`. SN-Net's own procedure is the same recipe with other settings:
 `--full --sampling uniform --no_inplace_teacher`, `--teacher NAME` for an external teacher, `--anchor_lr_scale 0.1` for staged
 families, `--shared mean`; it adapts then stitches where `--anchors` names what `vision_baseline.py --full --save FOLDER` left.

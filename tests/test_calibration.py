@@ -318,14 +318,25 @@ def test_alignment_is_deterministic_and_keeps_the_dtype(anchors):
     assert moved
 
 
+@torch.no_grad()
+def divergence(model, pictures):
+    """Mean over the stitches of the divergence of what they say from what the large anchor says."""
+    large, found = model.space.anchor_stitch(-1).key, []
+    for stitch in model.space:
+        for batch in pictures if stitch.junctions else ():
+            own, word = (model(**batch, stitch_id=key).logits.log_softmax(-1) for key in (stitch.key, large))
+            found.append(float((word.exp() * (word - own)).sum(-1).mean()))
+    return sum(found) / len(found)
+
+
 def test_image_models_align_too(tmp_path):
     torch.manual_seed(0)
     model = StitchedViTForImageClassification.from_anchors([vit(16, 3), vit(24, 3)])
     pictures = [{"pixel_values": torch.randn(4, 3, 16, 16)} for _ in range(4)]
     model.calibrate(pictures, progress=False)
-    before = {name: layer.core.weight.clone() for name, layer in model.stitching_layers.items()}
-    model.calibrate(pictures, align_steps=20, progress=False)
-    assert all(not torch.equal(before[name], layer.core.weight) for name, layer in model.stitching_layers.items())
+    wanted = divergence(model, pictures)
+    model.calibrate(pictures, align_steps=60, progress=False)
+    assert divergence(model, pictures) < 0.5 * wanted
 
 
 def test_adapters_of_half_precision_anchors_keep_their_float32_parts():

@@ -226,10 +226,27 @@ def test_rows_of_another_version_or_machine_are_refused(suite, tmp_path):
     path = tmp_path / "row.json"
     path.write_text(json.dumps(here | {"accuracy": 1}))
     assert suite.evidence.read_row(path, here)["accuracy"] == 1
+    named = here | {"machine": {"cores": 2, "model": "A"}}
+    assert suite.evidence.read_row(path, named)["accuracy"] == 1  # of before rows said the model
+    path.write_text(json.dumps(named))
+    with pytest.raises(SystemExit, match="'model': 'A'.*'model': 'B'.*rows of two do not mix"):
+        suite.evidence.read_row(path, here | {"machine": {"cores": 2, "model": "B"}})
     for other in ({"versions": {"torch": "3"}}, {"machine": {"cores": 4}}):
         path.write_text(json.dumps(here | other))
         with pytest.raises(SystemExit, match="rows of two do not mix"):
             suite.evidence.read_row(path, here)
+
+
+def test_another_machine_measures_all_anew_into_a_folder_of_its_own(suite, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(suite.evidence, "ROOT", tmp_path)
+    committed = tmp_path / "benchmarks" / "results" / "evidence-vision"
+    here = {"versions": {"torch": "2"}, "machine": {"cores": 2}}
+    assert suite.evidence.folder_of("vision", here) == committed
+    (committed / "rows").mkdir(parents=True)
+    (committed / "rows" / "row.json").write_text(json.dumps(here))
+    assert suite.evidence.folder_of("vision", here) == committed
+    assert suite.evidence.folder_of("vision", here | {"machine": {"cores": 8}}) == tmp_path / "runs" / "evidence-vision"
+    assert "of other versions or another machine: measuring all anew" in capsys.readouterr().err
 
 
 def test_a_run_that_died_leaves_no_row(suite, cache, tmp_path):

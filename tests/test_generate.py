@@ -6,7 +6,8 @@ import threading
 import pytest
 import torch
 from conftest import FAMILIES, ids_like
-from transformers import DynamicCache, GenerationConfig, LlamaForCausalLM, TextIteratorStreamer
+from torch._dynamo.utils import counters
+from transformers import CompileConfig, DynamicCache, GenerationConfig, LlamaForCausalLM, TextIteratorStreamer
 from transformers.cache_utils import StaticCache
 
 PROMPT = ids_like(1, 9, seed=5)
@@ -85,6 +86,17 @@ def test_static_cache_equals_dynamic(family, pst, stitched):
         assert torch.equal(model.generate(PROMPT, stitch_id=stitch.key, past_key_values=cache, **PLAIN), wanted), (
             stitch.key
         )
+
+
+def test_compiled_decoding_on_a_static_cache_equals_greedy(stitched):
+    model = stitched("unequal", True)
+    compiled = CompileConfig(backend="aot_eager")
+    compiled._compile_all_devices = True  # Transformers compiles on GPUs alone otherwise
+    for key in (model.keys[2], model.keys[-2]):
+        counters.clear()
+        found = model.generate(PROMPT, stitch_id=key, cache_implementation="static", compile_config=compiled, **PLAIN)
+        assert counters["stats"]["unique_graphs"] > 0
+        assert torch.equal(found, greedy(model, PROMPT, key)), key
 
 
 def test_static_cache_is_built_anew_for_another_stitch(stitched):

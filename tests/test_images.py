@@ -20,6 +20,8 @@ from transformers import (
 )
 
 from stitched_llama import PSTConfig, StitchedViTConfig, StitchedViTForImageClassification, StitchSpace
+from stitched_llama.models.route import junction_rows
+from stitched_llama.training import evaluate_stitches
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*junctions do not fit:UserWarning", "ignore:.*ridge decides:UserWarning"
@@ -81,15 +83,19 @@ def test_anchors_equal_their_plain_models_and_pst_is_born_neutral(family, folder
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_costs_equal_numel_and_a_flop_counter(family, folders):
-    model = stitched(folders, family, **({} if "swin" in family or "vit" in family else {}))
+    model = stitched(folders, family)
     for anchor in model.anchors:
         anchor.config._attn_implementation = "eager"
-    pixels = images(model, 1)
+    pixels, ran = images(model, 1), set()
+    for module in model.modules():
+        module.register_forward_hook(lambda module, *_: ran.update(module.parameters(recurse=False)))
     for number, anchor in enumerate(model.anchors):
         assert model.space.anchor_stitch(number).params == anchor.num_parameters()
     for stitch in model.space:
+        ran.clear()
         with FlopCounterMode(display=False) as counter:
             logits(model, pixels, stitch.key)
+        assert stitch.params == sum(parameter.numel() for parameter in ran), stitch.key
         assert stitch.macs == pytest.approx(counter.get_total_flops() / 2, rel=0.01), stitch.key
         assert "kv_bytes_per_token" not in stitch.to_dict()
         assert stitch.to_dict()["macs_per_image"] == stitch.macs
@@ -123,6 +129,27 @@ def test_every_stitch_learns_saves_and_reloads(family, folders, tmp_path):
     assert sum(p.numel() for p in part.parameters()) < sum(p.numel() for p in model.parameters())
 
 
+def residuals(model, batches):
+    """layer -> mean squared distance of what its core gives from what enters the tail, over all its junctions."""
+    errors = {}
+    for batch in batches:
+        outputs = [model.block_outputs(index, **batch) for index in range(len(model.anchors))]
+        for junction in model.space.junctions:
+            x = junction_rows(
+                model.families, model.space.anchors, junction, outputs[junction.head].leaves[junction.head_stop - 1]
+            )
+            y = junction_rows(
+                model.families,
+                model.space.anchors,
+                junction,
+                outputs[junction.tail].enters[junction.tail_start],
+                tail=True,
+            )
+            core = model.stitching_layers[junction.layer].core
+            errors.setdefault(junction.layer, []).append(float((core(x) - y).square().mean()))
+    return {name: sum(values) / len(values) for name, values in errors.items()}
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_calibration_lowers_the_residual_of_every_layer(family, folders):
     model = stitched(folders, family)
@@ -130,13 +157,13 @@ def test_calibration_lowers_the_residual_of_every_layer(family, folders):
     report = model.calibrate(batches, progress=False)
     assert set(report.r2) == {str(junction) for junction in model.space.junctions}
     assert report.loss == {}
-    fitted = {}
+    fitted, before = residuals(model, batches), residuals(stitched(folders, family), batches)
+    assert fitted.keys() == before.keys() == model.stitching_layers.keys()
     for name, layer in model.stitching_layers.items():
-        fitted[name] = layer.core.weight.clone(), layer.core.bias.clone()
-    torch.manual_seed(1)
-    worse = stitched(folders, family)
-    for name, layer in worse.stitching_layers.items():
-        assert not torch.equal(layer.core.weight, fitted[name][0])
+        assert fitted[name] < before[name], name
+        layer.core.bias.data += 0.01
+    moved = residuals(model, batches)
+    assert all(moved[name] > fitted[name] for name in fitted), "not a minimum"
     labelled = [{**batch, "labels": torch.zeros(16, dtype=torch.long)} for batch in batches]
     assert set(model.calibrate(labelled, progress=False).loss) == {s.key for s in model.space}
 
@@ -307,6 +334,20 @@ def test_bad_images_and_labels_are_named(folders):
         model(images(model, 2), labels=torch.tensor([0, CLASSES]))
     with pytest.raises(ValueError, match="no budget: pass stitch_id="):
         model(images(model), budget="1M")
+    wrong = [{"pixel_values": images(model, 2), "labels": torch.tensor([0, CLASSES])}]
+    with pytest.raises(ValueError, match=f"label {CLASSES} is outside the {CLASSES} classes"):
+        evaluate_stitches(model, wrong, progress=False)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_calibration_refuses_pictures_of_another_shape(family, folders):
+    model = stitched(folders, family)
+    side = model.config.image_size
+    for shape in ((3, 2 * side, 2 * side), (1, side, side)):
+        with pytest.raises(
+            ValueError, match=rf"\[{shape[0]}, {shape[1]}, {shape[2]}\], these anchors take \[3, {side}, {side}\]"
+        ):
+            model.calibrate([{"pixel_values": torch.zeros(2, *shape)}], progress=False)
     with pytest.raises(TypeError, match=r"unknown arguments \['output_hidden_states', 'stich_id'\]"):
         model(images(model), stich_id=0, output_hidden_states=True)
     with pytest.raises(TypeError, match=r"unknown arguments \['mask'\]"):
@@ -326,9 +367,10 @@ def test_anchors_that_cannot_be_joined_are_refused_when_built(tmp_path):
             StitchedViTForImageClassification.from_anchors([str(tmp_path / "a"), str(tmp_path / name)])
 
 
-def test_half_precision_runs(folders):
-    model = stitched(folders, "convnext", dtype=torch.bfloat16)
-    exact = stitched(folders, "convnext")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_half_precision_runs(family, folders):
+    model = stitched(folders, family, dtype=torch.bfloat16)
+    exact = stitched(folders, family)
     model.attach_pst(PSTConfig(rank=2))
     for stitch in model.space:
         if stitch.is_anchor:
@@ -380,7 +422,7 @@ def test_resnet_takes_its_image_size_from_the_others():
     assert len(space) > 2
 
 
-@pytest.mark.parametrize("family", ["vit", "swin", "convnext", "resnet-vit"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_any_stitch_exports(family, folders):
     model = stitched(folders, family, PSTConfig(rank=2))
 

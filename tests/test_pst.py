@@ -4,9 +4,9 @@ import pytest
 import torch
 from conftest import fresh, ids_like, randomise
 from test_model import logits, saved
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, MobileNetV2Config, SwinConfig
 
-from stitched_llama import PSTConfig, StitchedLlamaForCausalLM
+from stitched_llama import PSTConfig, StitchedLlamaForCausalLM, StitchSpace
 
 
 @pytest.mark.parametrize(
@@ -26,6 +26,15 @@ def test_a_rank_that_does_not_fit_is_named(settings, named, anchors):
     model.attach_pst(PSTConfig(rank=2))  # nothing was half attached
     with pytest.raises(ValueError, match="PST is attached already"):
         model.attach_pst(PSTConfig(rank=2))
+
+
+def test_a_layer_into_a_tail_narrower_than_a_quarter_has_a_default_rank():
+    configs = [MobileNetV2Config(image_size=224), SwinConfig(image_size=224)]
+    space = StitchSpace.from_configs(configs, direction="both")
+    ranks = PSTConfig().stitching_ranks(space)
+    widths = {name: (layer.in_width, layer.out_width) for name, layer in space.stitching_layers.items()}
+    assert any(out_width < in_width // 4 for in_width, out_width in widths.values())
+    assert ranks == {name: min(in_width // 4, out_width) for name, (in_width, out_width) in widths.items()}
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,10 @@ def test_smoke_leaves_bundle_plot_table_and_row(smoke):
     assert set(row["calibration"]["loss"]) == set(keys)
     assert row["calibration"]["r2"]
     assert len(row["samples"]) == 3
-    assert all(sample["answers"] for sample in row["samples"])
+    assert all(len(sample["answers"]) == 3 for sample in row["samples"])
+    sizes = [size.split(",")[0] for size in row["samples"][0]["answers"]]
+    assert sizes[0] == "stitch 0"
+    assert len(set(sizes)) == 3
     table = (folder / "table.txt").read_text()
     assert all(key in table and key in told for key in keys)
     assert "trainable params" in told

@@ -193,7 +193,9 @@ def test_an_outer_teacher_teaches_in_the_largest_anchors_stead(tmp_path, monkeyp
 
 def test_importance_is_rated_against_an_outer_teacher(tmp_path, monkeypatch):
     model, teacher = whole(), swin(8, [2, 2])
-    run = image_trainer(model, tmp_path, teacher, max_steps=2, inplace_teacher=False)
+    rows = len(Pictures(8))  # each step sees all of them, so that the teacher's loss is one number
+    whole_set = {"per_device_train_batch_size": rows, "global_batch_size": rows}
+    run = image_trainer(model, tmp_path, teacher, max_steps=2, inplace_teacher=False, **whole_set)
     seen, update = [], type(run.importance).update
     monkeypatch.setattr(
         type(run.importance), "update", lambda s, key, signals: seen.append(signals) or update(s, key, signals)
@@ -203,7 +205,8 @@ def test_importance_is_rated_against_an_outer_teacher(tmp_path, monkeypatch):
     with torch.no_grad():
         wanted = torch.nn.functional.cross_entropy(teacher(batch["pixel_values"]).logits, batch["labels"])
     losses = [signals.teacher_loss for signals in seen]
-    assert all(loss == pytest.approx(float(wanted), abs=1) and loss > 0 for loss in losses)
+    assert losses == pytest.approx([float(wanted)] * len(losses), rel=1e-5)
+    assert len(losses) == 2
     assert run.rating == "excess_loss, outer teacher"
     run.save_importance()
     assert model.table.importance_score == run.rating

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections import Counter
 from itertools import cycle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,9 +16,15 @@ from transformers import BitsAndBytesConfig, LlamaForCausalLM
 from stitched_llama import PSTConfig, StitchTrainingArguments
 from stitched_llama.bundles import Bundle
 from stitched_llama.sampling import SCHEMES, SCORES, Importance, StepSignals
-from stitched_llama.training import find_checkpoint, keep_data_settings, pico_anchor, read_baselines
+from stitched_llama.training import (
+    ImageTrainingArguments,
+    find_checkpoint,
+    keep_data_settings,
+    pico_anchor,
+    read_baselines,
+)
 from stitched_llama.training import trainer as trainer_module
-from stitched_llama.training.checks import check_checkpoint
+from stitched_llama.training.checks import check_checkpoint, check_run
 
 IDS = ids_like(2, 9)
 
@@ -288,6 +295,24 @@ def test_defaults_are_the_papers(tmp_path):
     assert (arguments.num_train_epochs, arguments.eta, arguments.interval_count) == (10, 0.9, 6)
     assert (arguments.distillation, arguments.distillation_weight) == ("hard", 0.5)
     assert len(dataset()) == 32
+    pictures = ImageTrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    assert pictures.gradient_accumulation_steps * pictures.per_device_train_batch_size == 64
+    assert (pictures.num_train_epochs, pictures.base_lr, pictures.learning_rate) == (100, 1e-3, 1e-3 * 64 / 256)
+    assert (pictures.warmup_steps, pictures.lr_scheduler_type, pictures.interval_count) == (0.1, "cosine", 15)
+
+
+def test_ways_to_spread_a_run_that_are_not_supported_are_refused(anchors):
+    model = stitched_model(anchors["unequal"])
+    one = {"n_gpu": 1, "world_size": 1, "average_tokens_across_devices": True}
+    for args, flags, named in (
+        ({"n_gpu": 2}, {}, "2 GPUs in one process: start with `accelerate launch`"),
+        ({}, {"is_fsdp_enabled": True}, "FSDP and DeepSpeed are not supported"),
+        ({}, {"is_deepspeed_enabled": True}, "FSDP and DeepSpeed are not supported"),
+        ({"world_size": 2, "average_tokens_across_devices": False}, {}, "average_tokens_across_devices is off"),
+    ):
+        how = {"is_fsdp_enabled": False, "is_deepspeed_enabled": False} | flags
+        with pytest.raises(ValueError, match=named):
+            check_run(SimpleNamespace(args=SimpleNamespace(**one | args), model=model, **how), None)
 
 
 @pytest.mark.parametrize("bits", [8, 4])

@@ -10,8 +10,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-LAYOUTS = ("tokens", "channels")
-
 
 def to_rows(feature: Tensor, layout: str) -> Tensor:
     """[batch, places, width] of a feature in either layout."""

@@ -4,11 +4,13 @@ configuration   what every stitched configuration holds
 modeling_base   what every stitched model is
 route           the one route walk
 calibration     least squares for all stitching layers in one pass
+alignment       a short training of the stitching layers by the large anchor's output
 references      how a bundle names its anchors and tells when one changed
 tokenizers      anchors that belong together have one
 loading         anchors by reference, whole or only a route's blocks
 bundle_tensors  which tensors a bundle holds
-storage         from_anchors, from_pretrained, save_pretrained, push_to_hub
+making          from_anchors
+storage         from_pretrained, save_pretrained, push_to_hub
 card            the model card of a bundle
 llama           decoders of LLaMA blocks
 images          what every stitched image classifier is

@@ -62,6 +62,22 @@ class StitchedImageConfig(StitchedConfig):
             self.hidden_size = spec.width
 
 
+def check_labels(labels: Tensor, classes: int) -> None:
+    """Refuses labels [batch] that are none of the classes; a GPU would only say that an assertion failed.
+
+    Raises:
+        ValueError: names the label and the number of classes.
+    """
+    if torch.compiler.is_compiling() or labels.is_floating_point() or not labels.numel():
+        return
+    lowest, highest = torch.stack(labels.aminmax()).tolist()
+    if lowest < 0 or highest >= classes:
+        raise ValueError(
+            f"label {lowest if lowest < 0 else highest} is outside the {classes} classes: give from_anchors num_labels, or "
+            "check the data"
+        )
+
+
 class StitchedForImageClassification(StitchedPreTrainedModel):
     """Every size between two or more frozen image classifiers.
 
@@ -101,7 +117,6 @@ class StitchedForImageClassification(StitchedPreTrainedModel):
         if unknown := sorted(said - {"num_items_in_batch"}):
             raise TypeError(f"forward of stitched image models got unknown arguments {unknown}")
         stitch = self._pinned_or(stitch_id)
-        self._check_images(pixel_values)
         first, last = stitch.segments[0].anchor, stitch.segments[-1].anchor
         hidden = self._embed(first, pixel_values)
         bias = None if self.stitch_bias is None else self.stitch_bias(stitch.key)
@@ -111,11 +126,12 @@ class StitchedForImageClassification(StitchedPreTrainedModel):
         logits = self.families[last].head(self.anchors[last], hidden)
         loss = None
         if labels is not None:
-            self._check_labels(labels)
+            check_labels(labels, self.config.num_labels)
             loss = self.loss_function(labels, logits, self.config)
         return ImageClassifierOutputWithNoAttention(loss=loss, logits=logits)
 
     def _embed(self, anchor: int, pixel_values: Tensor) -> Tensor:
+        self._check_images(pixel_values)
         dtype = next(p.dtype for p in self.anchors[anchor].parameters() if p.is_floating_point())
         return self.families[anchor].embed(self.anchors[anchor], pixel_values.to(dtype))
 
@@ -126,16 +142,6 @@ class StitchedForImageClassification(StitchedPreTrainedModel):
             raise ValueError(
                 f"pixel_values have [channels, height, width] {list(pixel_values.shape[1:])}, these anchors take {wanted}: "
                 "prepare the images with the bundle's image processor"
-            )
-
-    def _check_labels(self, labels: Tensor) -> None:
-        if torch.compiler.is_compiling() or labels.is_floating_point():
-            return
-        lowest, highest = int(labels.min()), int(labels.max())
-        if lowest < 0 or highest >= self.config.num_labels:
-            raise ValueError(
-                f"label {lowest if lowest < 0 else highest} is outside the {self.config.num_labels} classes: give from_anchors "
-                "num_labels, or check the data"
             )
 
     def train(self, mode: bool = True):
@@ -174,6 +180,9 @@ class StitchedForImageClassification(StitchedPreTrainedModel):
         """Activations of one anchor running alone, in its own layout; no gradients.
 
         Shapes: pixel_values [batch, channels, height, width].
+
+        Raises:
+            ValueError: images of another size or channel count.
         """
         return self._block_outputs(anchor, self._embed(anchor, pixel_values), ImageContext())
 

@@ -244,7 +244,9 @@ def load_anchors(
             "save it again"
         )
     if given is not None and len(given) != len(config.anchors):
-        raise ValueError(f"{len(given)} anchors given, the bundle has {len(config.anchors)}")
+        raise ValueError(
+            f"{len(given)} anchors given, the bundle has {len(config.anchors)}: give one for each, small to large"
+        )
     loaded = []
     for index, reference in enumerate(config.anchors):
         source = given[index] if given is not None else reference["name_or_path"]

@@ -108,7 +108,10 @@ class BundleMixin(BundleTensors):
         elif wanted["stitch_id"] is not None:
             stitch = space[wanted["stitch_id"]]
             if config.keys is not None and stitch.key not in config.keys:
-                raise ValueError(f"stitch {stitch.stitch_id} ({stitch.key}) is not in {name}: it holds {config.keys}")
+                raise ValueError(
+                    f"stitch {stitch.stitch_id} ({stitch.key}) is not in {name}: it holds {config.keys}; ask for one of these, or "
+                    "load the bundle it was cut from"
+                )
             config.keys = [stitch.key]
         stitches = [stitch for stitch in space if config.keys is None or stitch.key in config.keys]
         loaded = load_anchors(config, bundle.folder, wanted["anchors"], stitches, load, hub)

@@ -13,12 +13,15 @@ class PSTConfig:
 
     Args:
         rank: LoRA rank on q, k, v, o; one for all anchors or one each. 0 leaves the attention frozen.
-        stitching_rank: rank of the stitching layers' update; None is the paper's `in_width / 4`, 0 freezes them, `"full"`
-            trains them whole. What an adapter has beside its linear core trains unless they are frozen.
+        stitching_rank: rank of the stitching layers' update; None is the paper's `in_width / 4`, or the tail's width where that is less; 0
+            freezes them, `"full"` trains them whole. What an adapter has beside its linear core trains unless they are frozen.
         stitch_bias: a bias of each stitch on q, k, v, o of every block of its route.
         dropout: on the input of the LoRA branches.
         full: all parameters of anchors and stitching layers train instead (SN-Net section 3.3); the bundle then holds
             them all.
+
+    Raises:
+        ValueError: `full` beside another setting, or a `stitching_rank` that is no rank.
     """
 
     rank: int | tuple[int, ...] = 16
@@ -62,8 +65,10 @@ class PSTConfig:
             return dict.fromkeys(space.stitching_layers)
         ranks: dict[str, int | None] = {}
         for name, layer in space.stitching_layers.items():
-            ranks[name] = max(1, layer.in_width // 4) if self.stitching_rank is None else self.stitching_rank
-            _check_rank(ranks[name], min(layer.in_width, layer.out_width), f"stitching_rank of layer {name}")
+            narrower = min(layer.in_width, layer.out_width)
+            paper = max(1, min(layer.in_width // 4, narrower))
+            ranks[name] = paper if self.stitching_rank is None else self.stitching_rank
+            _check_rank(ranks[name], narrower, f"stitching_rank of layer {name}")
         return ranks
 
     def trainable_params(self, space: StitchSpace) -> dict[str, int]:

@@ -242,5 +242,6 @@ def _check_anchors(anchors: Sequence[AnchorSpec]) -> None:
                 )
         if small.unit != large.unit:
             raise ValueError(
-                f"anchors do not belong together: {small.family} reads {small.unit}s, {large.family} {large.unit}s"
+                f"anchors do not belong together: {small.family} reads {small.unit}s, {large.family} {large.unit}s: stitch text "
+                "models with text models, image models with image models"
             )

@@ -64,7 +64,9 @@ def check_teacher(student: Any, teacher: Any, args: Any) -> None:
         return
     size = getattr(teacher, "image_size", None)
     if size is not None and size != student.image_size:
-        raise ValueError(f"the teacher takes images of {size}, the stitched model of {student.image_size}")
+        raise ValueError(
+            f"the teacher takes images of {size}, the stitched model of {student.image_size}: take one of that size"
+        )
     for number, name in student.id2label.items():
         other = teacher.id2label.get(number)
         if other != name and other != f"LABEL_{number}" and name != f"LABEL_{number}":

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from stitched_llama.models.images import check_labels
+
 from .data import IGNORED
 
 
@@ -27,7 +29,12 @@ def response_scores(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Ten
 
 @torch.no_grad()
 def image_scores(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, 1 and rightness of each image: logits [batch, classes], labels [batch]."""
+    """Loss, 1 and rightness of each image: logits [batch, classes], labels [batch].
+
+    Raises:
+        ValueError: a label outside the classes.
+    """
+    check_labels(labels, logits.shape[-1])
     losses = torch.nn.functional.cross_entropy(logits.float(), labels, reduction="none")
     return losses, torch.ones_like(losses), logits.argmax(-1) == labels
 

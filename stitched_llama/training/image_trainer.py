@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stitched_llama.models.images import check_labels
 from stitched_llama.space import Stitch
 
 from .images import EpochOfAugmentation
@@ -27,4 +28,5 @@ class StitchImageTrainer(StitchTrainer):
         """Logits [batch, classes] and labels [batch]."""
         how = {} if stitch is None else {"stitch_id": stitch.key}
         logits = model(**inputs, **how).logits.float()
+        check_labels(labels, logits.shape[-1])
         return logits, labels.to(logits.device)

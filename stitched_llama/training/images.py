@@ -15,7 +15,8 @@ from transformers import TrainerCallback
 from .data import drawn
 
 # Tasks of VTAB-1k and FGVC (ESTA section 5.1) that the Hub holds as pictures with labels: name -> (Hub id, configuration).
-# VTAB-1k takes 1,000 training pictures of each; its rendered tasks (dSprites, CLEVR, DMLab, KITTI, smallNORB) are not here.
+# VTAB-1k takes 1,000 training pictures of each. Not here, as no such copy was found: Retinopathy, DMLab, KITTI, the variants of CLEVR,
+# dSprites and smallNORB, and NABirds; `--data` takes a folder or a Hub id for these.
 IMAGE_TASKS = {
     "cifar100": ("uoft-cs/cifar100", None),
     "caltech101": ("dpdl-benchmark/caltech101", None),
@@ -154,7 +155,7 @@ def _from_hub(name: str, config: str | None, split: str) -> Images:
     except Exception as error:  # each back end has its own
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"{name!r} is neither a .npz, a folder, nor a data set of the Hub in reach: {reason}"
+            f"{name!r} is neither a .npz, a folder, one of {', '.join(IMAGE_TASKS)}, nor a data set of the Hub in reach: {reason}"
         ) from error
     image = next((name for name in _IMAGE_NAMES if name in table.column_names), None)
     label = next((name for name in _LABEL_NAMES if name in table.column_names), None)
@@ -180,7 +181,7 @@ def few_shot(images: Images, shots: int, seed: int) -> Images:
     for label, name in enumerate(images.names):
         own = [index for index, found in enumerate(images.labels) if found == label]
         if len(own) < shots:
-            raise ValueError(f"class {name!r} has {len(own)} pictures, {shots} shots are asked for")
+            raise ValueError(f"class {name!r} has {len(own)} pictures, {shots} shots are asked for: ask for fewer")
         chosen += rng.sample(own, shots)
     return Images([images.pictures[i] for i in chosen], [images.labels[i] for i in chosen], images.names)
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from stitched_llama.space import format_count
+from stitched_llama.space import Stitch, format_count
 
 from .data import Row, pad_token_id
 from .prompts import Template
@@ -20,21 +20,19 @@ def sample_budgets(
     budgets: Sequence[Any] = (),
     max_new_tokens: int = 64,
 ) -> list[dict[str, Any]]:
-    """Greedy answers to the rows' prompts at each budget; by default the smallest size, the largest, and halfway.
+    """Greedy answers to the rows' prompts at each budget; by default by the smallest published size, the largest, and the one
+    halfway: where none is published between them the stitch in the middle.
 
-    Returns one `{"prompt", "wanted", "answers": {"budget: stitch": text}}` a row.
+    Returns one `{"prompt", "wanted", "answers": {"stitch": text}}` a row.
     """
-    if not budgets:
-        low, high = model.published[0].params, model.published[-1].params
-        budgets = [format_count(low), format_count((low + high) // 2), format_count(high)]
+    sizes = [(f"{budget}: ", model.choose(budget)) for budget in budgets] or [("", stitch) for stitch in _three(model)]
     samples = []
     model.eval()
     for row in rows:
         text = prompt.render(row.instruction, row.input)
         inputs = tokenizer(text, return_tensors="pt").to(model.device)
         answers = {}
-        for budget in budgets:
-            stitch = model.choose(budget)
+        for budget, stitch in sizes:
             with torch.no_grad():
                 tokens = model.generate(
                     input_ids=inputs.input_ids,
@@ -46,6 +44,18 @@ def sample_budgets(
                     pad_token_id=pad_token_id(tokenizer),
                 )
             answer = tokenizer.decode(tokens[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
-            answers[f"{budget}: stitch {stitch.stitch_id}, {format_count(stitch.params)}"] = answer
+            answers[f"{budget}stitch {stitch.stitch_id}, {format_count(stitch.params)}"] = answer
         samples.append({"prompt": text, "wanted": row.output, "answers": answers})
     return samples
+
+
+def _three(model: Any) -> list[Stitch]:
+    """Small to large; fewer where the model holds fewer."""
+    low, high = model.published[0], model.published[-1]
+    middle = model.choose((low.params + high.params) // 2)
+    if middle in (low, high):
+        between = [
+            model.space[key] for key in model.keys if low.stitch_id < model.space[key].stitch_id < high.stitch_id
+        ]
+        middle = between[len(between) // 2] if between else low
+    return list(dict.fromkeys((low, middle, high)))
