@@ -1,8 +1,17 @@
 """Reads an anchor's `config.json` from a folder or from the Hub; downloads no weights, runs no code."""
 
 import json
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+
+def fields_of(config: Any) -> Mapping[str, Any]:
+    """The fields of a configuration: of a folder or Hub id, of an object of Transformers, or themselves."""
+    if isinstance(config, (str, os.PathLike)):
+        return read_config(os.fspath(config))
+    return config if isinstance(config, Mapping) else config.to_dict()
 
 
 def read_config(name_or_path: str, revision: str | None = None) -> dict[str, Any]:

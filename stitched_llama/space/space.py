@@ -2,14 +2,14 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from itertools import combinations
 from operator import index
 from typing import Any
 
 from .adapters import StitchingLayerSpec, check_adapter, strides_reach
-from .configs import read_config
+from .configs import fields_of
 from .cost import Precision, route_cost
 from .families import anchor_specs
 from .rules import Pairing, pairings
@@ -83,10 +83,10 @@ class StitchSpace:
         self._by_key = {stitch.key: stitch for stitch in self._stitches}
 
     @classmethod
-    def from_configs(cls, configs: Sequence[str | Mapping[str, Any]], **options: Any) -> "StitchSpace":
-        """A space from `config.json` alone: each a folder, a Hub id, or the fields themselves. No weights are read."""
-        fields = [read_config(config) if isinstance(config, str) else config for config in configs]
-        return cls(anchor_specs(fields), **options)
+    def from_configs(cls, configs: Sequence[Any], **options: Any) -> "StitchSpace":
+        """A space from `config.json` alone: each a folder, a Hub id, a configuration of Transformers, or the fields themselves.
+        No weights are read."""
+        return cls(anchor_specs([fields_of(config) for config in configs]), **options)
 
     def _ordered_pairs(self) -> list[tuple[int, int]]:
         """(head, tail) anchors that may be joined."""
