@@ -82,7 +82,11 @@ class Chat:
         return self.stitch
 
     def ask(self, text: str) -> Iterator[str]:
-        """Yields the answer piece by piece and adds the turn to the conversation."""
+        """Yields the answer piece by piece and adds the turn to the conversation.
+
+        Raises:
+            ValueError: the conversation leaves no room for an answer; the turn is not added.
+        """
         from transformers import TextIteratorStreamer
 
         messages = [*self.messages, {"role": "user", "content": text}]

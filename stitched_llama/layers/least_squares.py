@@ -26,7 +26,11 @@ class LeastSquares:
 
     @torch.no_grad()
     def add(self, x: torch.Tensor, y: torch.Tensor, weights: torch.Tensor | None = None) -> None:
-        """Adds rows x [rows, in_width], y [rows, out_width]; `weights` [rows] scale their squared residuals."""
+        """Adds rows x [rows, in_width], y [rows, out_width]; `weights` [rows] scale their squared residuals.
+
+        Raises:
+            ValueError: not as many rows of one as of the other.
+        """
         if len(x) != len(y):
             raise ValueError(f"{len(x)} rows of X against {len(y)} of Y: they must be activations of the same tokens")
         device = self.xx.device

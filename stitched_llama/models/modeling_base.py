@@ -135,7 +135,11 @@ class StitchedPreTrainedModel(AnchorsMixin, BundleMixin, PreTrainedModel):
         return stitch
 
     def choose(self, budget: Any, context_tokens: int = 0) -> Stitch:
-        """The best published stitch within `budget` (see `StitchTable.choose`)."""
+        """The best published stitch within `budget` (see `StitchTable.choose`).
+
+        Raises:
+            ValueError: the budget cannot be read, or is below the smallest size.
+        """
         return self.table.choose(self.space, budget, context_tokens, keys=self.keys)
 
     @property
@@ -148,7 +152,12 @@ class StitchedPreTrainedModel(AnchorsMixin, BundleMixin, PreTrainedModel):
         """A view of this model that always runs one stitch: for `assistant_model`, pipelines and evaluation harnesses.
 
         It shares every weight; its config and generation config are its own.
+
+        Raises:
+            ValueError: no such stitch, no size within the budget, or both given.
         """
+        if stitch_id is not None and budget is not None:
+            raise ValueError(f"stitch_id {stitch_id} and budget {budget!r} both given: pass one")
         stitch = self.choose(budget) if budget is not None else self.stitch(stitch_id)
         maybe_install_capturing_hooks(self)  # once for all views: they share the blocks
         view = copy.copy(self)

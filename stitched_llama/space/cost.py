@@ -20,6 +20,9 @@ class Precision:
         dtype: of everything that is not quantised, and of the KV cache.
         quantization: `None`, `"8bit"` (LLM.int8) or `"4bit"` (NF4), of the blocks' linear layers.
         context_tokens: tokens attended to, for the MACs of a token; 0 leaves attention over the context out.
+
+    Raises:
+        ValueError: a dtype or quantisation that is not known.
     """
 
     dtype: str = "bfloat16"

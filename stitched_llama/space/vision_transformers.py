@@ -50,7 +50,11 @@ def vit_spec(config: Config, entry: Entry | None = None) -> AnchorSpec:
 
 
 def dinov2_spec(config: Config, entry: Entry | None = None) -> AnchorSpec:
-    """DINOv2: a ViT whose two branches are scaled, and whose head reads class token and mean patch."""
+    """DINOv2: a ViT whose two branches are scaled, and whose head reads class token and mean patch.
+
+    Raises:
+        ValueError: its feed-forward is SwiGLU.
+    """
     width, ratio = config.get("hidden_size", 768), config.get("mlp_ratio", 4)
     if config.get("use_swiglu_ffn"):
         raise ValueError(

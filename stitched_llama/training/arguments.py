@@ -56,7 +56,11 @@ class PSTArguments:
 
 @dataclass
 class StitchTrainingArguments(TrainingArguments):
-    """`TrainingArguments` with ESTA's choices as defaults (section 5.2), and what is its own."""
+    """`TrainingArguments` with ESTA's choices as defaults (section 5.2), and what is its own.
+
+    Raises:
+        ValueError: an unknown name, a share outside 0..1, or batch sizes that contradict each other.
+    """
 
     output_dir: str = field(default="runs/alpaca", metadata={"help": "Where checkpoints, table, plot and bundle go."})
     num_train_epochs: float = field(default=10, metadata={"help": "Passes over the data."})
@@ -160,7 +164,11 @@ class ImageDataArguments:
 
 @dataclass
 class ImageTrainingArguments(StitchTrainingArguments):
-    """ESTA's choices for pictures as defaults (section 5.1, appendix A); the rate follows from `base_lr` and the batch."""
+    """ESTA's choices for pictures as defaults (section 5.1, appendix A); the rate follows from `base_lr` and the batch.
+
+    Raises:
+        ValueError: also where a `learning_rate` is given.
+    """
 
     output_dir: str = field(default="runs/vision", metadata={"help": "Where checkpoints, table, plot and bundle go."})
     num_train_epochs: float = field(default=100, metadata={"help": "Passes over the data."})

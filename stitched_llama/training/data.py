@@ -115,7 +115,11 @@ def _parse(text: str, where: str) -> Any:
 
 
 def drawn(count: int, size: int, seed: int) -> list[int]:
-    """`size` of `count` indices in their order, drawn at random by `seed`; all of them where there are no more, or for 0."""
+    """`size` of `count` indices in their order, drawn at random by `seed`; all of them where there are no more, or for 0.
+
+    Raises:
+        ValueError: `size` is below 0.
+    """
     if size < 0:
         raise ValueError(f"{size} of {count} held-out rows are asked for: 0 (all) or more (eval_size)")
     return sorted(random.Random(seed).sample(range(count), size)) if 0 < size < count else list(range(count))
@@ -220,7 +224,11 @@ class Collator:
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The padding id; LLaMA has none, so unk, else EOS (labels are masked, so EOS is still learnt)."""
+    """The padding id; LLaMA has none, so unk, else EOS (labels are masked, so EOS is still learnt).
+
+    Raises:
+        ValueError: the tokenizer has none of these.
+    """
     for candidate in (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.eos_token_id):
         if candidate is not None:
             return candidate
