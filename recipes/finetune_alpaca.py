@@ -28,6 +28,7 @@ from stitched_llama.training import (
     Collator,
     InstructionDataset,
     batches,
+    check_arguments,
     drawn,
     dump_record,
     evaluate_stitches,
@@ -63,7 +64,12 @@ class Arguments:
     train_on_prompt: bool = field(default=False, metadata={"help": "Learn the prompt too."})
     load_in_8bit: bool = field(default=True, metadata={"help": "Anchors in 8 bits, as the paper has them."})
     load_in_4bit: bool = field(default=False, metadata={"help": "Anchors in 4 bits (NF4) instead."})
-    dtype: str = field(default="auto", metadata={"help": "Of the anchors: auto, float32, bfloat16 or float16."})
+    dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "Of the anchors: float32, bfloat16, float16, or auto: that of --bf16 or --fp16, else as stored."
+        },
+    )
     kernel_size: int = field(default=1, metadata={"help": "Sliding window of the stitching space."})
     stride: int = field(default=1, metadata={"help": "Its stride."})
     rank: int = field(default=16, metadata={"help": "LoRA rank on q, k, v, o."})
@@ -94,6 +100,7 @@ def main() -> None:
     chief = training.process_index == 0
 
     # What can be known to be wrong before hours are spent
+    check_arguments(training)
     if args.load_in_4bit and training.device.type == "cpu":
         raise SystemExit("--load_in_4bit needs a GPU to train (bitsandbytes): use --load_in_8bit or neither here")
     checkpoint = find_checkpoint(args.resume, training.output_dir)
@@ -130,8 +137,10 @@ def main() -> None:
         )
     elif args.load_in_8bit:
         quantization = BitsAndBytesConfig(load_in_8bit=True)
+    mixed = "bfloat16" if training.bf16 else "float16" if training.fp16 else "auto"  # of two halves float32 would come
     model = StitchedLlamaForCausalLM.from_anchors(
-        args.anchors, kernel_size=args.kernel_size, stride=args.stride, dtype=args.dtype, quantization_config=quantization,
+        args.anchors, kernel_size=args.kernel_size, stride=args.stride, quantization_config=quantization,
+        dtype=mixed if args.dtype == "auto" else args.dtype,
         device_map={"": training.device.index or 0} if training.device.type == "cuda" else None,
     )  # fmt: skip
     model.to(training.device)

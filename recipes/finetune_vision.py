@@ -35,6 +35,7 @@ from stitched_llama.training import (
     PSTArguments,
     SpaceArguments,
     batches,
+    check_arguments,
     collate_images,
     dump_record,
     evaluate_stitches,
@@ -81,6 +82,7 @@ def main() -> None:
     output = Path(training.output_dir)
     if args.init not in ("least_squares", "kaiming", "identity"):
         raise SystemExit(f"--init {args.init} is unknown; one of least_squares, kaiming, identity is needed")
+    check_arguments(training)
     set_seed(training.seed)
     chief = training.process_index == 0
     checkpoint = find_checkpoint(args.resume, training.output_dir)

@@ -1,5 +1,7 @@
 """Calibration: what is fitted to what, on which tokens, and what is told about it."""
 
+import weakref
+
 import pytest
 import torch
 from conftest import FAMILIES, fresh, ids_like, spread
@@ -12,6 +14,8 @@ from stitched_llama import (
     StitchedSwinForImageClassification,
     StitchedViTForImageClassification,
 )
+from stitched_llama.layers import LeastSquares
+from stitched_llama.models import calibration
 from stitched_llama.training import pico_anchor
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*junctions do not fit:UserWarning")  # random anchors never do
@@ -327,6 +331,22 @@ def divergence(model, pictures):
             own, word = (model(**batch, stitch_id=key).logits.log_softmax(-1) for key in (stitch.key, large))
             found.append(float((word.exp() * (word - own)).sum(-1).mean()))
     return sum(found) / len(found)
+
+
+def test_sums_are_gone_before_the_report(anchors, monkeypatch):
+    """They are the largest thing there is by then."""
+    model, made, left, report = fresh(anchors["unequal"]), [], [], calibration._report
+
+    def tracked(*given, **how):
+        squares = LeastSquares(*given, **how)
+        made.append(weakref.ref(squares))
+        return squares
+
+    monkeypatch.setattr(calibration, "LeastSquares", tracked)
+    monkeypatch.setattr(calibration, "_report", lambda *given: left.extend(one() for one in made) or report(*given))
+    model.calibrate(padded_batches(2), progress=False)
+    assert len(left) == len(model.stitching_layers)
+    assert set(left) == {None}
 
 
 def test_image_models_align_too(tmp_path):

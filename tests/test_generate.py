@@ -99,6 +99,25 @@ def test_compiled_decoding_on_a_static_cache_equals_greedy(stitched):
         assert torch.equal(found, greedy(model, PROMPT, key)), key
 
 
+@pytest.mark.parametrize("implementation", [None, "static"])
+def test_the_cache_of_a_call_has_a_layer_for_each_block_of_the_route(implementation, stitched):
+    """One more, never filled, and an offloaded cache would wait for it instead of the first."""
+    model = stitched("unequal", True)
+    how = {**PLAIN, "return_dict_in_generate": True, "disable_compile": True}
+    assert len({stitch.depth for stitch in model.space}) > 1
+    for stitch in model.space:
+        made = model.generate(PROMPT, stitch_id=stitch.key, cache_implementation=implementation, **how)
+        assert len(made.past_key_values.layers) == stitch.depth, stitch.key
+
+
+@pytest.mark.parametrize("implementation", [None, "static"])
+def test_a_prompt_in_chunks_equals_the_whole(implementation, stitched):
+    model = stitched("unequal", True)
+    for key in model.keys:
+        how = {"cache_implementation": implementation, "prefill_chunk_size": 4, "disable_compile": True}
+        assert torch.equal(model.generate(PROMPT, stitch_id=key, **how, **PLAIN), greedy(model, PROMPT, key)), key
+
+
 def test_static_cache_is_built_anew_for_another_stitch(stitched):
     """Transformers keeps the static cache of the last call on the model."""
     model = stitched("unequal", True)

@@ -132,3 +132,13 @@ def test_stitching_layer_starts():
 
 def test_stitching_layer_brings_activations_to_its_own_dtype():
     assert StitchingLayer(4, 4, dtype=torch.bfloat16)(torch.zeros(2, 4)).dtype == torch.bfloat16
+
+
+def test_without_a_ridge_features_that_depend_on_each_other_have_the_least_solution():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 63, dtype=torch.float64, generator=generator)
+    x = torch.cat([x, x[:, :1]], 1)  # the last feature repeats the first
+    y = x @ torch.randn(64, 5, dtype=torch.float64, generator=generator) + 1
+    weight, bias = streamed((x, y))
+    torch.testing.assert_close(x @ weight.T + bias, y, atol=1e-8, rtol=0)
+    torch.testing.assert_close(weight[:, 0], weight[:, -1], atol=1e-8, rtol=0)

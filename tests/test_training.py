@@ -92,6 +92,31 @@ def test_accumulation_of_8_times_1_equals_1_times_8(distillation, anchors, tmp_p
                 assert left[name] == pytest.approx(right[name], rel=1e-3), name
 
 
+def test_nothing_of_a_step_that_did_not_fit_counts(anchors, tmp_path, monkeypatch):
+    """Trainer starts anew with smaller batches after a GPU ran out of memory, here in the second half of the first step."""
+    options = {"per_device_train_batch_size": 4, "global_batch_size": 0, "gradient_accumulation_steps": 2}
+    model = stitched_model(anchors["unequal"])
+    run = trainer(model, tmp_path, auto_find_batch_size=True, **options)
+    calls, learn = [], run._learn
+
+    def fails_once(*given):
+        calls.append(len(given[2]["input_ids"]))
+        if len(calls) == 2:
+            raise RuntimeError("CUDA out of memory. Tried to allocate")
+        return learn(*given)
+
+    monkeypatch.setattr(run, "_learn", fails_once)
+    run.train()
+    smaller = calls[2]
+    assert calls[:2] == [4, 4]
+    assert smaller < 4
+    options["per_device_train_batch_size"] = smaller
+    plain = trainer(stitched_model(anchors["unequal"]), tmp_path, **options)
+    plain.train()
+    assert_close(trained(model), trained(plain.model), atol=0, rtol=0)
+    assert run.importance.averages == plain.importance.averages
+
+
 def test_activation_checkpointing_changes_nothing(anchors, tmp_path):
     plain, checked = (run(anchors["unequal"], tmp_path / str(on), activation_checkpointing=on) for on in (False, True))
     assert_close(trained(plain.model), trained(checked.model), atol=1e-4, rtol=1e-3)
@@ -303,7 +328,13 @@ def test_defaults_are_the_papers(tmp_path):
 
 def test_ways_to_spread_a_run_that_are_not_supported_are_refused(anchors):
     model = stitched_model(anchors["unequal"])
-    one = {"n_gpu": 1, "world_size": 1, "average_tokens_across_devices": True}
+    one = {
+        "n_gpu": 1,
+        "world_size": 1,
+        "average_tokens_across_devices": True,
+        "train_teacher": False,
+        "label_smoothing_factor": 0,
+    }
     for args, flags, named in (
         ({"n_gpu": 2}, {}, "2 GPUs in one process: start with `accelerate launch`"),
         ({}, {"is_fsdp_enabled": True}, "FSDP and DeepSpeed are not supported"),

@@ -67,7 +67,8 @@ class LlamaFamily:
         return None
 
     def embed(self, anchor: nn.Module, inputs: Tensor) -> Tensor:
-        return anchor.model.embed_tokens(inputs)
+        table = anchor.model.embed_tokens
+        return table(inputs.to(table.weight.device))
 
     def approach(self, anchor: nn.Module, hidden: Tensor, block: int) -> Tensor:
         return hidden

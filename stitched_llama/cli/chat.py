@@ -36,7 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--anchors", nargs="+", metavar="ANCHOR", help="where the anchors lie now, small to large")
     parser.add_argument("--load-in-8bit", action="store_true", help="anchors in 8 bits")
     parser.add_argument("--dtype", default="auto", help="of the anchors")
-    parser.add_argument("--device-map", help="as from_pretrained takes it, such as auto or cuda")
+    parser.add_argument(
+        "--device-map", help="as from_pretrained takes it (default: auto where there is a GPU, else cpu)"
+    )
 
 
 class Chat:
@@ -151,6 +153,7 @@ def list_sizes(model: Any, current: Stitch) -> str:
 
 
 def run(options: argparse.Namespace) -> int:
+    import torch
     from transformers import AutoTokenizer, BitsAndBytesConfig
     from transformers.utils import logging
 
@@ -162,7 +165,7 @@ def run(options: argparse.Namespace) -> int:
         options.bundle,
         anchors=options.anchors,
         dtype=options.dtype,
-        device_map=options.device_map,
+        device_map=options.device_map or ("auto" if torch.cuda.is_available() else None),
         quantization_config=quantization,
     )
     if options.budget is not None and options.stitch_id is not None:

@@ -70,7 +70,7 @@ class LeastSquares:
         x_variance, y_variance = covariance.diagonal().clone(), self.y_squares / self.weight_sum - y_mean.square()
         scale = covariance.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
         covariance.diagonal().add_(ridge * scale)
-        weight = torch.linalg.lstsq(covariance, cross).solution if ridge == 0 else _solve(covariance, cross)
+        weight = _solve(covariance, cross) if ridge else _least(covariance, cross)
         bias = y_mean - weight.T @ x_mean
         return Fit(weight.T.contiguous(), bias, x_mean, x_variance.clamp_min(0), y_mean, y_variance.clamp_min(0))
 
@@ -80,6 +80,11 @@ def _solve(covariance: torch.Tensor, cross: torch.Tensor) -> torch.Tensor:
     if failed:
         return torch.linalg.pinv(covariance, hermitian=True) @ cross
     return torch.cholesky_solve(cross, factor)
+
+
+def _least(covariance: torch.Tensor, cross: torch.Tensor) -> torch.Tensor:
+    """The smallest solution where features depend on each other; on a CPU, as GPUs have only a solver for full rank."""
+    return torch.linalg.lstsq(covariance.cpu(), cross.cpu(), driver="gelsd").solution.to(cross)
 
 
 class Residual:

@@ -138,6 +138,7 @@ def calibrate(
             if first_batch is None:
                 raise ValueError(f"calibrate got no batches: pass dicts of {' and '.join(model.calibration_inputs)}")
             _solve(model, sums, rows, ridge)
+            sums.clear()  # they are large, and what follows needs memory too
             report = _report(model, junctions, held_out or [first_batch], rows, bool(held_out), progress)
             if align_steps:
                 align(model, kept_batches, align_steps, align_rate, progress=progress)

@@ -25,6 +25,7 @@ from .arguments import (
     StitchTrainingArguments,
 )
 from .checkpoints import find_checkpoint, keep_data_settings
+from .checks import check_arguments
 from .data import Collator, InstructionDataset, Row, batches, drawn, pad_token_id, read_rows, split_rows
 from .evaluation import evaluate_plain, evaluate_stitches, image_scores, response_scores, spearman
 from .image_trainer import StitchImageTrainer
@@ -55,6 +56,7 @@ __all__ = [
     "Template",
     "batches",
     "byte_tokenizer",
+    "check_arguments",
     "collate_images",
     "dump_record",
     "evaluate_plain",

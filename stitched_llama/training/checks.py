@@ -7,21 +7,36 @@ from stitched_llama.pst import PSTConfig
 from stitched_llama.space import SPACE_OPTIONS, StitchSpace
 
 
+def check_arguments(args: Any) -> None:
+    """Refuses a way of training that is not supported, as soon as the arguments are read.
+
+    Raises:
+        ValueError: names the setting, its value and the fix.
+    """
+    if args.n_gpu > 1:
+        raise ValueError(f"{args.n_gpu} GPUs in one process: start with `accelerate launch`, one process each")
+    if args.world_size > 1 and not args.average_tokens_across_devices:
+        raise ValueError(
+            "average_tokens_across_devices is off: ranks would weigh their tokens differently, switch it on"
+        )
+    if args.train_teacher and not args.inplace_teacher:
+        raise ValueError(
+            "train_teacher is on and inplace_teacher off: the teacher would train without teaching, drop one"
+        )
+    if args.label_smoothing_factor:
+        raise ValueError(f"label_smoothing_factor {args.label_smoothing_factor} is not supported: leave it 0")
+
+
 def check_run(trainer: Any, teacher: Any) -> None:
-    """Refuses a way of training that is not supported.
+    """Refuses a way of training that is not supported, with the model at hand.
 
     Raises:
         ValueError: names the setting, its value and the fix.
     """
     args, model = trainer.args, trainer.model
-    if args.n_gpu > 1:
-        raise ValueError(f"{args.n_gpu} GPUs in one process: start with `accelerate launch`, one process each")
+    check_arguments(args)
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         raise ValueError("FSDP and DeepSpeed are not supported: the trained parts are small, use plain DDP")
-    if args.world_size > 1 and not args.average_tokens_across_devices:
-        raise ValueError(
-            "average_tokens_across_devices is off: ranks would weigh their tokens differently, switch it on"
-        )
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(
             "nothing of this model trains: call model.attach_pst(PSTConfig(...)) before you make a trainer"
@@ -32,12 +47,6 @@ def check_run(trainer: Any, teacher: Any) -> None:
         )
     if model.space.anchor_stitch(-1).key not in model.keys:
         raise ValueError("the largest anchor is the teacher and was not loaded: load the whole bundle to train it")
-    if args.train_teacher and not args.inplace_teacher:
-        raise ValueError(
-            "train_teacher is on and inplace_teacher off: the teacher would train without teaching, drop one"
-        )
-    if args.label_smoothing_factor:
-        raise ValueError(f"label_smoothing_factor {args.label_smoothing_factor} is not supported: leave it 0")
     if args.anchor_lr_scale != 1 and not (model.config.pst is not None and model.config.pst_config.full):
         raise ValueError(
             f"anchor_lr_scale {args.anchor_lr_scale} is for anchors that train whole (PSTConfig(full=True)); these are frozen"

@@ -91,7 +91,7 @@ def _evaluate(model: Any, batches: Iterable[dict[str, Tensor]], **how: Any) -> t
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
         labels = batch.pop("labels")
         logits = model(**batch, **how, **({} if images else {"use_cache": False})).logits
-        scores = (image_scores if images else response_scores)(logits, labels)
+        scores = (image_scores if images else response_scores)(logits, labels.to(logits.device))
         totals += torch.stack([score.double().sum().cpu() for score in scores])
         rows += len(labels)
     return float(totals[0] / totals[1]), float(totals[2] / rows)

@@ -29,20 +29,29 @@ def in_dtype_of(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor
     return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in inputs.items()}
 
 
-def distil(kind: str, weight: float, logits: Tensor, teacher: Tensor | None, label_loss: Tensor, items: Any) -> Tensor:
+def word_of(kind: str, logits: Tensor) -> Tensor | None:
+    """What a student needs of its teacher's logits [labels, classes]: their argmax [labels], which takes a vocabulary less; themselves for
+    `"soft"`; nothing for `"none"`."""
+    if kind == "none":
+        return None
+    return logits.detach().argmax(-1) if kind == "hard" else logits.detach()
+
+
+def distil(kind: str, weight: float, logits: Tensor, word: Tensor | None, label_loss: Tensor, items: Any) -> Tensor:
     """A student's loss: its share of the labels and of the teacher's word (ESTA section 4.2: hard labels).
 
     Args:
         kind: `"hard"`, the teacher's argmax; `"soft"`, the divergence from its distribution; `"none"`.
         weight: the teacher's share.
-        logits, teacher: [labels, classes].
+        logits: [labels, classes].
+        word: of the teacher, as `word_of` gives it.
         label_loss: the student's loss on labels, a scalar.
         items: labels of the whole step.
     """
-    if teacher is None or kind == "none" or weight == 0:
+    if word is None or kind == "none" or weight == 0:
         return label_loss
     if kind == "hard":
-        taught = F.cross_entropy(logits, teacher.argmax(-1), reduction="sum")
+        taught = F.cross_entropy(logits, word, reduction="sum")
     else:
-        taught = F.kl_div(logits.log_softmax(-1), teacher.log_softmax(-1), reduction="sum", log_target=True)
+        taught = F.kl_div(logits.log_softmax(-1), word.log_softmax(-1), reduction="sum", log_target=True)
     return (1 - weight) * label_loss + weight * taught / items

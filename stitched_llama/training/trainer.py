@@ -19,7 +19,7 @@ from .checks import check_checkpoint, check_run
 from .data import IGNORED, batches
 from .evaluation import evaluate_stitches
 from .rates import slow_down_anchors
-from .teaching import distil, in_dtype_of, speaking
+from .teaching import distil, in_dtype_of, speaking, word_of
 
 Gradients = dict[nn.Parameter, Tensor]
 
@@ -63,8 +63,9 @@ class StitchTrainer(Trainer):
             self.importance.visits.update({key: old.visits[key] for key in rated if key in old.visits})
         self.teacher = None if teacher is None else teacher.requires_grad_(False).eval().to(self.args.device)
         self._sampler: StitchSampler | None = None
-        self._kept: dict[str, Gradients] = {"teacher": {}, "student": {}}
-        self._step_losses = [0.0, 0.0]  # the student's and the teacher's, on labels
+        self._kept: dict[str, Gradients]
+        self._step_losses: list[float]
+        self._forget_step()
         self._trained = list[nn.Parameter]()
         self._macs = 0  # of the passes of a step, a token or image
         self._logged: dict[str, list[float]] = defaultdict(list)
@@ -104,6 +105,15 @@ class StitchTrainer(Trainer):
         self._trained = []
         return super().train(*args, **kwargs)
 
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As Transformers has it, which starts anew with smaller batches after one did not fit: nothing of that step counts."""
+        self._forget_step()
+        return super()._inner_training_loop(*args, **kwargs)
+
+    def _forget_step(self) -> None:
+        self._kept = {"teacher": {}, "student": {}}
+        self._step_losses = [0.0, 0.0]  # the student's and the teacher's, on labels
+
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """The teacher's word, then the student's forward and backward, on one batch; returns the student's loss for logging."""
         if not model.training:
@@ -112,7 +122,7 @@ class StitchTrainer(Trainer):
         labels = inputs.pop("labels")
         if num_items_in_batch is None:
             num_items_in_batch = self._label_count(labels) * self.current_gradient_accumulation_steps
-        student, teacher_logits = self.draw(self.state.global_step), None
+        student, word = self.draw(self.state.global_step), None
         self._macs = 3 * student.macs * self._has_own_gradients(student)
         with self._unreduced(model):
             if self._is_taught(student):
@@ -123,16 +133,18 @@ class StitchTrainer(Trainer):
                 self._backward("teacher", loss)
                 label_loss = student_loss = loss.detach()
                 self._step_losses[1] += float(label_loss)
-                teacher_logits = logits.detach()
+                word = word_of(self.args.distillation, logits)
                 del logits, loss
             if self.teacher is not None and self._is_rated(student):
                 with torch.no_grad():
                     inputs_there = in_dtype_of(self.teacher, inputs)
-                    teacher_logits, wanted = self._response_logits(self.teacher, inputs_there, labels)
+                    logits, wanted = self._response_logits(self.teacher, inputs_there, labels)
                 if not self.args.inplace_teacher:  # what the student's loss is rated against
-                    loss = F.cross_entropy(teacher_logits, wanted, reduction="sum") / num_items_in_batch
+                    loss = F.cross_entropy(logits, wanted, reduction="sum") / num_items_in_batch
                     self._step_losses[1] += float(loss)
-            batch = (inputs, labels, teacher_logits, num_items_in_batch)
+                word = word_of(self.args.distillation, logits)
+                del logits
+            batch = (inputs, labels, word, num_items_in_batch)
             if self._has_own_gradients(student):
                 label_loss, student_loss = self._learn(model, student, *batch)
         self._step_losses[0] += float(label_loss)
@@ -141,12 +153,12 @@ class StitchTrainer(Trainer):
         return student_loss * self.accelerator.num_processes  # the log averages over ranks
 
     def _learn(
-        self, model: nn.Module, stitch: Stitch, inputs: dict, labels: Tensor, taught: Tensor | None, items: Any
+        self, model: nn.Module, stitch: Stitch, inputs: dict, labels: Tensor, word: Tensor | None, items: Any
     ) -> tuple[Tensor, Tensor]:
         """Forward and backward of the student on labels and on what it is taught; its loss on labels alone, and in all."""
         logits, wanted = self._response_logits(model, inputs, labels, stitch)
         label_loss = F.cross_entropy(logits, wanted, reduction="sum") / items
-        loss = distil(self.args.distillation, self.args.distillation_weight, logits, taught, label_loss, items)
+        loss = distil(self.args.distillation, self.args.distillation_weight, logits, word, label_loss, items)
         self._backward("student", loss)
         return label_loss.detach(), loss.detach()
 
@@ -207,8 +219,7 @@ class StitchTrainer(Trainer):
         for role in self._kept:
             for parameter, gradient in self._kept[role].items():
                 parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
-            self._kept[role] = {}
-        self._step_losses = [0.0, 0.0]
+        self._forget_step()
 
     def _signals(self, gradients: Gradients, *losses: float) -> StepSignals:
         scale = self.accelerator.scaler.get_scale() if self.accelerator.scaler is not None else 1.0

@@ -222,6 +222,18 @@ class StitchedLlamaForCausalLM(StitchedPreTrainedModel, GenerationMixin):
             kwargs["assistant_model"] = self.pinned(kwargs["assistant_model"])
         return super().generate(inputs, *args, stitch_id=stitch.key, **kwargs)
 
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **how: Any
+    ) -> None:
+        """As Transformers has it, with as many layers as the route has blocks: offloaded caches fetch the layer after the last."""
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **how)
+        cache = model_kwargs.get("past_key_values")
+        if cache is not None and not getattr(cache, "_is_user_defined", False):
+            del cache.layers[self._pinned_or(model_kwargs.get("stitch_id")).depth :]
+
+    def _get_static_cache_init_shape(self) -> None:
+        """Nothing to allocate ahead: the layers of a route differ in heads, and each is made when it is first filled."""
+
     def _context_tokens(self, prompt: Tensor | None, config: Any, kwargs: dict[str, Any]) -> int:
         """Tokens the KV cache of a call will hold over all rows, returned sequences and beams."""
         rows, length = prompt.shape[:2] if prompt is not None else (1, 0)
