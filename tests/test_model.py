@@ -114,7 +114,7 @@ def test_hidden_states_and_attentions_follow_the_route(pst, anchors):
             heads = [4 if anchor == 0 else 6 for anchor, _ in stitch.blocks()]
             assert [a.shape[1] for a in output.attentions] == heads
             head = model.anchors[stitch.segments[-1].anchor]
-            torch.testing.assert_close(head.lm_head(head.model.norm(output.hidden_states[-1])), output.logits)
+            torch.testing.assert_close(head.lm_head(output.hidden_states[-1]), output.logits)
     assert model(IDS).hidden_states is None
 
 

@@ -20,6 +20,7 @@ vit, dinov2, swin, convnext, resnet, mobilenet_v2, mixed   one image family each
 from collections.abc import Iterable
 
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .calibration import Calibration
 from .configuration import StitchedConfig
@@ -45,6 +46,8 @@ _CLASSES = (
     (AutoModelForImageClassification, StitchedMixedForImageClassification),
 )
 CLASSES = {model_class.config_class.model_type: model_class for _, model_class in _CLASSES}
+# Trainer shifts labels for these alone where it smooths them
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[StitchedLlamaConfig.model_type] = StitchedLlamaForCausalLM.__name__
 for auto_class, model_class in _CLASSES:
     config_class = model_class.config_class
     AutoConfig.register(config_class.model_type, config_class, exist_ok=True)

@@ -1,10 +1,11 @@
 """Which tensors a bundle holds of a model, and their way in and out."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.module import _IncompatibleKeys
 
 from stitched_llama.bundles import Bundle, dequantize_rows, quantize_rows
 from stitched_llama.pst import is_low_rank
@@ -51,12 +52,23 @@ class BundleTensors:
                     f"tensor {name} of {bundle.folder} is {tensors[name].dtype} and stitching_dtype is "
                     f"{bundle.config.get('stitching_dtype')!r}: the bundle was changed, save or download it again"
                 )
-        with torch.no_grad():
-            for name, tensor in own.items():
-                saved = tensors[name]
-                if name in int8:
-                    saved = dequantize_rows(saved.flatten(1), tensors[f"{name}_scale"]).view_as(tensor)
-                tensor.copy_(saved)
+        _fill(own, tensors)
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
+        """As torch has it; what a checkpoint holds, the tensors of a bundle by their names there, goes where it belongs, as any
+        `Trainer` loads it.
+
+        Raises:
+            RuntimeError: `strict` and a name is missing or unknown.
+        """
+        own = self._own_tensors(self.keys)
+        if not state_dict or not set(state_dict) <= {*own, *(f"{name}_scale" for name in own)}:
+            return super().load_state_dict(state_dict, strict, assign)
+        missing = [name for name in own if name not in state_dict]
+        if strict and missing:
+            raise RuntimeError(f"the bundle's tensors lack {len(missing)} of {len(own)}, the first is {missing[0]}")
+        _fill({name: tensor for name, tensor in own.items() if name in state_dict}, state_dict)
+        return _IncompatibleKeys(missing, [])
 
     def _own_tensors(self, keys: Sequence[str]) -> dict[str, Tensor]:
         """What a bundle holds of this model, by the name it has there."""
@@ -101,6 +113,16 @@ class BundleTensors:
                 weight, tensors[f"{name}_scale"] = quantize_rows(tensors[name].detach().flatten(1))
                 tensors[name] = weight.view_as(tensors[name])
         return tensors
+
+
+@torch.no_grad()
+def _fill(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """Copies tensors by name; one with a scale is in int8."""
+    for name, tensor in own.items():
+        saved = tensors[name]
+        if f"{name}_scale" in tensors:
+            saved = dequantize_rows(saved.flatten(1), tensors[f"{name}_scale"]).view_as(tensor)
+        tensor.copy_(saved)
 
 
 def _is_stitching_weight(name: str) -> bool:

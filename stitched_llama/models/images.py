@@ -127,7 +127,8 @@ class StitchedForImageClassification(StitchedPreTrainedModel):
         loss = None
         if labels is not None:
             check_labels(labels, self.config.num_labels)
-            loss = self.loss_function(labels, logits, self.config)
+            count = {name: kwargs[name] for name in ("num_items_in_batch",) if kwargs.get(name) is not None}
+            loss = self.loss_function(labels, logits, self.config, **count)
         return ImageClassifierOutputWithNoAttention(loss=loss, logits=logits)
 
     def _embed(self, anchor: int, pixel_values: Tensor) -> Tensor:

@@ -64,17 +64,24 @@ class _Needed:
 
 
 def load_anchor(
-    name_or_path: str, config: Any, spec: AnchorSpec, index: int, stitches: Iterable[Stitch] | None, **options: Any
+    name_or_path: str,
+    config: Any,
+    spec: AnchorSpec,
+    index: int,
+    stitches: Iterable[Stitch] | None,
+    new_head: bool = False,
+    **options: Any,
 ) -> tuple[PreTrainedModel, dict[str, str]]:
     """An anchor, frozen, with the digests of its parts; only the blocks, embedding and head that `stitches` need. One that is
-    stored in 8 or 4 bits is read whole: only Transformers knows how its tensors belong together.
+    stored in 8 or 4 bits is read whole: only Transformers knows how its tensors belong together. With `new_head` a
+    classifier that the checkpoint lacks is born anew.
 
     Raises:
         ValueError: there are no safetensors weights, a tensor is missing, or a part was put where it cannot be trained.
     """
     family = FAMILIES[spec.family]
     if not isinstance(family, LlamaFamily):
-        return _load_image_anchor(name_or_path, config, family, index, stitches, **options)
+        return _load_image_anchor(name_or_path, config, family, index, stitches, new_head, **options)
     needed = None if stitches is None else _Needed(family, spec, index, stitches)
     if needed is not None and (needed.all or getattr(config, "quantization_config", None)):
         needed = None
@@ -94,14 +101,18 @@ def load_anchor(
         model, info = model_class.from_pretrained(
             None, config=config, state_dict=_read(files), output_loading_info=True, **options
         )
+        model.__class__ = model_class.__base__  # it was needed to build it; pickle knows this one
     _check_whole(name_or_path, info["missing_keys"])
     check_placed(name_or_path, model)
     model.requires_grad_(False)
     return model.eval(), fingerprint
 
 
-def _check_whole(name_or_path: str, missing: Iterable[str]) -> None:
-    if missing := sorted(missing):
+def _check_whole(name_or_path: str, missing: Iterable[str], heads: tuple[str, ...] = ()) -> None:
+    missing = sorted(missing)
+    if missing and heads and all(name.startswith(heads) for name in missing):
+        raise ValueError(f"{name_or_path} has no classifier ({missing[0]}): pass num_labels or id2label for a new one")
+    if missing:
         raise ValueError(
             f"{name_or_path} lacks {len(missing)} tensors, the first is {missing[0]}: "
             "the checkpoint is incomplete, download it again"
@@ -109,12 +120,26 @@ def _check_whole(name_or_path: str, missing: Iterable[str]) -> None:
 
 
 def _load_image_anchor(
-    name_or_path: str, config: Any, family: Family, index: int, stitches: Iterable[Stitch] | None, **options: Any
+    name_or_path: str,
+    config: Any,
+    family: Family,
+    index: int,
+    stitches: Iterable[Stitch] | None,
+    new_head: bool,
+    **options: Any,
 ) -> tuple[PreTrainedModel, dict[str, str]]:
     """An image anchor, read whole (older checkpoints name their tensors otherwise); blocks off every route are let go.
 
-    Its head is born anew where `config` has another number of classes than the checkpoint.
+    Its head is born anew where `config` has another number of classes than the checkpoint, and with `new_head` where that has none.
     """
+    if any(name.endswith("WithTeacher") for name in getattr(config, "architectures", None) or ()):  # a distilled DeiT
+        if not new_head:
+            raise ValueError(
+                f"{name_or_path} has two heads, for its class and its distillation token: pass num_labels or id2label for a new "
+                "one, or take a checkpoint that was not distilled"
+            )
+        config = copy.deepcopy(config)
+        config.architectures = []  # the class with one head
     fingerprint = fingerprint_files(sorted(set(weight_files(name_or_path, **options).values())))
     if options.get("quantization_config") is not None:
         options["quantization_config"] = _but_heads(options["quantization_config"], family)
@@ -134,7 +159,9 @@ def _load_image_anchor(
         reports.setLevel(level)
     check_placed(name_or_path, model)
     renewed = {name for name, *_ in info["mismatched_keys"]}
-    _check_whole(name_or_path, set(info["missing_keys"]) - renewed)
+    if new_head:
+        renewed |= {name for name in info["missing_keys"] if name.startswith(family.head_modules)}
+    _check_whole(name_or_path, set(info["missing_keys"]) - renewed, family.head_modules)
     if wrong := sorted(name for name in renewed if not name.startswith(family.head_modules)):
         raise ValueError(
             f"{name_or_path} and its config differ in the shape of {wrong[0]}: they do not belong together"
@@ -273,7 +300,8 @@ def load_anchors(
             _check_shape(source, index, stored, spec)
             if not hasattr(own, "quantization_config") and hasattr(stored, "quantization_config"):
                 own.quantization_config = stored.quantization_config  # of a bundle that did not say so yet
-            anchor, found = load_anchor(source, own, spec, index, stitches, **options)
+            new_head = getattr(config, "train_head", False)  # the bundle holds it
+            anchor, found = load_anchor(source, own, spec, index, stitches, new_head, **options)
         except OSError as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise OSError(

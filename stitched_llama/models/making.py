@@ -73,7 +73,7 @@ class AnchorsMixin:
         for index, (name, own) in enumerate(zip(names, configs)):
             if isinstance(name, str):
                 spec = config.stitch_space().anchors[index]
-                model, fingerprint = load_anchor(name, own, spec, index, None, **load, **hub)
+                model, fingerprint = load_anchor(name, own, spec, index, None, bool(fields), **load, **hub)
                 revision = commit_of(weight_files(name, **hub)) or hub.get("revision")
                 references.append({"name_or_path": name, "revision": revision, "fingerprint": fingerprint})
             else:

@@ -11,7 +11,7 @@ from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from stitched_llama.anchors import FAMILIES
 from stitched_llama.layers import StitchingLayer
-from stitched_llama.pst import PSTConfig, StitchBias, attach_pst, is_low_rank
+from stitched_llama.pst import PSTConfig, StitchBias, attach_pst, is_low_rank, refuse_another
 from stitched_llama.space import BYTES_PER_NUMBER, Precision, Stitch, StitchTable
 
 from .calibration import Calibration, calibrate
@@ -68,6 +68,12 @@ class StitchedPreTrainedModel(AnchorsMixin, BundleMixin, PreTrainedModel):
         self.requires_grad_(False)
         self.post_init()
         self._count_bytes_as_loaded()
+
+    def get_expanded_tied_weights_keys(self, *args: Any, **kwargs: Any) -> dict[str, str]:
+        """As Transformers has it, of the pairs that are here: one size may hold an anchor's embedding or its head alone."""
+        here = {name for name, _ in self.named_parameters(remove_duplicate=False)}
+        pairs = super().get_expanded_tied_weights_keys(*args, **kwargs)
+        return {name: source for name, source in pairs.items() if {name, source} <= here}
 
     def initialize_weights(self) -> None:
         """Nothing to do: anchors come initialised, stitching layers initialise themselves."""
@@ -172,6 +178,26 @@ class StitchedPreTrainedModel(AnchorsMixin, BundleMixin, PreTrainedModel):
         view.config.default_stitch_id = stitch.key
         view.pinned_key = stitch.key
         return view
+
+    def add_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """As Transformers has it, before PST is attached.
+
+        Raises:
+            ValueError: PST is attached; another adapter would undo it.
+        """
+        if self.config.pst is not None:
+            refuse_another()
+        super().add_adapter(*args, **kwargs)
+
+    def load_adapter(self, *args: Any, **kwargs: Any) -> Any:
+        """As Transformers has it, before PST is attached.
+
+        Raises:
+            ValueError: PST is attached; another adapter would undo it.
+        """
+        if self.config.pst is not None:
+            refuse_another()
+        return super().load_adapter(*args, **kwargs)
 
     pinned_key: str | None = None
 

@@ -87,6 +87,10 @@ def check_plain(model: PreTrainedModel, index: int) -> None:
     Raises:
         ValueError: there is something in it, or a part of it was offloaded.
     """
+    if type(model).__name__.endswith("WithTeacher"):
+        raise ValueError(
+            f"anchor {index} is a {type(model).__name__}, which has two heads: hand over a DeiTForImageClassification"
+        )
     if carries_adapters(model):
         raise ValueError(
             f"anchor {index}, a {type(model).__name__} handed over as an object, carries LoRA or another stitched model's PST "

@@ -5,8 +5,16 @@ bias    a bias for each stitch
 attach  LoRA and low-rank updates through PEFT, everything else frozen
 """
 
-from .attach import attach_pst, carries_adapters, is_low_rank, show_convolutions
+from .attach import attach_pst, carries_adapters, is_low_rank, refuse_another, show_convolutions
 from .bias import StitchBias
 from .config import PSTConfig
 
-__all__ = ["PSTConfig", "StitchBias", "attach_pst", "carries_adapters", "is_low_rank", "show_convolutions"]
+__all__ = [
+    "PSTConfig",
+    "StitchBias",
+    "attach_pst",
+    "carries_adapters",
+    "is_low_rank",
+    "refuse_another",
+    "show_convolutions",
+]

@@ -1,6 +1,7 @@
 """Attaches PST to anchors and stitching layers, and says what trains."""
 
 import logging
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,6 +26,7 @@ def attach_pst(
         ValueError: a rank that does not fit, or quantised anchors that are to train whole.
     """
     from peft import inject_adapter_in_model  # late: peft imports the Auto classes, which import us
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
     ranks, stitching_ranks = config.ranks(space), config.stitching_ranks(space)
     for module in (anchors, stitching_layers):
@@ -63,10 +65,25 @@ def attach_pst(
         if is_low_rank(name):
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
+    for module in [*anchors.modules(), *stitching_layers.modules()]:
+        if isinstance(module, BaseTunerLayer):
+            module.update_layer = refuse_another  # PEFT would begin the same layer anew, or switch this one off
     if not config.stitch_bias:
         return None
     device = next((p.device for p in stitching_layers.parameters()), torch.device("cpu"))
     return StitchBias(space, [space[key] for key in keys], torch.float32, device)
+
+
+def refuse_another(*args: Any, **kwargs: Any) -> None:
+    """What PEFT calls to put one more adapter into a layer.
+
+    Raises:
+        ValueError: always.
+    """
+    raise ValueError(
+        "this layer carries PST already, and another adapter would undo it: train it on with StitchTrainer, or put the adapter into "
+        "the anchors and stitch what comes of merging it"
+    )
 
 
 def show_convolutions(model: nn.Module) -> None:

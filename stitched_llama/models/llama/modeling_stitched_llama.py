@@ -1,6 +1,7 @@
 """Stitched decoders of LLaMA blocks: one forward for every size, `generate` with a size or a budget."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import Any
 
 import torch
@@ -26,6 +27,21 @@ from .configuration_stitched_llama import StitchedLlamaConfig
 
 _BLOCKS = [LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer]
 _ATTENTIONS = [LlamaAttention, MistralAttention, Qwen2Attention, Qwen3Attention]
+
+
+def _counted_on_the_route(forward: Callable) -> Callable:
+    """Hidden states that are asked for by number, from the end too, are those of the route, however deep others go."""
+
+    @wraps(forward)
+    def counted(self, *args: Any, **kwargs: Any) -> Any:
+        wanted = kwargs.get("output_hidden_states")
+        if wanted is not None and not isinstance(wanted, bool):
+            states = self._pinned_or(kwargs.get("stitch_id")).depth + 1
+            numbers = [wanted] if isinstance(wanted, int) else wanted
+            kwargs["output_hidden_states"] = sorted({n % states for n in numbers if -states <= n < states})
+        return forward(self, *args, **kwargs)
+
+    return counted
 
 
 class StitchedLlamaForCausalLM(StitchedPreTrainedModel, GenerationMixin):
@@ -67,7 +83,8 @@ class StitchedLlamaForCausalLM(StitchedPreTrainedModel, GenerationMixin):
 
     @can_return_tuple
     @merge_with_config_defaults
-    @capture_outputs(tie_last_hidden_states=False)
+    @_counted_on_the_route
+    @capture_outputs
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -84,13 +101,14 @@ class StitchedLlamaForCausalLM(StitchedPreTrainedModel, GenerationMixin):
         """Runs one stitch.
 
         Args:
-            input_ids: [batch, tokens]; or `inputs_embeds` [batch, tokens, width of the first anchor].
+            input_ids: [batch, tokens]; or `inputs_embeds` [batch, tokens, width of the first anchor], from the embedding of the
+                anchor the route begins in: `model.pinned(stitch_id).get_input_embeddings()`.
             attention_mask: [batch, past + tokens], 1 for tokens to attend to.
             stitch_id: id or key; a key also under `torch.compile`. None takes the default of the configuration.
             labels: [batch, tokens], -100 where no loss is wanted.
 
         Raises:
-            ValueError: no such stitch, or the cache was made by another stitch.
+            ValueError: no such stitch, embeddings of another width, or the cache was made by another stitch.
         """
         if "budget" in kwargs:
             raise ValueError(NO_BUDGET)
@@ -100,6 +118,11 @@ class StitchedLlamaForCausalLM(StitchedPreTrainedModel, GenerationMixin):
         first, last = stitch.segments[0].anchor, stitch.segments[-1].anchor
         if inputs_embeds is None:
             inputs_embeds = self.families[first].embed(self.anchors[first], input_ids)
+        elif inputs_embeds.shape[-1] != self.space.anchors[first].width:
+            raise ValueError(
+                f"inputs_embeds are {inputs_embeds.shape[-1]} wide, stitch {stitch.stitch_id} ({stitch.key}) begins in anchor {first} "
+                f"of {self.space.anchors[first].width}: embed with model.pinned({stitch.stitch_id}).get_input_embeddings()"
+            )
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if past_key_values is not None and not torch.compiler.is_compiling():
@@ -122,7 +145,12 @@ class StitchedLlamaForCausalLM(StitchedPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_kwargs)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+        if kwargs.get("output_hidden_states", getattr(self.config, "output_hidden_states", False)):
+            output.last_hidden_state = self.anchors[last].model.norm(
+                hidden
+            )  # takes the last one's place, as Transformers has it
+        return output
 
     @classmethod
     def check_names(cls, names: Sequence[Any], **hub: Any) -> None:
@@ -233,6 +261,32 @@ class StitchedLlamaForCausalLM(StitchedPreTrainedModel, GenerationMixin):
 
     def _get_static_cache_init_shape(self) -> None:
         """Nothing to allocate ahead: the layers of a route differ in heads, and each is made when it is first filled."""
+
+    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> Any:
+        """As Transformers has it; one that runs the model itself (`guidance_scale`) runs the stitch of the call."""
+        processors = super()._get_logits_processor(*args, **kwargs)
+        stitch_id = (kwargs.get("model_kwargs") or {}).get("stitch_id")
+        for processor in processors:
+            if getattr(processor, "model", None) is self:
+                processor.model = self.pinned(self._pinned_or(stitch_id).key)
+        return processors
+
+    def _get_candidate_generator(self, *args: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
+        """As Transformers has it; an assistant, of this model or not, runs its own stitch."""
+        own = {name: value for name, value in model_kwargs.items() if name != "stitch_id"}
+        return super()._get_candidate_generator(*args, model_kwargs=own, **kwargs)
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Not supported.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "continuous batching (generate_batch) knows neither sizes nor the cache slots of a route: use generate"
+        )
+
+    generate_batch = continuous_batching_context_manager = init_continuous_batching
 
     def _context_tokens(self, prompt: Tensor | None, config: Any, kwargs: dict[str, Any]) -> int:
         """Tokens the KV cache of a call will hold over all rows, returned sequences and beams."""
