@@ -61,7 +61,9 @@ def _stitch_lora(model: Any, rank: int) -> None:
         for anchor, block in model.space[key].blocks():
             for layer in model.blocks(anchor)[block].modules():
                 if isinstance(layer, LoraLayer):
-                    layer.update_layer(names[key], rank, rank, config)
+                    type(layer).update_layer(
+                        layer, names[key], rank, rank, config
+                    )  # PST refuses others at the layer itself
     layers = [module for module in model.anchors.modules() if isinstance(module, LoraLayer)]
     for name, parameter in model.named_parameters():
         if ".lora_" in name:

@@ -64,12 +64,7 @@ class Arguments:
     train_on_prompt: bool = field(default=False, metadata={"help": "Learn the prompt too."})
     load_in_8bit: bool = field(default=True, metadata={"help": "Anchors in 8 bits, as the paper has them."})
     load_in_4bit: bool = field(default=False, metadata={"help": "Anchors in 4 bits (NF4) instead."})
-    dtype: str = field(
-        default="auto",
-        metadata={
-            "help": "Of the anchors: float32, bfloat16, float16, or auto: that of --bf16 or --fp16, else as stored."
-        },
-    )
+    dtype: str = field(default="auto", metadata={"help": "Of the anchors; auto: of --bf16 or --fp16, else as stored."})
     kernel_size: int = field(default=1, metadata={"help": "Sliding window of the stitching space."})
     stride: int = field(default=1, metadata={"help": "Its stride."})
     rank: int = field(default=16, metadata={"help": "LoRA rank on q, k, v, o."})
@@ -132,15 +127,14 @@ def main() -> None:
     # Model: frozen anchors, stitching layers by least squares, then the trainable parts
     quantization = None
     if args.load_in_4bit:
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
-        )
+        nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
+        quantization = BitsAndBytesConfig(load_in_4bit=True, **nf4)
     elif args.load_in_8bit:
         quantization = BitsAndBytesConfig(load_in_8bit=True)
     mixed = "bfloat16" if training.bf16 else "float16" if training.fp16 else "auto"  # of two halves float32 would come
     model = StitchedLlamaForCausalLM.from_anchors(
-        args.anchors, kernel_size=args.kernel_size, stride=args.stride, quantization_config=quantization,
-        dtype=mixed if args.dtype == "auto" else args.dtype,
+        args.anchors, kernel_size=args.kernel_size, stride=args.stride,
+        dtype=mixed if args.dtype == "auto" else args.dtype, quantization_config=quantization,
         device_map={"": training.device.index or 0} if training.device.type == "cuda" else None,
     )  # fmt: skip
     model.to(training.device)
