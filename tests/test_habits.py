@@ -205,6 +205,17 @@ def test_accumulated_batches_of_pictures_weigh_as_one(tmp_path):
 # ---- one size
 
 
+def test_a_view_is_pickled_and_hooks_come_once(anchors):
+    model = fresh(anchors["unequal"])
+    view = model.pinned(2)
+    again = pickle.loads(pickle.dumps(view))
+    assert torch.equal(logits(again), logits(model, stitch_id=2))
+    for asked in (view, model, model.pinned(2)):
+        with torch.no_grad():
+            states = asked(IDS, stitch_id=2, output_hidden_states=True).hidden_states
+        assert len(states) == model.space[2].depth + 1
+
+
 def test_one_size_is_pickled_and_tied_again(tmp_path):
     folders = [str(tmp_path / name) for name in ("small", "large")]
     for folder, (width, depth) in zip(folders, ((32, 2), (48, 3))):

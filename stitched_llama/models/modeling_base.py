@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from stitched_llama.anchors import FAMILIES
 from stitched_llama.layers import StitchingLayer
@@ -165,7 +164,6 @@ class StitchedPreTrainedModel(AnchorsMixin, BundleMixin, PreTrainedModel):
         if stitch_id is not None and budget is not None:
             raise ValueError(f"stitch_id {stitch_id} and budget {budget!r} both given: pass one")
         stitch = self.choose(budget) if budget is not None else self.stitch(stitch_id)
-        maybe_install_capturing_hooks(self)  # once for all views: they share the blocks
         view = copy.copy(self)
         own = vars(self).get("forward")  # Accelerate's, or a compiled one: bound to this model, it would run its route
         if isinstance(own, MethodType):
@@ -198,6 +196,15 @@ class StitchedPreTrainedModel(AnchorsMixin, BundleMixin, PreTrainedModel):
         if self.config.pst is not None:
             refuse_another()
         return super().load_adapter(*args, **kwargs)
+
+    @property
+    def _output_capturing_hooks_installed(self) -> bool:
+        """Transformers' mark, kept where all views of a model see it: they share the blocks that the hooks are on."""
+        return getattr(self.anchors, "captured", False)
+
+    @_output_capturing_hooks_installed.setter
+    def _output_capturing_hooks_installed(self, installed: bool) -> None:
+        self.anchors.captured = installed
 
     pinned_key: str | None = None
 
