@@ -13,8 +13,9 @@ class PSTConfig:
 
     Args:
         rank: LoRA rank on q, k, v, o; one for all anchors or one each. 0 leaves the attention frozen.
-        stitching_rank: rank of the stitching layers' update; None is the paper's `in_width / 4`, or the tail's width where that is less; 0
-            freezes them, `"full"` trains them whole. What an adapter has beside its linear core trains unless they are frozen.
+        stitching_rank: rank of the stitching layers' update; None is the paper's `in_width / 4`, or the tail's width where
+            that is less; 0 freezes them, `"full"` trains them whole. What an adapter has beside its linear core trains unless
+            they are frozen.
         stitch_bias: a bias of each stitch on q, k, v, o of every block of its route.
         dropout: on the input of the LoRA branches.
         full: all parameters of anchors and stitching layers train instead (SN-Net section 3.3); the bundle then holds
