@@ -4,7 +4,8 @@
 
 Peers, in the same run: each setting beside this package's default, anchors tuned alone by plain PEFT, SN-Net's procedure. Runs are
 independent processes of one thread each; a run that is done is read again, unless another version or machine wrote it: that is
-refused, and where the committed rows are of another all is measured anew into `runs/evidence-TASK`. Writes `rows/` and, of all claims, `evidence.json`, `table.txt` and `curves.png`; prints the table and, last, one JSON line.
+refused, and where the committed rows are of another all is measured anew into `runs/evidence-TASK`. Writes `rows/` and, of all
+claims, `evidence.json`, `table.txt` and `curves.png`; prints the table and, last, one JSON line.
 """
 
 from __future__ import annotations

@@ -61,9 +61,8 @@ def _stitch_lora(model: Any, rank: int) -> None:
         for anchor, block in model.space[key].blocks():
             for layer in model.blocks(anchor)[block].modules():
                 if isinstance(layer, LoraLayer):
-                    type(layer).update_layer(
-                        layer, names[key], rank, rank, config
-                    )  # PST refuses others at the layer itself
+                    # of the class: at the layer itself PST refuses others
+                    type(layer).update_layer(layer, names[key], rank, rank, config)
     layers = [module for module in model.anchors.modules() if isinstance(module, LoraLayer)]
     for name, parameter in model.named_parameters():
         if ".lora_" in name:

@@ -127,8 +127,8 @@ class StitchedForImageClassification(StitchedPreTrainedModel):
         loss = None
         if labels is not None:
             check_labels(labels, self.config.num_labels)
-            count = {name: kwargs[name] for name in ("num_items_in_batch",) if kwargs.get(name) is not None}
-            loss = self.loss_function(labels, logits, self.config, **count)
+            count = kwargs.get("num_items_in_batch")
+            loss = self.loss_function(labels, logits, self.config, num_items_in_batch=count)
         return ImageClassifierOutputWithNoAttention(loss=loss, logits=logits)
 
     def _embed(self, anchor: int, pixel_values: Tensor) -> Tensor:

@@ -15,8 +15,8 @@ from transformers import TrainerCallback
 from .data import drawn
 
 # Tasks of VTAB-1k and FGVC (ESTA section 5.1) that the Hub holds as pictures with labels: name -> (Hub id, configuration).
-# VTAB-1k takes 1,000 training pictures of each. Not here, as no such copy was found: Retinopathy, DMLab, KITTI, the variants of CLEVR,
-# dSprites and smallNORB, and NABirds; `--data` takes a folder or a Hub id for these.
+# VTAB-1k takes 1,000 training pictures of each. Not in this table: Retinopathy, DMLab, KITTI, the variants of CLEVR, dSprites and
+# smallNORB, and NABirds; `--data` takes a folder or a Hub id for these.
 IMAGE_TASKS = {
     "cifar100": ("uoft-cs/cifar100", None),
     "caltech101": ("dpdl-benchmark/caltech101", None),

@@ -30,8 +30,8 @@ def in_dtype_of(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor
 
 
 def word_of(kind: str, logits: Tensor) -> Tensor | None:
-    """What a student needs of its teacher's logits [labels, classes]: their argmax [labels], which takes a vocabulary less; themselves for
-    `"soft"`; nothing for `"none"`."""
+    """What a student needs of its teacher's logits [labels, classes]: for `"hard"` their argmax [labels], which takes a vocabulary
+    less; for `"soft"` themselves; for `"none"` nothing."""
     if kind == "none":
         return None
     return logits.detach().argmax(-1) if kind == "hard" else logits.detach()
@@ -41,14 +41,14 @@ def distil(kind: str, weight: float, logits: Tensor, word: Tensor | None, label_
     """A student's loss: its share of the labels and of the teacher's word (ESTA section 4.2: hard labels).
 
     Args:
-        kind: `"hard"`, the teacher's argmax; `"soft"`, the divergence from its distribution; `"none"`.
+        kind: `"hard"`, the teacher's argmax; `"soft"`, the divergence from its distribution.
         weight: the teacher's share.
         logits: [labels, classes].
-        word: of the teacher, as `word_of` gives it.
+        word: of the teacher, as `word_of` gives it; None where nobody teaches.
         label_loss: the student's loss on labels, a scalar.
         items: labels of the whole step.
     """
-    if word is None or kind == "none" or weight == 0:
+    if word is None or weight == 0:
         return label_loss
     if kind == "hard":
         taught = F.cross_entropy(logits, word, reduction="sum")
