@@ -96,6 +96,16 @@ EVEN = {"sampling": "uniform", "anchor_share": 0.67}
 LONGER = EVEN | {"max_steps": 2700}
 
 
+OTHER = ", other seeds"
+
+
+def _other_seeds(settings: dict[str, Any]) -> dict[str, Any]:
+    """A setting from seed 3 on, with the runs it refers to."""
+    named = {what: settings[what] + OTHER for what in ("rate_of", "adapted") if what in settings}
+    lasts = {"lasts": tuple(name + OTHER for name in settings["lasts"])} if "lasts" in settings else {}
+    return settings | {"seed": 3} | named | lasts
+
+
 def _settings(*names: str) -> Callable[[str], dict[str, dict[str, Any]]]:
     def of(task: str) -> dict[str, dict[str, Any]]:
         known: dict[str, dict[str, Any]] = {
@@ -117,7 +127,6 @@ def _settings(*names: str) -> Callable[[str], dict[str, dict[str, Any]]]:
             "windows of 2": {"space": {"kernel_size": 2}},
             "uniform, windows of 2": {"training": EVEN, "space": {"kernel_size": 2}},
             "uniform, longer, windows of 2": {"training": LONGER, "space": {"kernel_size": 2}},
-            "uniform, longer, windows of 2, other seeds": {"training": LONGER, "space": {"kernel_size": 2}, "seed": 3},
             "interval": {"training": EVEN | {"sampling": "interval"}},
             "uniform, teacher beside": {"training": BESIDE | {"sampling": "uniform"}},
             "interval, teacher beside": {"training": BESIDE | {"sampling": "interval"}},
@@ -175,6 +184,8 @@ def _settings(*names: str) -> Callable[[str], dict[str, dict[str, Any]]]:
             "alone, as long as snnet": {"kind": "alone", "lasts": ("alone full", "snnet"), "rate_of": "alone"},
             "alone, equal cost": {"kind": "alone", "lasts": ("default",), "rate_of": "alone"},
         }  # fmt: skip
+        known["untaught, as long as snnet"] = known["default, as long as snnet"] | UNTAUGHT
+        known |= {name + OTHER: _other_seeds(known[name]) for name in known if name + OTHER in names}
         return {name: known[name] for name in names}
 
     return of
@@ -184,6 +195,7 @@ _FACTORS = _settings(*FACTORS.values(), "alone", "alone full")
 _SN_NET = ("default", "esta", "snnet", "snnet, one stage", "alone full")
 _DRAWS = ("esta", "uniform, teacher beside", "interval, teacher beside")
 _GAPS = ("gap linear", "gap conv3x3", "gap bottleneck", "gap conv3x3 strided", "gap bottleneck strided")
+_OTHERS = ("default", "alone full", "snnet", "alone", "alone, as long as snnet", "default, as long as snnet")
 _RATES = ("lower rate", "higher rate")
 _BESIDE = ("teacher beside, equal time", "esta")  # the second tells how long a step of two routes takes
 _REMEDIES = (
@@ -238,6 +250,8 @@ CLAIMS = (
     Claim("S2b", "the same where all take twice as long", "ours", _settings("default", "longer", "alone", "alone, as long as longer"), starving("alone, as long as longer", "longer"), LANGUAGE, tried="no word of the teacher (S2c)"),
     Claim("S2c", "and without the teacher's word", "ours", _settings("default", "longer, no distillation", "alone", "alone, as long as longer"), starving("alone, as long as longer", "longer, no distillation"), LANGUAGE, only_if="1,800 steps, nobody's word and the mean over seeds, chosen after S2 and S2b failed"),
     Claim("S2d", "and where all take as long as SN-Net's three stages", "ours", _settings("default", "alone full", "snnet", "default, as long as snnet", "alone", "alone, as long as snnet"), starving("alone, as long as snnet", "default, as long as snnet"), LANGUAGE, only_if="2.6 times the steps, tried after S2, S2b and S2c", tried="no word of the teacher at twice the steps (S2c)"),
+    Claim("S2e", "so they are in three seeds that nobody had looked at", "ours", _settings(*(name + OTHER for name in _OTHERS)), starving("alone, as long as snnet" + OTHER, "default, as long as snnet" + OTHER), LANGUAGE, only_if="2.6 times the steps, set before these seeds ran", tried="no word of the teacher (S2f)"),
+    Claim("S2f", "and there without the teacher's word", "ours", _settings(*(name + OTHER for name in (*_OTHERS, "untaught, as long as snnet"))), starving("alone, as long as snnet" + OTHER, "untaught, as long as snnet" + OTHER), LANGUAGE, only_if="2.6 times the steps and nobody's word, set before these seeds ran"),
     Claim("S3", "the dial never goes down beyond chance", "ours", _settings("default"), monotone),
     Claim("S4", "the default beats ESTA and SN-Net in equal time", "ours: in every seed", _settings(*_SN_NET, "default, as long as snnet", "esta, equal time", "snnet, one stage, equal time"), equal_time(("default", "esta, equal time"), ("default, as long as snnet", "snnet"), ("default", "snnet, one stage, equal time")), tried="no word of the teacher, soft labels, fewer steps for anchors, floor, draws, `mean`, ridge (S5, S5b); rates and ranks, all routes in one step, four times the rate for stitching layers (LOG.md)"),
     Claim("S5", "the default beats what else was tried", "ours", _settings("default", *_REMEDIES), better("default", *_REMEDIES), VISION),
