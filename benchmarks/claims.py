@@ -9,11 +9,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from curves import against_alone, aligned, importance, interpolate, monotone, starving
+from curves import aligned, behind_alone, importance, interpolate, monotone, starving
 from judgements import (
     FACTORS,
     Verdict,
+    alike,
     angles,
+    ascending,
     better,
     cost,
     counted,
@@ -21,9 +23,8 @@ from judgements import (
     equal_time,
     factor,
     gaps,
-    ranks,
-    shots,
     start,
+    together,
 )
 from rows import Rows
 from tasks import Run
@@ -88,6 +89,14 @@ GAP = {
     "family": "resnet-swin", "part": "source", "training": PLAIN | {"learning_rate": 2e-3, "max_steps": 300},
     "pst": {"rank": 0, "stitching_rank": "full", "stitch_bias": False},
 }  # fmt: skip
+WITHIN_NORMS = {"adapter_norm": "batch"}
+# rates of the peers in LoRA's place
+RATES = {
+    "": {},
+    ", lower rate": {"training": {"learning_rate": 2e-3}},
+    ", higher rate": {"training": {"learning_rate": 1e-2}},
+}
+SHOTS = (1, 4, 8, 16)  # the paper's; the default's are ten
 # ranks of LoRA instead of (32, 16, 8) and 32: as many numbers more as the biases of all stitches, a half and a quarter
 SCALED = {"vision": (32, 27, 14), "language": 34}
 HALF = {"vision": (16, 8, 4), "language": 16}
@@ -109,7 +118,10 @@ def _other_seeds(settings: dict[str, Any]) -> dict[str, Any]:
 def _settings(*names: str) -> Callable[[str], dict[str, dict[str, Any]]]:
     def of(task: str) -> dict[str, dict[str, Any]]:
         known: dict[str, dict[str, Any]] = {
-            "default": {"before": task == "language", "hits": True},
+            "default": {"hits": True},
+            # pictures the anchors' heads know
+            "fitted": {"kind": "untrained", "part": "source" if task == "vision" else ""},
+            "drawn": {"kind": "untrained", "part": "source" if task == "vision" else "", "init": "kaiming"},
             "default, as long as snnet": {"lasts": ("alone full", "snnet"), "rate_of": "default"},
             "esta": ESTA,
             "esta, equal time": ESTA | {"lasts": ("default",), "rate_of": "esta"},
@@ -135,7 +147,7 @@ def _settings(*names: str) -> Callable[[str], dict[str, dict[str, Any]]]:
             "no floor": {"training": {"floor": 0.0}},
             "lower rate": {"training": {"learning_rate": 2e-3}},
             "higher rate": {"training": {"learning_rate": 1e-2}},
-            "kaiming": {"init": "kaiming", "before": task == "language"},
+            "kaiming": {"init": "kaiming"},
             "mean": {"init": "mean"},
             "ridge 1e-2": {"ridge": 1e-2},
             "no bias": {"pst": {"stitch_bias": False}},
@@ -143,20 +155,26 @@ def _settings(*names: str) -> Callable[[str], dict[str, dict[str, Any]]]:
             "stitch lora": {"pst": {"stitch_bias": False}, "peer": "stitch lora"},
             "rank quarter": {"pst": {"rank": QUARTER[task]}},
             "rank half": {"pst": {"rank": HALF[task]}},
-            "adapter": {"pst": {"rank": 0}, "peer": "adapter"},
-            "adaptformer": {"pst": {"rank": 0}, "peer": "adaptformer"},
+            **{
+                name + ending: {"pst": {"rank": 0}, "peer": name} | rate
+                for name in ("adapter", "adaptformer") for ending, rate in RATES.items()
+            },
             "full": FULL,
             "full, no distillation": FULL | UNTAUGHT,
+            "full, equal time": FULL | {"lasts": ("default",), "rate_of": "full"},
+            "no distillation, equal time": UNTAUGHT | {"lasts": ("default",), "rate_of": "no distillation"},
+            "default, as long as adapted": {"lasts": ("alone", "adapted"), "rate_of": "default"},
+            "full, as long as adapted full": FULL | {"lasts": ("alone full", "adapted full"), "rate_of": "full"},
             "adapted": {"adapted": "alone"},
             "adapted, no distillation": {"adapted": "alone"} | UNTAUGHT,
             "adapted full": FULL | {"adapted": "alone full"},
             "adapted full, no distillation": FULL | {"adapted": "alone full"} | UNTAUGHT,
             "eta 0.8": {"training": {"eta": 0.8}},
             "eta 0.99": {"training": {"eta": 0.99}},
-            "shots 1": {"shots": 1},
-            "shots 4": {"shots": 4},
-            "shots 8": {"shots": 8},
-            "shots 16": {"shots": 16},
+            **{f"shots {number}": {"shots": number} for number in SHOTS},
+            **{f"shots {number}, alone": {"kind": "alone", "shots": number} for number in SHOTS},
+            **{f"shots {number}, alone full": {"kind": "alone", "shots": number} | FULL for number in SHOTS},
+            **{f"shots {n}, snnet": SN_NET | {"adapted": f"shots {n}, alone full", "shots": n} for n in SHOTS},
             "stitching layers only": {"pst": {"rank": 0, "stitching_rank": "full", "stitch_bias": False}, "training": PLAIN},
             "esta, no distillation": {"training": ESTA["training"] | {"distillation": "none"}},
             "slow to fast": {"space": {"direction": "slow-to-fast"}},
@@ -168,17 +186,17 @@ def _settings(*names: str) -> Callable[[str], dict[str, dict[str, Any]]]:
             "angles, source": FULL | {"angles": True, "part": "source"},
             "source": {"part": "source"},
             "second": {"family": "second"},
-            "apart": {"family": "apart", "before": True},
-            "apart, aligned": {"family": "apart", "align": 400, "before": True},
+            "apart": {"family": "apart"},
+            "apart, aligned": {"family": "apart", "align": 400},
             "convnext": {"family": "convnext"},
             "convnext, alone full": {"kind": "alone", "family": "convnext"} | FULL,
             "convnext, snnet": SN_NET | {"family": "convnext", "adapted": "convnext, alone full"},
-            "gap linear": GAP | {"space": {"adapter": "linear", "rescale": "bilinear"}},
-            "gap conv3x3": GAP | {"space": {"adapter": "conv3x3_relu", "rescale": "bilinear"}},
-            "gap bottleneck": GAP | {"space": {"adapter": "bottleneck", "rescale": "bilinear"}},
-            "gap conv3x3 strided": GAP | {"space": {"adapter": "conv3x3_relu", "rescale": "strided"}},
-            "gap bottleneck strided": GAP | {"space": {"adapter": "bottleneck", "rescale": "strided"}},
-            "gap bottleneck undownsampled": GAP | {"space": {"adapter": "bottleneck", "rescale": "none"}},
+            "gap linear": GAP | {"space": WITHIN_NORMS | {"adapter": "linear", "rescale": "bilinear"}},
+            "gap conv3x3": GAP | {"space": WITHIN_NORMS | {"adapter": "conv3x3_relu", "rescale": "bilinear"}},
+            "gap bottleneck": GAP | {"space": WITHIN_NORMS | {"adapter": "bottleneck", "rescale": "bilinear"}},
+            "gap conv3x3 strided": GAP | {"space": WITHIN_NORMS | {"adapter": "conv3x3_relu", "rescale": "strided"}},
+            "gap bottleneck strided": GAP | {"space": WITHIN_NORMS | {"adapter": "bottleneck", "rescale": "strided"}},
+            "gap bottleneck undownsampled": GAP | {"space": WITHIN_NORMS | {"adapter": "bottleneck", "rescale": "none"}},
             "alone": {"kind": "alone"},
             "alone full": {"kind": "alone"} | FULL,
             "alone, as long as snnet": {"kind": "alone", "lasts": ("alone full", "snnet"), "rate_of": "alone"},
@@ -197,6 +215,16 @@ _DRAWS = ("esta", "uniform, teacher beside", "interval, teacher beside")
 _GAPS = ("gap linear", "gap conv3x3", "gap bottleneck", "gap conv3x3 strided", "gap bottleneck strided")
 _OTHERS = ("default", "alone full", "snnet", "alone", "alone, as long as snnet", "default, as long as snnet")
 _RATES = ("lower rate", "higher rate")
+_PEERS = [[name + ending for ending in RATES] for name in ("adapter", "adaptformer")]
+_SHOTS = [f"shots {number}" for number in SHOTS]
+_FEW = ("shots 1", "shots 4", "shots 8", "default", "shots 16")
+_SN_NETS = (*_SHOTS, *(f"{name}, {peer}" for name in _SHOTS for peer in ("snnet", "alone full")))
+_TIMED = (
+    ("default", "full, equal time"),
+    ("default, as long as adapted", "adapted"),
+    ("full, as long as adapted full", "adapted full"),
+    ("default", "no distillation, equal time"),
+)
 _BESIDE = ("teacher beside, equal time", "esta")  # the second tells how long a step of two routes takes
 _REMEDIES = (
     "anchor share a third",
@@ -212,24 +240,27 @@ CLAIMS = (
     Claim("a", "stitches interpolate between the anchors", "ESTA Figs 3, 4: smooth curves", _settings("default"), interpolate("default"), tried="on pictures 2,700 steps (a3); soft labels, other rates, fewer steps for the anchors (S5)"),
     Claim("a2", "so they do for anchors made otherwise", "-", _settings("second", "apart"), interpolate("second", "apart"), LANGUAGE),
     Claim("a3", "so they do after 2,700 steps, drawn evenly", "-", _settings("uniform, longer"), interpolate("uniform, longer"), VISION),
-    Claim("b1", "least squares beats Kaiming", "SN-Net Fig 8: yes", _settings("default", "kaiming"), start),
+    Claim("b1", "least squares beats Kaiming, before training and after", "SN-Net Fig 8: yes", _settings("fitted", "drawn", "default", "kaiming"), start),
     Claim("b2", "for shared layers `joint` beats `mean`", "ours; SN-Net: `mean`", _settings("default", "mean"), better("default", "mean"), VISION),
-    Claim("c1", "PST beats full fine-tuning", "ESTA Fig 6a: yes", _FACTORS, factor(0), VISION, tried="three rates of PST, two of full (LOG.md); lower ranks (i1)"),
-    Claim("c2", "adapt-and-stitch beats the same run on adapted anchors (h)", "ESTA Fig 6d: yes", _FACTORS, factor(1), VISION, tried="equal time (S4)"),
+    Claim("c1", "PST beats full fine-tuning", "ESTA Fig 6a: yes", _FACTORS, factor(0), VISION, tried="three rates of PST, two of full (LOG.md); lower ranks (i1); equal time (c6)"),
+    Claim("c2", "adapt-and-stitch beats the same run on adapted anchors (h)", "ESTA Fig 6d: yes", _FACTORS, factor(1), VISION, tried="equal time, as adapting takes twice as many steps more (c6)"),
     Claim("c3", "in-place distillation helps (g)", "ESTA Fig 9b: a little", _FACTORS, factor(2), VISION),
-    Claim("c4", "better than SN-Net in equal steps, for less memory and weights", "9.7 of 13.2 GB, 4.6 of 124.2 M", _settings(*_SN_NET), cost),
+    Claim("c4", "better than SN-Net in one stage and in three, in equal steps, for less memory and weights", "9.7 of 13.2 GB, 4.6 of 124.2 M", _settings(*_SN_NET), cost),
     Claim("c5", "in-place distillation helps ESTA as written", "ESTA Fig 9b: a little", _settings("esta", "esta, no distillation"), better("esta", "esta, no distillation")),
-    Claim("d", "stitches keep up with anchors tuned alone by LoRA", "ESTA Figs 3, 4: yes", _settings("default", "alone"), against_alone, tried="two steps of three are an anchor's (S2)"),
+    Claim("c6", "PST, adapt-and-stitch (of PST, of full) and distillation earn their place in equal time", "ESTA Fig 6", lambda task: _FACTORS(task) | _settings(*(name for pair in _TIMED for name in pair))(task), equal_time(*_TIMED), VISION),
+    Claim("d", "anchors in the run keep up with anchors tuned alone by LoRA, in as many steps", "ESTA Figs 3, 4: on par", _settings("default", "alone"), behind_alone(("default", "alone")), tried="two steps of three are an anchor's (S2)"),
     Claim("e1", "the bias a stitch beats none, and a scaled rank", "ESTA Fig 6b: yes", _settings("default", "no bias", "no bias, scaled rank"), better("default", "no bias", "no bias, scaled rank"), tried="on pictures four times the rate for the biases (LOG.md): worse"),
     Claim("e2", "and a LoRA of each stitch's own", "ESTA Fig 6b: yes", _settings("default", "stitch lora"), better("default", "stitch lora")),
     Claim("f1", "drawing by importance beats even draws", "ESTA Fig 6c: yes", _settings("default", "uniform", "interval"), better("default", "uniform", "interval"), tried="on pictures no floor (S5); six scores (LOG.md)"),
     Claim("f1b", "so it does in windows of two blocks", "-", _settings("windows of 2", "uniform, windows of 2"), better("windows of 2", "uniform, windows of 2"), LANGUAGE),
     Claim("f2", "so it does in ESTA as written", "ESTA Fig 6c: yes", _settings(*_DRAWS), better(*_DRAWS), VISION),
-    Claim("f3", "eta .9 beats .8 and .99", "ESTA Fig 9c: slightly", _settings("default", "eta 0.8", "eta 0.99"), better("default", "eta 0.8", "eta 0.99")),
-    Claim("i1", "the rank matters little", "ESTA Fig 7: barely", _settings("rank quarter", "rank half", "default"), ranks),
-    Claim("i2", "LoRA beats Adapter and AdaptFormer", "ESTA Fig 7: on par", _settings("default", "adapter", "adaptformer"), better("default", "adapter", "adaptformer"), VISION),
-    Claim("j", "more shots, better stitches", "ESTA Fig 8", _settings("default", "shots 1", "shots 4", "shots 8", "shots 16"), shots, VISION),
-    Claim("k", "stitches' gradients conflict more on the target", "ESTA Figs 2, 13: yes", _settings("angles, target", "angles, source"), angles, VISION),
+    Claim("f3", "eta .9 and .99 beat .8", "ESTA Fig 9c: slightly", _settings("default", "eta 0.8", "eta 0.99"), together(better("default", "eta 0.8"), better("eta 0.99", "eta 0.8"))),
+    Claim("i1", "the rank matters little", "ESTA Fig 7: barely", _settings("rank quarter", "rank half", "default"), alike("default", ("rank half",), ("rank quarter",))),
+    Claim("i2", "Adapter and AdaptFormer do as well as LoRA", "ESTA Fig 7: similar", _settings("default", *_PEERS[0], *_PEERS[1]), alike("default", *_PEERS), VISION, tried="three rates of each, the best stands here"),
+    Claim("j", "more shots, better stitches", "ESTA Fig 8", _settings(*_FEW), ascending(*_FEW), VISION),
+    Claim("j2", "with 1, 4, 8 and 16 shots better than SN-Net", "ESTA Fig 8: yes", _settings(*_SN_NETS), together(*(better(name, f"{name}, snnet") for name in _SHOTS)), VISION),
+    Claim("j3", "and anchors keep up with those tuned alone by LoRA", "ESTA Fig 8: on par", _settings(*_SHOTS, *(f"{name}, alone" for name in _SHOTS)), behind_alone(*((name, f"{name}, alone") for name in _SHOTS)), VISION),
+    Claim("k", "stitches' gradients conflict more on the target: larger angles, more beyond 90°", "ESTA Figs 2, 13: yes", _settings("angles, target", "angles, source"), angles, VISION),
     Claim("l", "the stitches that matter differ between tasks", "ESTA Fig 11: yes", _settings("default", "source", "uniform", "interval"), differ("default", "source", "uniform", "interval"), VISION),
     Claim("m", "ConvNeXt: a smooth curve, above SN-Net's", "ESTA Fig 9a: yes", _settings("convnext", "convnext, snnet", "convnext, alone full"), interpolate("convnext", peer="convnext, snnet"), VISION),
     Claim("n1", "fast to slow beats slow to fast", "SN-Net Fig 9a: for most", _settings("default", "slow to fast"), better("default", "slow to fast")),
@@ -247,14 +278,15 @@ CLAIMS = (
     Claim("S1d", "so it does there in a third of the steps", "ours: Spearman >= .6, 4 of 5", _settings("uniform, windows of 2"), importance("uniform, windows of 2"), LANGUAGE, tried="2,700 steps (S1c)"),
     Claim("S1e", "so it does in three seeds that nobody had looked at", "ours: Spearman >= .6, 4 of 5", _settings("uniform, longer, windows of 2, other seeds"), importance("uniform, longer, windows of 2, other seeds"), LANGUAGE, only_if="windows of two and 2,700 steps, set before these seeds ran"),
     Claim("S2", "no anchor starves: within 3 points of its own run, equal cost", "ours", _settings("default", *_BESIDE, "alone", "alone, equal cost"), starving("alone, equal cost", "default", "teacher beside, equal time"), tried="their share of the steps; all routes in one step, a taught small anchor (LOG.md); twice and 2.6 times the steps on language (S2b, S2d), without the teacher's word (S2c)"),
-    Claim("S2b", "the same where all take twice as long", "ours", _settings("default", "longer", "alone", "alone, as long as longer"), starving("alone, as long as longer", "longer"), LANGUAGE, tried="no word of the teacher (S2c)"),
-    Claim("S2c", "and without the teacher's word", "ours", _settings("default", "longer, no distillation", "alone", "alone, as long as longer"), starving("alone, as long as longer", "longer, no distillation"), LANGUAGE, only_if="1,800 steps, nobody's word and the mean over seeds, chosen after S2 and S2b failed"),
-    Claim("S2d", "and where all take as long as SN-Net's three stages", "ours", _settings("default", "alone full", "snnet", "default, as long as snnet", "alone", "alone, as long as snnet"), starving("alone, as long as snnet", "default, as long as snnet"), LANGUAGE, only_if="2.6 times the steps, tried after S2, S2b and S2c", tried="no word of the teacher at twice the steps (S2c)"),
-    Claim("S2e", "so they are in three seeds that nobody had looked at", "ours", _settings(*(name + OTHER for name in _OTHERS)), starving("alone, as long as snnet" + OTHER, "default, as long as snnet" + OTHER), LANGUAGE, only_if="2.6 times the steps, set before these seeds ran", tried="no word of the teacher (S2f)"),
-    Claim("S2f", "and there without the teacher's word", "ours", _settings(*(name + OTHER for name in (*_OTHERS, "untaught, as long as snnet"))), starving("alone, as long as snnet" + OTHER, "untaught, as long as snnet" + OTHER), LANGUAGE, only_if="2.6 times the steps and nobody's word, set before these seeds ran"),
+    Claim("S2b", "the same where all take twice as long", "ours", _settings("default", "longer", "alone", "alone, as long as longer"), starving("alone, as long as longer", "longer", cheaper="alone"), LANGUAGE, tried="no word of the teacher (S2c)"),
+    Claim("S2c", "and without the teacher's word", "ours", _settings("default", "longer, no distillation", "alone", "alone, as long as longer"), starving("alone, as long as longer", "longer, no distillation", cheaper="alone"), LANGUAGE, only_if="1,800 steps, nobody's word and the mean over seeds, chosen after S2 and S2b failed"),
+    Claim("S2d", "and where all take as long as SN-Net's three stages", "ours", _settings("default", "alone full", "snnet", "default, as long as snnet", "alone", "alone, as long as snnet"), starving("alone, as long as snnet", "default, as long as snnet", cheaper="alone"), LANGUAGE, only_if="2.6 times the steps, tried after S2, S2b and S2c", tried="no word of the teacher at twice the steps (S2c)"),
+    Claim("S2e", "so they are in three seeds that nobody had looked at", "ours", _settings(*(name + OTHER for name in _OTHERS)), starving("alone, as long as snnet" + OTHER, "default, as long as snnet" + OTHER, cheaper="alone" + OTHER), LANGUAGE, only_if="2.6 times the steps, set before these seeds ran", tried="no word of the teacher (S2f)"),
+    Claim("S2f", "and there without the teacher's word", "ours", _settings(*(name + OTHER for name in (*_OTHERS, "untaught, as long as snnet"))), starving("alone, as long as snnet" + OTHER, "untaught, as long as snnet" + OTHER, cheaper="alone" + OTHER), LANGUAGE, only_if="2.6 times the steps and nobody's word, set before these seeds ran"),
     Claim("S3", "the dial never goes down beyond chance", "ours", _settings("default"), monotone),
     Claim("S4", "the default beats ESTA and SN-Net in equal time", "ours: in every seed", _settings(*_SN_NET, "default, as long as snnet", "esta, equal time", "snnet, one stage, equal time"), equal_time(("default", "esta, equal time"), ("default, as long as snnet", "snnet"), ("default", "snnet, one stage, equal time")), tried="no word of the teacher, soft labels, fewer steps for anchors, floor, draws, `mean`, ridge (S5, S5b); rates and ranks, all routes in one step, four times the rate for stitching layers (LOG.md)"),
     Claim("S5", "the default beats what else was tried", "ours", _settings("default", *_REMEDIES), better("default", *_REMEDIES), VISION),
     Claim("S5b", "the default beats what else was tried", "ours", _settings("default", "uniform", "no distillation", "soft distillation"), better("default", "uniform", "no distillation", "soft distillation"), LANGUAGE),
-    Claim("S6", "an alignment stage lifts the valley of anchors apart", "ours", _settings("apart", "apart, aligned"), aligned, LANGUAGE),
+    Claim("S6", "an alignment stage lifts the valley of anchors apart", "ours", _settings("apart", "apart, aligned"), aligned, LANGUAGE, only_if="the loss before any fine-tune, of one pair of anchors (another, on the books: alignment-books.txt)"),
+    Claim("S6b", "and something of that is left after the fine-tune", "ours", _settings("apart", "apart, aligned"), better("apart, aligned", "apart"), LANGUAGE),
 )  # fmt: skip

@@ -140,11 +140,21 @@ def with_steps(run: Run, runs: list[Run], output: Path, here: dict) -> Run:
     return replace(run, training={**run.training, "max_steps": steps})
 
 
-def tabulate(found: list[dict[str, str]], made: dict[str, str], trained: str, task: str) -> str:
+def about(rows: list[Row]) -> str:
+    """Which code and machine measured the rows."""
+    commits = sorted({str(row["commit"])[:7] for row in rows})
+    unnamed = sum("model" not in row["machine"] for row in rows)
+    return f"{len(rows)} rows of the commits {' '.join(commits)}; {unnamed} of them do not say the processor's model"
+
+
+def tabulate(found: list[dict[str, str]], made: dict[str, str], head: str, task: str) -> str:
     """The table as text: anchors first, then a paragraph of columns for each claim."""
     widths = {"letter": 3, "claim": 32, "paper": 24, "here": 76, "verdict": 12}
-    lines = [f"Anchors of {name}: {text}" for name, text in made.items()]
-    lines += [f"Trained: {trained}", f"One claim alone: python benchmarks/evidence.py --task {task} --only LETTER", ""]
+    lines = [f"Trained: {text}" if name == "trained" else f"Anchors of {name}: {text}" for name, text in made.items()]
+    lines += textwrap.wrap(head, 150) + [
+        f"One claim alone: python benchmarks/evidence.py --task {task} --only LETTER",
+        "",
+    ]
     for row in [{"letter": "", **{name: name for name in list(widths)[1:]}}, *found]:
         cells = [textwrap.wrap(row[name], width) or [""] for name, width in widths.items()]
         for parts in itertools.zip_longest(*cells, fillvalue=""):
@@ -196,11 +206,10 @@ def main() -> None:
     runs = [run for run in done if row_path(output, run).is_file()]
 
     rows = Rows([Row(run.name, run.seed, read_row(row_path(output, run), here)) for run in runs])
-    if unnamed := [row for row in rows.rows if "model" not in row["machine"]]:
-        print(f"{len(unnamed)} of {len(rows.rows)} rows do not say the processor's model", file=sys.stderr)
     found = verdicts(claims, rows, options.task, len(options.seeds))
     made = {family or options.task: TASKS[options.task].made[family] for family in {run.family: None for run in runs}}
-    table = tabulate(found, made, TASKS[options.task].trained, options.task)
+    made["trained"] = TASKS[options.task].trained
+    table = tabulate(found, made, about(rows.rows), options.task)
     print(table)
     command = f"python benchmarks/evidence.py --task {options.task} --seeds {' '.join(map(str, options.seeds))}"
     command += " --no_run" * options.no_run
@@ -211,7 +220,7 @@ def main() -> None:
         "command": command,
         "seconds_of_one_thread": round(seconds),
         "seeds": options.seeds,
-        "anchors": made | {"trained": TASKS[options.task].trained},
+        "anchors": made,
         "commits_of_the_rows": sorted({str(row.content["commit"]) for row in rows.rows}),
         "claims": found,
     }

@@ -2,7 +2,8 @@
 
 A comparison is paired by seed. It `holds` where the difference has the claimed sign in every seed and its mean is beyond chance (one-sided
 t-test, 5 %), `does not` where the same is true of the other sign, and is `open` otherwise: of comparisons without any difference one in
-ten still gets a verdict. Quality is in points of 100.
+ten still gets a verdict. What is compared is the dial; where no run of either setting publishes anything but anchors, the dial is
+an anchor's, and the mean of all sizes decides. Quality is in points of 100.
 """
 
 from __future__ import annotations
@@ -44,34 +45,28 @@ def several(verdicts: Sequence[str]) -> str:
 
 
 def better(name: str, *others: str) -> Callable[[Rows, str], Verdict]:
-    """`name` above each of `others` by the dial; the mean over all stitches, and what trains, stand beside it."""
+    """`name` above each of `others`; dial, mean of all sizes and what trains stand there."""
+    return together(*(lambda rows, task, other=other: _compared(rows, name, other) for other in others))
 
-    def judge(rows: Rows, task: str) -> Verdict:
-        parts, found = [], []
-        for other in others:
-            dial = rows.differences(name, other, lambda row: row.front)
-            mean = rows.differences(name, other, lambda row: row.mean)
-            times = rows[other][0]["trained"] / rows[name][0]["trained"]
-            trained = "" if abs(times - 1) < 0.005 else f" with {times:.2f} times as much to train"
-            parts.append(f"dial {spread(dial)}, all {spread(mean)} over {other}{trained}")
-            found.append(sign(dial))
-        return "; ".join(parts), several(found)
 
-    return judge
+def _compared(rows: Rows, name: str, other: str) -> Verdict:
+    dial = rows.differences(name, other, lambda row: row.front)
+    mean = rows.differences(name, other, lambda row: row.mean)
+    times = rows[other][0]["trained"] / rows[name][0]["trained"]
+    trained = "" if abs(times - 1) < 0.005 else f" with {times:.2f} times as much to train"
+    here = f"dial {spread(dial)}, all {spread(mean)} over {other}{trained}"
+    if any(row.publishes_stitches for row in (*rows[name], *rows[other])):
+        return here, sign(dial)
+    return f"{here} (anchors alone are published)", sign(mean)
 
 
 def start(rows: Rows, task: str) -> Verdict:
+    """Held-out loss of all sizes before any training, then the dial after it."""
+    fitted, drawn = (rows.each(name, lambda row: statistics.mean(row["loss"].values())) for name in ("fitted", "drawn"))
     here, verdict = better("default", "kaiming")(rows, task)
-    if task == "language":  # pictures meet new heads, which know nothing before training
-        before = [
-            f"{name} {spread([100 * statistics.mean(r['before'].values()) for r in rows[name]])}"
-            for name in ("default", "kaiming")
-        ]
-        losses = [
-            f"{spread([statistics.mean(r['loss'].values()) for r in rows[n]], 2)}" for n in ("default", "kaiming")
-        ]
-        here += "; before training: " + ", ".join(before) + "; loss of all after: " + " and ".join(losses)
-    return here, verdict
+    before = f"before training, loss of all {spread(fitted, 2)} and {spread(drawn, 2)} with kaiming"
+    lower = sign([other - value for value, other in zip(fitted, drawn, strict=True)])
+    return f"{before}; after it {here}", f"{lower} / {verdict}"
 
 
 def factor(index: int) -> Callable[[Rows, str], Verdict]:
@@ -97,7 +92,8 @@ def factor(index: int) -> Callable[[Rows, str], Verdict]:
 
 
 def cost(rows: Rows, task: str) -> Verdict:
-    """Quality, memory of training and numbers that train, of the default against SN-Net in one stage of as many steps."""
+    """Quality of the default against SN-Net's in one stage, then in its own three, of as many steps without those of the anchors;
+    memory of training and numbers that train against the former."""
     parts, peer = [], "snnet, one stage"
     for name in ("default", "esta", peer, "snnet"):
         one = rows[name]
@@ -106,34 +102,59 @@ def cost(rows: Rows, task: str) -> Verdict:
             f"{name}: {one[0]['settings']['max_steps']} steps, {one[0]['trained']:,} train, {spread(memory, 0) if memory else '-'} MB, "
             f"{spread([r['train_seconds'] for r in one], 0)} s, dial {spread([r.front for r in one])}"
         )
-    better = rows.differences("default", peer, lambda row: row.front)
+    quality = [_compared(rows, "default", other)[1] for other in (peer, "snnet")]
     less = rows.differences(peer, "default", lambda row: row["memory_mb"] or 0.0)
     fewer = rows.differences(peer, "default", lambda row: row["trained"])
-    return "; ".join(parts), " / ".join(map(sign, (better, less, fewer)))
+    return "; ".join(parts), " / ".join([*quality, sign(less), sign(fewer)])
 
 
-def dials(rows: Rows, *names: str) -> tuple[str, list[float]]:
-    values = {name: rows.each(name, lambda row: row.front) for name in names}
-    return ", ".join(f"{name} {spread(v)}" for name, v in values.items()), list(map(statistics.mean, values.values()))
+def alike(name: str, *others: Sequence[str]) -> Callable[[Rows, str], Verdict]:
+    """That `name` is as good as each of others, which is the best by the mean of several settings: not where the difference is
+    beyond chance, open where it is 2 points or more nevertheless."""
+
+    def judge(rows: Rows, task: str) -> Verdict:
+        parts, found = [], []
+        for peers in others:
+            best = max(peers, key=lambda peer: statistics.mean(rows.each(peer, lambda row: row.front)))
+            here, verdict = _compared(rows, name, best)
+            near = abs(statistics.mean(rows.differences(name, best, lambda row: row.front))) < 2
+            parts.append(here)
+            found.append("does not" if verdict != "open" else "holds" if near else "open")
+        return "; ".join(parts), several(found)
+
+    return judge
 
 
-def ranks(rows: Rows, task: str) -> Verdict:
-    here, means = dials(rows, "rank quarter", "rank half", "default")
-    return here, "holds" if max(means) - min(means) < 2 else "does not"
+def together(*judges: Callable[[Rows, str], Verdict]) -> Callable[[Rows, str], Verdict]:
+    """Several judgements of one claim."""
+
+    def judge(rows: Rows, task: str) -> Verdict:
+        found = [one(rows, task) for one in judges]
+        return "; ".join(here for here, _ in found), several([verdict for _, verdict in found])
+
+    return judge
 
 
-def shots(rows: Rows, task: str) -> Verdict:
-    here, means = dials(rows, "shots 1", "shots 4", "shots 8", "default", "shots 16")
-    return here, "holds" if means == sorted(means) else "does not"
+def ascending(*names: str) -> Callable[[Rows, str], Verdict]:
+    """Each setting above the one before it, by the dial."""
+
+    def judge(rows: Rows, task: str) -> Verdict:
+        dials = [rows.each(name, lambda row: row.front) for name in names]
+        here = ", ".join(f"{name} {spread(values)}" for name, values in zip(names, dials))
+        steps = [[b - a for a, b in zip(low, high, strict=True)] for low, high in zip(dials, dials[1:])]
+        return here, several([sign(step) for step in steps])
+
+    return judge
 
 
 def angles(rows: Rows, task: str) -> Verdict:
-    parts, means = [], []
+    """Larger angles, and more pairs that pull apart."""
+    parts, found = [], []
     for name in ("angles, target", "angles, source"):
         mean, above = ([row["angles"][what] for row in rows[name]] for what in ("mean", "above_90"))
         parts.append(f"{name.split(', ')[1]} {spread(mean)}°, {spread([100 * a for a in above], 0)} % above 90°")
-        means.append(mean)
-    return "; ".join(parts), sign([a - b for a, b in zip(*means)])
+        found.append((mean, above))
+    return "; ".join(parts), " / ".join(sign([a - b for a, b in zip(*pair)]) for pair in zip(*found))
 
 
 def differ(name: str, other: str, *same: str) -> Callable[[Rows, str], Verdict]:
@@ -191,10 +212,20 @@ def counted(rows: Rows, task: str) -> Verdict:
 
 
 def equal_time(*pairs: tuple[str, str]) -> Callable[[Rows, str], Verdict]:
-    """Each pair is two settings that took as long, all stages counted: SN-Net adapts its anchors first."""
+    """Each pair is two settings that were to take as long, all stages counted: SN-Net adapts its anchors first."""
+
+    def seconds(rows: Rows, name: str) -> list[float]:
+        adapted = rows[name][0]["run"]["adapted"]
+        own = rows.each(name, lambda row: row["train_seconds"])
+        return [a + b for a, b in zip(own, seconds(rows, adapted))] if adapted else own
 
     def judge(rows: Rows, task: str) -> Verdict:
-        found = [better(one, other)(rows, task) for one, other in pairs]
-        return "; ".join(here for here, _ in found), several([verdict for _, verdict in found])
+        parts, found = [], []
+        for one, other in pairs:
+            here, verdict = better(one, other)(rows, task)
+            times = " to ".join(spread(seconds(rows, name), 0) for name in (one, other))
+            parts.append(f"{one}: {here}, {times} s")
+            found.append(verdict)
+        return "; ".join(parts), several(found)
 
     return judge

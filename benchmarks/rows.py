@@ -64,17 +64,26 @@ class Row:
         return len(pairs), worse, beyond
 
     @property
-    def front(self) -> float:
-        """Mean quality that a dial of ten budgets gives, from the smallest to the largest stitch: chosen on one half, judged
-        on the other, both ways."""
+    def by_budget(self) -> list[tuple[float, float]]:
+        """`(parameters, quality)` that a dial gives at ten budgets, from the smallest to the largest stitch: chosen on one half,
+        judged on the other, both ways."""
         params = {stitch["key"]: stitch["params"] for stitch in self["stitches"]}
-        low, high, values = min(params.values()), max(params.values()), []
-        for half in (0, 1):
-            dial = self.dial(half)
-            for step in range(10):
-                budget = low + (high - low) * step / 9
-                values.append([quality for key, quality in dial if params[key] <= budget][-1])
-        return statistics.mean(values)
+        low, high, dials = min(params.values()), max(params.values()), (self.dial(0), self.dial(1))
+        budgets = [low + (high - low) * step / 9 for step in range(10)]
+        return [
+            (budget, statistics.mean([value for key, value in dial if params[key] <= budget][-1] for dial in dials))
+            for budget in budgets
+        ]
+
+    @property
+    def front(self) -> float:
+        """Mean quality that the dial gives at those budgets."""
+        return statistics.mean(quality for _, quality in self.by_budget)
+
+    @property
+    def publishes_stitches(self) -> bool:
+        """Whether either dial has more than anchors on it."""
+        return any(key not in self.anchors for half in (0, 1) for key, _ in self.dial(half))
 
     def intervals(self) -> list[list[dict[str, Any]]]:
         """Its stitches by cost interval of training, those of two and more."""
@@ -102,7 +111,8 @@ class Rows:
         return [a - b for a, b in zip(self.each(name, measure), self.each(other, measure), strict=True)]
 
     def plot(self, path: Path, task: str) -> None:
-        """Quality against parameters: the default of every seed with anchors starred, and its peers' dials."""
+        """Quality against parameters: the default's stitches with anchors starred, and the dials it and its peers give, chosen on
+        one half of the held-out rows and judged on the other."""
         import matplotlib
 
         matplotlib.use("Agg")
@@ -114,29 +124,31 @@ class Rows:
             rows = self[name]
             if not rows:
                 continue
+            dials = [row.by_budget for row in rows]
+            budgets = [budget for budget, _ in dials[0]]
+            values = [[dial[i][1] for dial in dials] for i in range(len(budgets))]
+            label = f"{name}: the dial, mean and range of {len(rows)} seeds"
+            axis.plot(budgets, list(map(statistics.mean, values)), drawstyle="steps-post", color=colour, label=label)
+            axis.fill_between(
+                budgets, list(map(min, values)), list(map(max, values)), step="post", color=colour, alpha=0.15
+            )
             stitches = rows[0]["stitches"]
             size = [s["params"] for s in stitches]
             values = [[row.metric[s["key"]] for row in rows] for s in stitches]
             middle = [statistics.mean(v) for v in values]
-            best = [max(middle[: i + 1]) for i in range(len(middle))]
-            axis.step(
-                size, best, where="post", color=colour, label=f"{name}: the best that fits, mean of {len(rows)} seeds"
-            )
             if name == "default":
-                axis.errorbar(
-                    size, middle, [(v and max(v) - min(v)) / 2 for v in values], fmt="o", ms=4, color=colour, alpha=0.7,
-                    label="its stitches, half the range over seeds",
-                )  # fmt: skip
+                reach = [
+                    [m - min(v) for m, v in zip(middle, values)],
+                    [max(v) - m for m, v in zip(middle, values)],
+                ]
+                axis.errorbar(size, middle, reach, fmt="o", ms=4, color=colour, alpha=0.7, label="its stitches")
             stars = [i for i, s in enumerate(stitches) if s["anchor"]]
             axis.plot([size[i] for i in stars], [middle[i] for i in stars], "*", ms=15, color=colour, mec="black")
         alone = self["alone"]
         if alone and self["default"]:
-            own = self["default"][0]["stitches"]
-            size = [s["params"] for s in own if s["anchor"]]
-            order = sorted(s["key"] for s in own if s["anchor"])
-            params = {s["key"]: s["params"] for s in own}
-            size = [params[key] for key in order]
-            quality = [statistics.mean(row.metric[str(i)] for row in alone) for i in range(len(order))]
+            params = {s["key"]: s["params"] for s in self["default"][0]["stitches"] if s["anchor"]}
+            size = [params[key] for key in sorted(params)]
+            quality = [statistics.mean(row.metric[str(i)] for row in alone) for i in range(len(size))]
             axis.plot(size, quality, "D", color="black", label="anchor tuned alone by LoRA")
         axis.set_xlabel("parameters of the stitch")
         axis.set_ylabel("accuracy (%)" if task == "vision" else "exact match (%)")

@@ -71,14 +71,14 @@ def _stitched(run: Run, task: Any, arguments: Any, cache: Path, smoke: bool) -> 
         row["aligned_seconds"] = round(time.process_time() - start, 1) if run.align else 0.0
         row |= {"r2": found.r2, "loss_fitted": found.loss, "loss_unaligned": found.loss_unaligned}
     row["calibration_seconds"] = round(time.process_time() - start, 1)
+    held_out = _batches(task)
+    if run.kind == "untrained":
+        return row | {"train_seconds": 0.0} | _quality(model, held_out, task.metric)
     pst = run.pst if run.pst.get("full") else {"rank": task.rank, **run.pst}
     model.attach_pst(sl.PSTConfig(**pst))
     if run.peer:
         attach_peer(model, run.peer, _ranks(task))
     row["trained"] = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    held_out = _batches(task)
-    if run.before:
-        row["before"] = _quality(model, held_out, task.metric)[task.metric]
     trainer = getattr(sl, task.trainer)(
         model=model, args=arguments, train_dataset=task.train, data_collator=task.collate
     )

@@ -22,7 +22,8 @@ class Run:
     Attributes:
         name: of the setting, equal over seeds.
         space, pst, training: options of `StitchSpace`, `PSTConfig` and `StitchTrainingArguments` unlike the task's own.
-        kind: `"stitched"`, or `"alone"`: each anchor by plain PEFT LoRA, or whole where `pst` says `full`.
+        kind: `"stitched"`; `"untrained"`, the same without any training; or `"alone"`: each anchor by plain PEFT LoRA, or whole
+            where `pst` says `full`.
         family: anchors other than the task's first family.
         init: start of the stitching layers: `"joint"`, `"mean"` (both least squares) or `"kaiming"`.
         ridge: of the least squares, relative to the mean variance of the features.
@@ -32,7 +33,6 @@ class Run:
         part: of the task's data: `"source"`, what the anchors were pretrained on (vision); all for `""`.
         shots: pictures a class (vision); 0 is the task's own.
         angles: also the pairwise gradient angles between stitches at the end.
-        before: also the quality of every stitch before training.
         hits: also which held-out rows each stitch got right.
         lasts: names of runs of this seed; this one takes as many steps as fit into their seconds.
         rate_of: the run whose seconds a step tell how many those are.
@@ -54,7 +54,6 @@ class Run:
     part: str = ""
     shots: int = 0
     angles: bool = False
-    before: bool = False
     hits: bool = False
     lasts: tuple[str, ...] = ()
     rate_of: str = ""
