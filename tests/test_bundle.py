@@ -8,9 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import FAMILIES, fresh, ids_like, randomise, spread
-from image_anchors import vit
+from image_anchors import FAMILIES as IMAGE_FAMILIES
+from image_anchors import build, vit
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    LlamaForCausalLM,
+)
 
 from stitched_llama import PSTConfig, StitchedLlamaForCausalLM, StitchedViTForImageClassification
 from stitched_llama.bundles import CARD, CONFIG, GENERATION, TABLE, WEIGHTS
@@ -113,6 +121,39 @@ def test_an_object_that_was_changed_is_not_taken_for_its_files(anchors, tmp_path
     with pytest.raises(ValueError, match=r"does not know where anchor 1 lies: pass anchors=\[\.\.\.\]"):
         load(tmp_path)
     assert_equal(load(tmp_path, anchors=[LlamaForCausalLM.from_pretrained(anchors["unequal"][0]), plain]), model)
+
+
+@pytest.mark.parametrize("part", ["attention.q_proj.weight", "running_mean"])
+def test_an_image_object_that_was_changed_is_not_taken_for_its_files(part, tmp_path):
+    """A ViT's files name their tensors otherwise than its memory does; running statistics are no parameters."""
+    family = "resnet" if part == "running_mean" else "vit"
+    stitched_class, _, options = IMAGE_FAMILIES[family]
+    for number, anchor in enumerate(build(family)):
+        anchor.save_pretrained(tmp_path / str(number))
+
+    def objects(change):
+        found = [AutoModelForImageClassification.from_pretrained(tmp_path / str(n)) for n in range(2)]
+        found[1].state_dict()[next(name for name in found[1].state_dict() if name.endswith(part))].add_(change)
+        return found
+
+    def stitch(change):
+        torch.manual_seed(0)
+        model = stitched_class.from_anchors(objects(change), **options)
+        model.save_pretrained(tmp_path / "b")
+        return model
+
+    stitch(0)
+    stitched_class.from_pretrained(tmp_path / "b")
+    with pytest.raises(ValueError, match="anchor 1 changed"):
+        stitched_class.from_pretrained(tmp_path / "b", anchors=objects(1))
+    changed = stitch(1)
+    with pytest.raises(ValueError, match="does not know where anchor 1 lies"):
+        stitched_class.from_pretrained(tmp_path / "b")
+    again = stitched_class.from_pretrained(tmp_path / "b", anchors=objects(1))
+    pixels = torch.randn(2, 3, changed.config.image_size, changed.config.image_size)
+    assert all(torch.equal(again(pixels, stitch_id=k).logits, changed(pixels, stitch_id=k).logits) for k in again.keys)
+    with pytest.raises(ValueError, match="anchor 1 changed"):
+        stitched_class.from_pretrained(tmp_path / "b", anchors=objects(0))
 
 
 def test_an_object_that_carries_something_is_refused(anchors, bundle):

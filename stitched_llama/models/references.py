@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
@@ -56,8 +57,7 @@ def weight_files(name_or_path: str, needed: Callable[[str], bool] | None = None,
 
 def fingerprint_in_memory(model: PreTrainedModel) -> dict[str, str]:
     """Digests of the parts of an anchor that was handed over as an object."""
-    tied = set(model.all_tied_weights_keys)
-    return fingerprint_tensors({name: t for name, t in model.named_parameters() if name not in tied})
+    return fingerprint_tensors(_weights(model))
 
 
 def reference_to(model: PreTrainedModel) -> dict[str, Any]:
@@ -66,19 +66,38 @@ def reference_to(model: PreTrainedModel) -> dict[str, Any]:
     name = model.name_or_path
     try:
         files = weight_files(name) if name else {}
-    except (ValueError, OSError):
-        files = {}
-    own = dict(model.named_parameters())
-    for path in set(files.values()):
-        with safe_open(path, framework="pt") as file:
-            for tensor in (t for t in file.keys() if t in own and own[t].is_floating_point()):
-                if not torch.equal(file.get_tensor(tensor).to(own[tensor].dtype), own[tensor].cpu()):
-                    files = {}
-                    break
-    if not files:
+        equal = bool(files) and _equals_files(model, files)
+    except (ValueError, OSError, RuntimeError):
+        equal = False
+    if not equal:
         return {"name_or_path": None, "revision": None, "fingerprint": fingerprint_in_memory(model)}
     revision = commit_of(files)
     return {"name_or_path": name, "revision": revision, "fingerprint": fingerprint_files(sorted(set(files.values())))}
+
+
+def _weights(model: PreTrainedModel) -> dict[str, Tensor]:
+    """What a checkpoint of the model holds: parameters and running statistics, those that are tied once."""
+    kept = model.state_dict().keys() - set(model.all_tied_weights_keys)
+    return {name: t for name, t in [*model.named_parameters(), *model.named_buffers()] if name in kept}
+
+
+def _equals_files(model: PreTrainedModel, files: Mapping[str, Path]) -> bool:
+    """Whether every floating-point weight is in the files and equal; what is quantised in memory is left out."""
+    own = {name: tensor for name, tensor in _weights(model).items() if tensor.is_floating_point()}
+
+    def equal(name: str, stored: Tensor) -> bool:
+        return torch.equal(stored.to(own[name].dtype), own[name].cpu())
+
+    if own.keys() <= files.keys():
+        for path in set(files.values()):
+            with safe_open(path, framework="pt") as file:
+                if not all(equal(name, file.get_tensor(name)) for name in own if files[name] == path):
+                    return False
+        return True
+    # older checkpoints name their tensors otherwise; only Transformers knows which is which
+    stored, info = type(model).from_pretrained(model.name_or_path, use_safetensors=True, output_loading_info=True)
+    found = _weights(stored)
+    return not info["missing_keys"] and all(name in found and equal(name, found[name].cpu()) for name in own)
 
 
 def check_plain(model: PreTrainedModel, index: int) -> None:
