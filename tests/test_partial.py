@@ -1,6 +1,7 @@
 """Bundles in part: one size, only its shards, the published sizes, stitching layers in 8 bits."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from test_bundle import IDS, assert_equal, contents, load, logits, tensors
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM
 
 from stitched_llama import PSTConfig, StitchedLlamaForCausalLM
-from stitched_llama.bundles import dequantize_rows, quantize_rows
+from stitched_llama.bundles import WEIGHTS, dequantize_rows, quantize_rows
 
 
 @pytest.mark.parametrize("how", ["stitch_id", "key", "budget", "auto"])
@@ -81,6 +82,19 @@ def test_one_size_opens_only_the_shards_it_needs(anchors, tmp_path):
     assert torch.equal(logits(part), logits(whole, stitch.key))
     with pytest.raises((ValueError, OSError), match="anchor|shard|safetensors"):
         load(tmp_path / "bundle")
+
+
+def test_a_folder_saved_in_shards_and_then_in_one_file_is_read_from_the_file(anchors, tmp_path):
+    folders = sharded(anchors["unequal"], tmp_path)
+    large = LlamaForCausalLM.from_pretrained(folders[1])
+    with torch.no_grad():
+        large.model.layers[4].mlp.up_proj.weight.mul_(2)
+    large.save_pretrained(tmp_path / "new")
+    shutil.copy(tmp_path / "new" / WEIGHTS, folders[1])  # as a download of both has it
+    whole = fresh(folders)
+    whole.save_pretrained(tmp_path / "bundle")
+    assert torch.equal(whole.anchors[1](IDS).logits, large(IDS).logits)
+    assert torch.equal(logits(load(tmp_path / "bundle", stitch_id=3)), logits(whole, whole.keys[3]))
 
 
 def test_published_stitches_alone(made, tmp_path):

@@ -35,24 +35,25 @@ def anchor_config(name_or_path: str, **options: Any) -> PreTrainedConfig:
 
 
 def weight_files(name_or_path: str, needed: Callable[[str], bool] | None = None, **hub: Any) -> dict[str, Path]:
-    """Tensor name -> safetensors file that holds it, of a folder or Hub repository; fetches only files that are needed.
+    """Tensor name -> safetensors file that holds it, of a folder or Hub repository; fetches only files that are needed. One
+    file goes before shards, as Transformers has it.
 
     Raises:
         ValueError: there are no safetensors weights.
     """
     hub = {name: value for name, value in hub.items() if name in HUB_OPTIONS and value is not None}
     quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_gated_repo": True}
-    index = cached_file(name_or_path, _INDEX, **quiet, **hub)
-    if index is not None:
-        shards = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
-        wanted = {tensor: shard for tensor, shard in shards.items() if needed is None or needed(tensor)}
-        files = {shard: Path(cached_file(name_or_path, shard, **hub)) for shard in sorted(set(wanted.values()))}
-        return {tensor: files[shard] for tensor, shard in wanted.items()}
     weights = cached_file(name_or_path, WEIGHTS, **quiet, **hub)
-    if weights is None:
+    if weights is not None:
+        header, _ = read_header(Path(weights))
+        return {tensor: Path(weights) for tensor in header if needed is None or needed(tensor)}
+    index = cached_file(name_or_path, _INDEX, **quiet, **hub)
+    if index is None:
         raise ValueError(f"{name_or_path} has no {WEIGHTS}: only safetensors weights are read; convert it first")
-    header, _ = read_header(Path(weights))
-    return {tensor: Path(weights) for tensor in header if needed is None or needed(tensor)}
+    shards = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+    wanted = {tensor: shard for tensor, shard in shards.items() if needed is None or needed(tensor)}
+    files = {shard: Path(cached_file(name_or_path, shard, **hub)) for shard in sorted(set(wanted.values()))}
+    return {tensor: files[shard] for tensor, shard in wanted.items()}
 
 
 def fingerprint_in_memory(model: PreTrainedModel) -> dict[str, str]:
