@@ -419,7 +419,9 @@ def test_settings_without_a_part_in_full_training_are_refused(settings):
 def test_other_mistakes_are_named():
     with pytest.raises(ValueError, match="stitching_rank is 'auto': a whole number, None .* or 'full'"):
         PSTConfig(stitching_rank="auto")
-    with pytest.raises(ValueError, match="num_labels shape anchors as they are loaded: name folders or Hub ids"):
+    with pytest.raises(
+        ValueError, match="num_labels shape anchors as they are loaded, anchor 0 is a model already: name folders or"
+    ):
         sl.StitchedViTForImageClassification.from_anchors(build("vit"), num_labels=3)
     turned = vit(24, 3, id2label={i: f"class {6 - i}" for i in range(7)})
     with pytest.raises(ValueError, match="class 0 is 'class 0' in anchor 0 and 'class 6' in anchor 1; .* by id2label"):

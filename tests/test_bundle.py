@@ -172,6 +172,19 @@ def test_an_object_that_carries_something_is_refused(anchors, bundle):
         StitchedLlamaForCausalLM.from_anchors(objects)
 
 
+@pytest.mark.parametrize(
+    "option",
+    [{"dtype": torch.bfloat16}, {"attn_implementation": "eager"}, {"device_map": "cpu"}, {"quantization_config": {}}],
+)
+def test_options_of_loading_are_refused_for_objects(option, made, bundle, anchors):
+    objects = [anchors["unequal"][0], LlamaForCausalLM.from_pretrained(anchors["unequal"][1])]
+    named = f"{next(iter(option))} shape anchors as they are loaded, anchor 1 is a model already: name folders or Hub"
+    for stitch in (StitchedLlamaForCausalLM.from_anchors, lambda given, **how: load(bundle, anchors=given, **how)):
+        with pytest.raises(ValueError, match=named):
+            stitch(objects, **option)
+    assert_equal(AutoModelForCausalLM.from_pretrained(bundle, anchors=objects), made)
+
+
 def test_the_configuration_of_an_anchor_is_the_bundles(anchors, tmp_path):
     """Of files whose config.json says otherwise now, whole and in part."""
     own = [shutil.copytree(folder, tmp_path / str(n)) for n, folder in enumerate(anchors["unequal"])]

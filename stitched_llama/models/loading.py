@@ -43,6 +43,19 @@ def take(kwargs: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
     return {name: value for name, value in taken.items() if value is not None}
 
 
+def check_options(anchors: Iterable[Any], options: Mapping[str, Any]) -> None:
+    """Refuses options of loading where an anchor is loaded already.
+
+    Raises:
+        ValueError: names the options.
+    """
+    given = [index for index, anchor in enumerate(anchors) if not isinstance(anchor, (str, os.PathLike))]
+    if given and options:
+        raise ValueError(
+            f"{', '.join(options)} shape anchors as they are loaded, anchor {given[0]} is a model already: name folders or Hub ids"
+        )
+
+
 class _Needed:
     """Which tensors of an anchor a set of routes needs."""
 
@@ -274,6 +287,7 @@ def load_anchors(
         raise ValueError(
             f"{len(given)} anchors given, the bundle has {len(config.anchors)}: give one for each, small to large"
         )
+    check_options(given or (), load)
     loaded = []
     for index, reference in enumerate(config.anchors):
         source = given[index] if given is not None else reference["name_or_path"]

@@ -9,7 +9,7 @@ from transformers import AutoConfig
 
 from stitched_llama.space import SPACE_OPTIONS
 
-from .loading import LOAD_OPTIONS, load_anchor, take
+from .loading import LOAD_OPTIONS, check_options, load_anchor, take
 from .references import HUB_OPTIONS, anchor_config, check_plain, commit_of, reference_to, weight_files
 
 
@@ -59,10 +59,7 @@ class AnchorsMixin:
             raise ValueError(
                 f"anchors is {os.fspath(anchors)!r}: a list of two or more anchors is needed, small to large"
             )
-        if fields and not all(isinstance(a, (str, os.PathLike)) for a in anchors):
-            raise ValueError(
-                f"{', '.join(fields)} shape anchors as they are loaded: name folders or Hub ids, not models"
-            )
+        check_options(anchors, {**fields, **load})
         names = [os.fspath(a) if isinstance(a, os.PathLike) else a for a in anchors]
         names = [os.path.abspath(a) if isinstance(a, str) and os.path.isdir(a) else a for a in names]
         configs = [anchor_config(a, **fields, **hub) if isinstance(a, str) else _stored(a) for a in names]
