@@ -54,6 +54,7 @@ def test_a_size_that_was_never_evaluated_can_be_saved_and_chosen(made, tmp_path)
     with pytest.raises(ValueError, match=r"budget '9' is too small: the smallest of the 1 loaded sizes is stitch 3"):
         part.generate(IDS, budget=9, max_new_tokens=1)
     part.save_pretrained(tmp_path / "part")
+    assert_equal(load(tmp_path / "part"), made, part.keys)
 
 
 def sharded(folders, target):

@@ -133,14 +133,16 @@ class StitchTable:
         return rows
 
     def to_dict(self, space: StitchSpace, keys: Iterable[str] | None = None) -> dict[str, Any]:
-        """The content of `stitches.json`, for the stitches at hand (all of the space by default)."""
+        """The content of `stitches.json`, for the stitches at hand (all of the space by default); a deciding metric that none of
+        them has is left out."""
         wanted = None if keys is None else set(keys)
+        rows = self.to_rows(s for s in space if wanted is None or s.key in wanted)
         return {
             "space_digest": space.digest,
-            "metric": self.metric,
+            "metric": self.metric if any(self.metric in row["metrics"] for row in rows) else None,
             "interval_count": self.interval_count,
             "importance_score": self.importance_score,
-            "stitches": self.to_rows(s for s in space if wanted is None or s.key in wanted),
+            "stitches": rows,
         }
 
     @classmethod
