@@ -46,6 +46,12 @@ def test_budget_that_cannot_be_read_shows_examples(text):
         Budget.parse(text)
 
 
+@pytest.mark.parametrize("text", ["24G", "24 g"])
+def test_a_bare_g_is_refused_with_both_spellings(text):
+    with pytest.raises(ValueError, match=f"{text}.*'24B' for parameters, '24GB' for memory"):
+        Budget.parse(text)
+
+
 @pytest.mark.parametrize("text", ["25 tok/s", "300 ms", "2s"])
 def test_budget_of_time_says_that_it_needs_a_profile(text):
     with pytest.raises(ValueError, match="profile"):
@@ -182,6 +188,9 @@ def test_table_round_trip(llamas):
     assert [row["key"] for row in content["stitches"] if row["published"]] == ["1[0:40]"]
     part = table.to_dict(llamas, ["1[0:40]"])
     assert [row["stitch_id"] for row in part["stitches"]] == [40]
+    part = table.to_dict(llamas, ["0[0:32]"])
+    assert part["metric"] is None, "exact_match was measured on the largest anchor alone"
+    assert StitchTable.from_dict(part).published([llamas["0[0:32]"]]) == ["0[0:32]"]
 
 
 def test_table_decides_by_the_first_metric_or_the_one_told():

@@ -7,7 +7,8 @@ from decimal import Decimal
 
 from .stitch import Stitch
 
-_DECIMAL = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9, "t": 10**12}
+_DECIMAL = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
+_MACS = _DECIMAL | {"g": 10**9}
 _BYTES = {unit + "b": 1000**i for i, unit in enumerate(("", "k", "m", "g", "t"))} | {
     unit + "ib": 1024**i for i, unit in enumerate(("", "k", "m", "g", "t")) if unit
 }
@@ -35,7 +36,8 @@ class Budget:
         """Reads a budget; a bare number counts parameters.
 
         Raises:
-            ValueError: the text is no budget, or is in a unit that needs a device profile.
+            ValueError: the text is no budget, is in a unit that needs a device profile, or is `24G`, which may be parameters or
+                memory.
         """
         if isinstance(budget, Budget):
             return budget
@@ -50,8 +52,12 @@ class Budget:
             raise ValueError(f"budget {text!r} is a time: that needs a profile of the device; {_EXAMPLES}")
         if number <= 0:
             raise ValueError(f"budget {text!r} is not above zero; {_EXAMPLES}")
-        if unit.endswith("macs") and unit[:-4] in _DECIMAL:
-            return cls("macs", float(number * _DECIMAL[unit[:-4]]), text)
+        if unit.endswith("macs") and unit[:-4] in _MACS:
+            return cls("macs", float(number * _MACS[unit[:-4]]), text)
+        if unit == "g":
+            raise ValueError(
+                f"budget {text!r} may be parameters or memory: write '{match[1]}B' for parameters, '{match[1]}GB' for memory"
+            )
         if unit in _DECIMAL:  # "b" alone is billions of parameters, not bytes
             return cls("params", float(number * _DECIMAL[unit]), text)
         if unit in _BYTES:
