@@ -55,7 +55,7 @@ def test_biases_head_sizes_and_ties_count_right(family, fields, tied):
 
 
 def route_tensors(model, stitch):
-    """The tensors one stitch needs as deployed, each once; adapters, which merge, left out."""
+    """The tensors one stitch needs before PST, each once."""
     first, last = (model.anchors[stitch.segments[i].anchor] for i in (0, -1))
     modules = [first.model.embed_tokens, last.model.norm, last.lm_head]
     modules += [model.anchors[a].model.layers[b] for a, b in stitch.blocks()]

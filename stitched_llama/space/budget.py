@@ -22,7 +22,8 @@ class Budget:
     """An upper limit on one cost.
 
     Attributes:
-        kind: `"params"`, `"memory_bytes"` (weights and the KV cache of the context) or `"macs"`.
+        kind: `"params"`, `"memory_bytes"` (weights and the KV cache of the context; what PST adds is not counted, see
+            `Stitch`) or `"macs"`.
         limit: in units of that cost.
         text: as the user wrote it.
     """

@@ -61,7 +61,7 @@ def route_cost(
     stitching_layers: Sequence[StitchingLayerSpec],
     precision: Precision,
 ) -> Cost:
-    """Cost of one route as deployed: embedding of the first anchor, blocks, stitching layers, head of the last."""
+    """Cost of one route before PST: embedding of the first anchor, blocks, stitching layers, head of the last."""
     specs = [anchors[segments[0].anchor]]
     for segment, layer in zip(segments[1:], stitching_layers):
         specs.append(anchors[segment.anchor].entered_at(segment.start, layer.tail_grid))
