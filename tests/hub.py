@@ -13,6 +13,7 @@ class Hub(BaseHTTPRequestHandler):
 
     files: dict[str, dict[str, bytes]] = {}
     asked: list[str] = []
+    fetched: list[str] = []
     branches: set[str] = set()
     protocol_version = "HTTP/1.1"
 
@@ -72,6 +73,8 @@ class Hub(BaseHTTPRequestHandler):
         path = self.path.split("?")[0]
         parts = path.strip("/").split("/")
         self.asked.append(path)
+        if self.command == "GET":
+            self.fetched.append(path)
         if parts[:2] == ["api", "models"] and "/".join(parts[2:4]) in self.files:
             repo = "/".join(parts[2:4])
             rows = [

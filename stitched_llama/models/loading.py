@@ -99,6 +99,7 @@ def load_anchor(
     if needed is not None and (needed.all or getattr(config, "quantization_config", None)):
         needed = None
     files = weight_files(name_or_path, needed, **options)
+    options.pop("force_download", None)  # what it asks for is done
     fingerprint = fingerprint_files(sorted(set(files.values())))
     if needed is None:
         model, info = family.auto_class().from_pretrained(
@@ -154,6 +155,7 @@ def _load_image_anchor(
         config = copy.deepcopy(config)
         config.architectures = []  # the class with one head
     fingerprint = fingerprint_files(sorted(set(weight_files(name_or_path, **options).values())))
+    options.pop("force_download", None)  # what it asks for is done
     if options.get("quantization_config") is not None:
         options["quantization_config"] = _but_heads(options["quantization_config"], family)
     reports = logging.getLogger("transformers.modeling_utils")
@@ -236,11 +238,8 @@ def bundle_folder(name: str, hub: Mapping[str, Any]) -> Path:
     """
     if Path(name).is_dir():
         return Path(name)
-    options = {
-        key: hub[key] for key in ("revision", "token", "cache_dir", "local_files_only") if hub.get(key) is not None
-    }
     try:
-        return Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS, TABLE, GENERATION], **options))
+        return Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS, TABLE, GENERATION], **hub))
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise OSError(f"{name!r} is neither a folder here nor a bundle on the Hub in reach: {reason}") from error

@@ -71,7 +71,8 @@ class AnchorsMixin:
             if isinstance(name, str):
                 spec = config.stitch_space().anchors[index]
                 model, fingerprint = load_anchor(name, own, spec, index, None, bool(fields), **load, **hub)
-                revision = commit_of(weight_files(name, **hub)) or hub.get("revision")
+                files = weight_files(name, **{**hub, "force_download": False})
+                revision = commit_of(files) or hub.get("revision")
                 references.append({"name_or_path": name, "revision": revision, "fingerprint": fingerprint})
             else:
                 check_plain(model := name, index)
