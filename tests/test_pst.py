@@ -45,12 +45,13 @@ def test_a_layer_into_a_tail_narrower_than_a_quarter_has_a_default_rank():
         ({"rank": 0}, {"stitching_layers", "stitch_bias"}),
         ({"stitching_rank": 0}, {"lora", "stitch_bias"}),
         ({"stitch_bias": False}, {"lora", "stitching_layers"}),
+        ({"full": True}, {"anchors", "stitching_layers"}),
     ],
 )
 def test_what_trains_is_what_is_declared(settings, parts, anchors, capsys):
     model = fresh(anchors["unequal"])
     assert not any(parameter.requires_grad for parameter in model.parameters())
-    settings = PSTConfig(**{"rank": 16, **settings})
+    settings = PSTConfig(**settings)
     model.attach_pst(settings)
     counts = model.trainable_parameters()
     assert {name for name, count in counts.items() if count} == parts
@@ -58,7 +59,11 @@ def test_what_trains_is_what_is_declared(settings, parts, anchors, capsys):
     assert sum(counts.values()) == sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert PSTConfig.from_dict(model.config.pst) == settings
     model.print_trainable_parameters()
-    assert f"trainable params: {sum(counts.values()):,} " in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert f"trainable params: {sum(counts.values()):,} " in told
+    assert f"|| all params: {sum(p.numel() for p in model.parameters()):,} ||" in told
+    if settings.full:
+        assert told.endswith("trainable: 100.0000 %\n")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -278,10 +278,13 @@ class StitchedPreTrainedModel(AnchorsMixin, BundleMixin, PreTrainedModel):
     def print_trainable_parameters(self) -> None:
         """Prints what trains, part by part, against all parameters (as PEFT does)."""
         counts = self.trainable_parameters()
-        trained, total = sum(counts.values()), sum(anchor.num_parameters() for anchor in self.anchors)
+        total = sum(anchor.num_parameters() for anchor in self.anchors)  # two to a byte where they are in 4 bits
+        total += sum(p.numel() for name, p in self.named_parameters() if not name.startswith("anchors."))
+        trained = sum(counts.values())
         parts = ", ".join(f"{name} {count:,}" for name, count in counts.items())
-        share = 100 * trained / total
-        print(f"trainable params: {trained:,} ({parts}) || anchor params: {total:,} || trainable: {share:.4f} %")
+        print(
+            f"trainable params: {trained:,} ({parts}) || all params: {total:,} || trainable: {100 * trained / total:.4f} %"
+        )
 
     def stitch_parameters(self, stitch_id: int | str) -> list[tuple[str, nn.Parameter]]:
         """The named trainable tensors that lie on one stitch's route; of anchors that train whole, with all that they have
