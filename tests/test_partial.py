@@ -1,5 +1,6 @@
 """Bundles in part: one size, only its shards, the published sizes, stitching layers in 8 bits."""
 
+import inspect
 import json
 import shutil
 
@@ -116,6 +117,8 @@ def test_published_stitches_alone(made, tmp_path):
 def test_stitching_layers_in_8_bits(made, tmp_path):
     made.save_pretrained(tmp_path / "full")
     made.save_pretrained(tmp_path / "int8", stitching_dtype="int8")
+    made.save_pretrained(tmp_path / "full again")
+    assert contents(tmp_path / "full again") == contents(tmp_path / "full"), "one save decides nothing for the next"
     found = tensors(tmp_path / "int8")
     matrices = [name for name in found if name.startswith("stitching_layers") and name.endswith("proj.weight")]
     assert len(matrices) == len(made.space.stitching_layers)
@@ -127,6 +130,9 @@ def test_stitching_layers_in_8_bits(made, tmp_path):
         assert torch.equal(one, other) == ("[" in key and ">" not in key), key
     again.save_pretrained(tmp_path / "again")
     assert contents(tmp_path / "again") == contents(tmp_path / "int8")
+    again.save_pretrained(tmp_path / "floats", stitching_dtype=None)
+    assert all(t.is_floating_point() for t in tensors(tmp_path / "floats").values())
+    assert "stitching_dtype" in inspect.signature(made.save_pretrained).parameters
     assert torch.equal(logits(load(tmp_path / "int8", stitch_id=3)), logits(again, again.keys[3]))
     with pytest.raises(ValueError, match="'int4' is unknown"):
         made.save_pretrained(tmp_path / "x", stitching_dtype="int4")

@@ -135,20 +135,25 @@ class BundleMixin(BundleTensors):
         is_main_process: bool = True,
         stitches: str = "all",
         push_to_hub: bool = False,
+        stitching_dtype: str | None = "as loaded",
         **kwargs: Any,
     ) -> None:
         """Saves a bundle: trained parts, stitching layers, table, configs, model card. An interrupted save changes nothing.
 
         Args:
             stitches: `"all"`, or `"published"` to leave out everything that no published stitch needs.
-            stitching_dtype: `"int8"` halves the stitching layers' bytes against bfloat16 (kept on later saves).
+            stitching_dtype: `"int8"` halves the stitching layers' bytes against bfloat16, None keeps them as they are; by default
+                as the bundle has them that this model was loaded from.
+            kwargs: what `push_to_hub` takes; options of Transformers that mean nothing here are left alone.
 
         Raises:
             ValueError: `stitches` or `stitching_dtype` is unknown, or an anchor lies in that folder.
+            TypeError: an unknown argument.
         """
         if stitches not in ("all", "published"):
             raise ValueError(f"stitches {stitches!r} is unknown; 'all' or 'published' is needed")
-        stitching_dtype = kwargs.pop("stitching_dtype", self.config.stitching_dtype)
+        if stitching_dtype == "as loaded":
+            stitching_dtype = self.config.stitching_dtype
         if stitching_dtype not in (None, "int8"):
             raise ValueError(f"stitching_dtype {stitching_dtype!r} is unknown; None or 'int8' is needed")
         upload = take(kwargs, _UPLOAD)
