@@ -197,6 +197,16 @@ def test_the_configuration_of_an_anchor_is_the_bundles(anchors, tmp_path):
     assert torch.equal(logits(load(tmp_path / "b", stitch_id=2)), logits(model, 2))
 
 
+def test_special_tokens_are_the_bundles(made, tmp_path):
+    assert made.config.pad_token_id == made.anchors[-1].config.pad_token_id
+    for changed in ({"pad_token_id": 7, "eos_token_id": [2, 9]}, {"pad_token_id": None, "bos_token_id": None}):
+        for name, value in changed.items():
+            setattr(made.config, name, value)
+        made.save_pretrained(tmp_path / "b")
+        again = load(tmp_path / "b").config
+        assert {name: getattr(again, name) for name in changed} == changed
+
+
 def test_anchors_that_are_stored_in_8_bits(anchors, tmp_path):
     settings = BitsAndBytesConfig(load_in_8bit=True)
     folders = [str(tmp_path / str(n)) for n in range(2)]

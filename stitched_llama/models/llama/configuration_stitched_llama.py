@@ -1,5 +1,6 @@
 """Configuration of stitched decoders of LLaMA blocks."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -32,6 +33,15 @@ class StitchedLlamaConfig(StitchedConfig):
     bos_token_id: int | None = 1
     eos_token_id: int | list[int] | None = 2
 
+    @classmethod
+    def from_anchor_configs(cls, configs: Sequence[Any], **options: Any):
+        """As `StitchedConfig` has it; the special tokens are the largest anchor's until others are set."""
+        config = super().from_anchor_configs(configs, **options)
+        largest = config.anchor_config(-1)
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            setattr(config, name, getattr(largest, name, None))
+        return config
+
     def __post_init__(self, **kwargs: Any):
         super().__post_init__(**kwargs)
         if self.anchor_configs:
@@ -46,5 +56,3 @@ class StitchedLlamaConfig(StitchedConfig):
         self.head_dim = getattr(largest, "head_dim", None) or largest.hidden_size // largest.num_attention_heads
         lengths = [self.anchor_config(i).max_position_embeddings for i in range(len(self.anchor_configs))]
         self.max_position_embeddings = min(lengths)
-        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-            setattr(self, name, getattr(largest, name, None))
