@@ -7,6 +7,7 @@ from test_model import logits, saved
 from transformers import BitsAndBytesConfig, MobileNetV2Config, SwinConfig
 
 from stitched_llama import PSTConfig, StitchedLlamaForCausalLM, StitchSpace
+from stitched_llama.pst import attach_pst
 
 
 @pytest.mark.parametrize(
@@ -64,6 +65,13 @@ def test_what_trains_is_what_is_declared(settings, parts, anchors, capsys):
     assert f"|| all params: {sum(p.numel() for p in model.parameters()):,} ||" in told
     if settings.full:
         assert told.endswith("trainable: 100.0000 %\n")
+
+
+def test_biases_lie_where_the_route_begins(anchors):
+    model = fresh(anchors["unequal"])
+    alone, none = ["1[0:5]"], torch.nn.ModuleDict()  # an anchor alone has no stitching layer
+    bias = attach_pst(model.anchors.to("meta"), none, model.space, PSTConfig(rank=0), alone)
+    assert {parameter.device.type for parameter in bias.parameters()} == {"meta"}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

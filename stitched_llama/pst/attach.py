@@ -70,8 +70,11 @@ def attach_pst(
             module.update_layer = refuse_another  # PEFT would begin the same layer anew, or switch this one off
     if not config.stitch_bias:
         return None
-    device = next((p.device for p in stitching_layers.parameters()), torch.device("cpu"))
-    return StitchBias(space, [space[key] for key in keys], torch.float32, device)
+    stitches = [space[key] for key in keys]
+    index, block = stitches[0].blocks()[0]
+    name = FAMILIES[space.anchors[index].family].block_names(anchors[index])[block]
+    device = next(anchors[index].get_submodule(name).parameters()).device
+    return StitchBias(space, stitches, torch.float32, device)
 
 
 def refuse_another(*args: Any, **kwargs: Any) -> None:
