@@ -21,7 +21,7 @@ from stitched_llama.bundles import (
     fingerprint_files,
     part_of,
 )
-from stitched_llama.space import AnchorSpec, Stitch, anchor_spec
+from stitched_llama.space import AnchorSpec, Stitch, anchor_spec, first_line
 
 from .references import (
     HUB_OPTIONS,
@@ -241,8 +241,9 @@ def bundle_folder(name: str, hub: Mapping[str, Any]) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS, TABLE, GENERATION], **hub))
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise OSError(f"{name!r} is neither a folder here nor a bundle on the Hub in reach: {reason}") from error
+        raise OSError(
+            f"{name!r} is neither a folder here nor a bundle on the Hub in reach: {first_line(error)}"
+        ) from error
 
 
 def _check_shape(source: str, index: int, stored: Any, spec: AnchorSpec) -> None:
@@ -316,9 +317,8 @@ def load_anchors(
             new_head = getattr(config, "train_head", False)  # the bundle holds it
             anchor, found = load_anchor(source, own, spec, index, stitches, new_head, **options)
         except OSError as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise OSError(
-                f"anchor {index} of the bundle, {source!r}, cannot be loaded: {reason}; where it lies elsewhere now, pass "
+                f"anchor {index} of the bundle, {source!r}, cannot be loaded: {first_line(error)}; where it lies elsewhere now, pass "
                 "anchors=[...] to from_pretrained"
             ) from error
         check_fingerprint(source, index, reference["fingerprint"], found)

@@ -14,6 +14,7 @@ from transformers.utils.hub import extract_commit_hash
 
 from stitched_llama.bundles import WEIGHTS, fingerprint_files, fingerprint_tensors, read_header
 from stitched_llama.pst import carries_adapters
+from stitched_llama.space import first_line
 
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 _INDEX = "model.safetensors.index.json"
@@ -28,9 +29,8 @@ def anchor_config(name_or_path: str, **options: Any) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(name_or_path, **options)
     except (OSError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise OSError(
-            f"anchor {name_or_path!r} is neither a folder here with a config.json nor a repository in reach: {reason}"
+            f"anchor {name_or_path!r} is neither a folder here with a config.json nor a repository in reach: {first_line(error)}"
         ) from error
 
 

@@ -6,6 +6,8 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
+from stitched_llama.space import first_line
+
 
 def check_tokenizers(names: Sequence[Any], **hub: Any) -> None:
     """Refuses anchors whose tokenizers differ; warns where an anchor has none to compare. Loaded models have none.
@@ -20,11 +22,10 @@ def check_tokenizers(names: Sequence[Any], **hub: Any) -> None:
         try:
             tokenizers.append((name, AutoTokenizer.from_pretrained(name, **hub)))
         except (OSError, ValueError, TypeError, KeyError, ImportError, AttributeError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             logging.getLogger(__name__).warning(
                 "%s has no tokenizer that could be compared with the other anchors' (%s): make sure they are one",
                 name,
-                reason,
+                first_line(error),
             )
     for (name, ours), (other, theirs) in zip(tokenizers, tokenizers[1:]):
         _check_pieces(name, ours.get_vocab(), other, theirs.get_vocab())

@@ -17,7 +17,7 @@ table     metrics, importance, published stitches, choice by budget
 
 from .adapters import ADAPTER_NORMS, ADAPTERS, RESCALES, StitchingLayerSpec
 from .budget import Budget, format_bytes, format_count
-from .configs import read_config
+from .configs import fields_of, first_line, read_config
 from .cost import BYTES_PER_NUMBER, Precision
 from .families import anchor_spec, anchor_specs
 from .frontier import best_of_intervals, intervals, pareto_front
@@ -48,6 +48,8 @@ __all__ = [
     "anchor_spec",
     "anchor_specs",
     "best_of_intervals",
+    "fields_of",
+    "first_line",
     "format_bytes",
     "format_count",
     "higher_is_better",

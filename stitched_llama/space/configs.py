@@ -43,7 +43,11 @@ def _download_config(repo_id: str, revision: str | None) -> Path:
     try:
         return Path(hf_hub_download(repo_id, "config.json", revision=revision))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"{repo_id!r} is neither a folder here nor a repository of the Hub in reach: {reason}"
+            f"{repo_id!r} is neither a folder here nor a repository of the Hub in reach: {first_line(error)}"
         ) from None
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in a line: of those of other libraries, which go on for many."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
