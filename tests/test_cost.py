@@ -93,7 +93,7 @@ def test_macs_against_a_flop_counter(family, anchors):
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             model(ids, stitch_id=stitch.key, use_cache=False)
         macs = counter.get_total_flops() / 2
-        assert macs == pytest.approx(tokens * stitch.macs_per_token, rel=0.005), stitch.key  # the rest is RoPE
+        assert macs == pytest.approx(tokens * stitch.macs, rel=0.005), stitch.key  # the rest is RoPE
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -138,7 +138,7 @@ def test_precision_is_checked_and_changes_bytes_alone():
     for one, other in zip(half, full):
         assert (2 * one.params, 4 * one.params) == (one.weight_bytes, other.weight_bytes)
         assert other.kv_bytes_per_token == 2 * one.kv_bytes_per_token
-        assert one.macs_per_token == other.macs_per_token
+        assert one.macs == other.macs
     assert half[0].kv_bytes_per_token == 2 * 2 * 32 * 4096  # Llama-2-7B: half a megabyte a token
     for wrong in ({"dtype": "int4"}, {"quantization": "3bit"}, {"context_tokens": -1}):
         with pytest.raises(ValueError, match=str(next(iter(wrong.values())))):

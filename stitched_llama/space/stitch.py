@@ -69,11 +69,6 @@ class Stitch:
         return len(self.segments) == 1
 
     @property
-    def macs_per_token(self) -> int:
-        """`macs`, by its name in the JSON of a decoder."""
-        return self.macs
-
-    @property
     def depth(self) -> int:
         """Blocks on the route."""
         return sum(len(segment) for segment in self.segments)
