@@ -236,6 +236,8 @@ def test_sliding_window_is_refused_from_files_and_objects(tmp_path):
 def test_vocabulary_cannot_be_resized(stitched):
     with pytest.raises(ValueError, match="resize each anchor"):
         stitched("unequal").resize_token_embeddings(300)
+    with pytest.raises(ValueError, match=r"an embedding of its own: set it by model.anchors\[i\]"):
+        stitched("unequal").set_input_embeddings(torch.nn.Embedding(3, 3))
 
 
 @pytest.mark.parametrize("pst", [False, True])

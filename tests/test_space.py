@@ -181,6 +181,7 @@ def test_configuration_objects_folders_and_json_agree(family, tied, tmp_path):
     digest = space(*fields).digest
     assert space(*(str(tmp_path / n) for n in "01")).digest == digest
     assert StitchedLlamaConfig.from_anchor_configs(objects).space_digest == digest
+    assert StitchedLlamaConfig.from_anchor_configs([tmp_path / "0", tmp_path / "1"]).space_digest == digest
     assert anchor_spec(StitchedLlamaConfig.from_anchor_configs(objects).anchor_configs[0]).tied == tied
 
 

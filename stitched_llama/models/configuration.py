@@ -1,7 +1,8 @@
 """What every stitched configuration holds, whatever its family."""
 
 import json
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from stitched_llama.bundles import CONFIG, recover
 from stitched_llama.pst import PSTConfig
-from stitched_llama.space import BYTES_PER_NUMBER, SPACE_OPTIONS, Precision, StitchSpace, anchor_specs
+from stitched_llama.space import BYTES_PER_NUMBER, SPACE_OPTIONS, Precision, StitchSpace, anchor_specs, fields_of
 
 _NOT_KEPT = ("_name_or_path", "transformers_version")
 
@@ -52,6 +53,7 @@ class StitchedConfig(PreTrainedConfig):
 
         Raises:
             ValueError: the anchors do not belong together, or stand in the wrong order.
+            OSError: a folder or Hub id has no configuration.
         """
         fields = [_fields(config) for config in configs]
         config = cls(anchor_configs=fields, **options)
@@ -114,10 +116,7 @@ class StitchedConfig(PreTrainedConfig):
 
 
 def _fields(config: Any) -> dict[str, Any]:
-    if isinstance(config, str):
-        config = AutoConfig.from_pretrained(config)
-    if not isinstance(config, Mapping):
-        config = config.to_dict()
+    config = fields_of(AutoConfig.from_pretrained(config) if isinstance(config, (str, os.PathLike)) else config)
     common = PreTrainedConfig().to_dict()
     return {
         name: value

@@ -79,7 +79,12 @@ class StitchedLlamaForCausalLM(StitchedPreTrainedModel, StitchedGenerationMixin)
         return self.anchors[self.stitch().segments[-1].anchor].get_output_embeddings()
 
     def set_input_embeddings(self, value):
-        self.resize_token_embeddings()
+        """Refused: every anchor has its own.
+
+        Raises:
+            ValueError: always, with the way round.
+        """
+        raise ValueError("every anchor has an embedding of its own: set it by model.anchors[i].set_input_embeddings")
 
     @can_return_tuple
     @merge_with_config_defaults
