@@ -161,6 +161,13 @@ class StitchedForImageClassification(StitchedPreTrainedModel):
     # ---- heads that train
 
     def attach_pst(self, config: PSTConfig = PSTConfig()) -> None:
+        """As `StitchedPreTrainedModel` has it; the heads train too, in float32, unless `config.train_head` is off.
+
+        Raises:
+            ValueError: PST is attached already, or a rank does not fit.
+
+        Source: ESTA section 5.1.
+        """
         super().attach_pst(config)
         if self.config.train_head:
             for family, anchor in zip(self.families, self.anchors):

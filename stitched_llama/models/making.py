@@ -48,7 +48,10 @@ class AnchorsMixin:
                 `device_map`, `attn_implementation` and the Hub's options reach each anchor's `from_pretrained`.
 
         Raises:
-            ValueError: the anchors do not belong together or stand in the wrong order; both values are named.
+            ValueError: the anchors do not belong together or stand in the wrong order, both values are named; one carries adapters
+                or was offloaded, is incomplete, or is a model beside an option of loading.
+            OSError: a folder or Hub id has no configuration or cannot be fetched.
+            TypeError: an unknown argument.
         """
         space = {name: how.pop(name) for name in SPACE_OPTIONS if name in how}
         fields = {name: how.pop(name) for name in cls.config_fields if name in how}

@@ -241,6 +241,8 @@ class StitchedPreTrainedModel(AnchorsMixin, BundleMixin, PreTrainedModel):
 
         Raises:
             ValueError: PST is attached already, or a rank does not fit.
+
+        Source: ESTA section 4.1; `PSTConfig(full=True)` SN-Net section 3.3.
         """
         if self.config.pst is not None:
             raise ValueError(f"PST is attached already ({self.config.pst}): load the anchors anew for other settings")

@@ -61,8 +61,10 @@ class BundleMixin(BundleTensors):
             dtype, quantization_config, device_map, attn_implementation: reach each anchor.
 
         Raises:
-            ValueError: an anchor changed, a tensor is missing or has another shape, the space differs, or the budget
-                is too small.
+            ValueError: an anchor changed, a tensor is missing or has another shape, the space differs, no such stitch, the budget
+                is too small, or both are given.
+            OSError: the bundle or an anchor is neither a folder nor in reach on the Hub.
+            TypeError: an unknown argument.
         """
         name = os.fspath(pretrained_model_name_or_path)
         if kwargs.get("stitch_id") is not None and kwargs.get("budget") is not None:

@@ -36,7 +36,10 @@ class StitchBias(nn.Module):
             self.vectors[stitch.key] = nn.Parameter(torch.zeros(sum(map(sum, sizes)), dtype=dtype, device=device))
 
     def forward(self, key: str) -> list[tuple[Tensor, ...]]:
-        """For each block of the route, its slices in the order of `Part.adapted`."""
+        """The slices of a stitch.
+
+        Shapes: for each block of the route, a [d_out] for each of its `Part.adapted`, in their order.
+        """
         flat = [size for sizes in self.sizes[key] for size in sizes]
         slices = iter(self.vectors[key].split(flat))
         return [tuple(next(slices) for _ in sizes) for sizes in self.sizes[key]]
