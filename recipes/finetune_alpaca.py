@@ -29,12 +29,12 @@ from stitched_llama.training import (
     InstructionDataset,
     batches,
     check_arguments,
+    check_data_settings,
     drawn,
     dump_record,
     evaluate_stitches,
     find_checkpoint,
     format_table,
-    keep_data_settings,
     pad_token_id,
     plot_stitches,
     provenance,
@@ -100,7 +100,7 @@ def main() -> None:
         raise SystemExit("--load_in_4bit needs a GPU to train (bitsandbytes): use --load_in_8bit or neither here")
     checkpoint = find_checkpoint(args.resume, training.output_dir)
     data = {"data": args.data, "eval_data": args.eval_data, "eval_size": args.eval_size, "seed": training.seed}
-    keep_data_settings(training.output_dir, data, checkpoint, chief)
+    check_data_settings(checkpoint, data)
     pst = PSTConfig(rank=args.rank, stitching_rank=args.stitching_rank, stitch_bias=args.stitch_bias)
     space = StitchSpace.from_configs(args.anchors, kernel_size=args.kernel_size, stride=args.stride)
     pst.trainable_params(space)
@@ -156,7 +156,7 @@ def main() -> None:
         model.table = model.table.with_metrics(f"{name}_before", values)
     trainer = StitchTrainer(
         model=model, args=training, train_dataset=train_set, eval_dataset=eval_set, data_collator=collator,
-        processing_class=tokenizer,
+        processing_class=tokenizer, data_settings=data,
     )  # fmt: skip
     trained = trainer.train(resume_from_checkpoint=checkpoint)
     after = evaluate_stitches(model, held_out_batches, progress=chief, **ranks)

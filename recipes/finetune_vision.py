@@ -36,13 +36,13 @@ from stitched_llama.training import (
     SpaceArguments,
     batches,
     check_arguments,
+    check_data_settings,
     collate_images,
     dump_record,
     evaluate_stitches,
     few_shot,
     find_checkpoint,
     format_table,
-    keep_data_settings,
     plot_stitches,
     provenance,
     read_baselines,
@@ -88,7 +88,7 @@ def main() -> None:
     checkpoint = find_checkpoint(args.resume, training.output_dir)
     names = ("data", "train_split", "eval_split", "eval_size", "shots")
     data = {name: getattr(args, name) for name in names} | {"seed": training.seed}
-    keep_data_settings(training.output_dir, data, checkpoint, chief)
+    check_data_settings(checkpoint, data)
 
     # Data: pictures, a few of each class where asked, prepared by the anchors' own processor
     images = read_images(args.data, args.train_split)
@@ -129,7 +129,7 @@ def main() -> None:
     teacher = None if args.teacher is None else AutoModelForImageClassification.from_pretrained(args.teacher)
     trainer = sl.StitchImageTrainer(
         model=model, args=training, train_dataset=train_set, eval_dataset=eval_set, data_collator=collate_images,
-        teacher=teacher,
+        teacher=teacher, data_settings=data,
     )  # fmt: skip
     trained = trainer.train(resume_from_checkpoint=checkpoint)
     ranks = {"rank": training.process_index, "world_size": training.world_size}

@@ -18,8 +18,8 @@ from stitched_llama.bundles import Bundle
 from stitched_llama.sampling import SCHEMES, SCORES, Importance, StepSignals
 from stitched_llama.training import (
     ImageTrainingArguments,
+    check_data_settings,
     find_checkpoint,
-    keep_data_settings,
     pico_anchor,
     read_baselines,
 )
@@ -271,17 +271,39 @@ def test_a_model_of_which_nothing_trains_is_refused(stitched, tmp_path):
         trainer(stitched("unequal"), tmp_path)
 
 
-def test_what_decides_the_held_out_rows_stays_over_a_resume(tmp_path):
-    settings = {"data": "a.json", "eval_size": 96, "seed": 0}
-    keep_data_settings(str(tmp_path), settings, None)
-    checkpoint = str(tmp_path / "checkpoint-3")
-    keep_data_settings(str(tmp_path), settings, checkpoint)
-    for name, value in (("eval_size", 8), ("seed", 7)):
-        with pytest.raises(
-            ValueError, match=f"checkpoint-3 began with --{name} {settings[name]}, this run has {value}"
-        ):
-            keep_data_settings(str(tmp_path), settings | {name: value}, checkpoint)
-    assert json.loads((tmp_path / "data.json").read_text()) == settings
+def test_what_decides_the_held_out_rows_lies_in_each_checkpoint(anchors, tmp_path):
+    """Two runs in one folder, the second ending before its first checkpoint: the guard knows whose weights are resumed."""
+    settings, options = {"eval_size": 5, "seed": 0}, {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    other = settings | {"seed": 1}
+    model = stitched_model(anchors["unequal"])
+    first = trainer(model, tmp_path, data_settings=settings, **options)
+    first.train()
+    checkpoint = find_checkpoint("auto", str(tmp_path))
+    second = trainer(model, tmp_path, data_settings=other, **options)
+    check_data_settings(checkpoint, settings)
+    check_data_settings(None, other)
+    named = "checkpoint-1 began with --seed 0, this run has 1: held-out rows"
+    with pytest.raises(ValueError, match=named):
+        check_data_settings(checkpoint, other)
+    with pytest.raises(ValueError, match=named):
+        second.train(resume_from_checkpoint=checkpoint)
+    second.train()  # over the first one's checkpoint
+    check_data_settings(checkpoint, other)
+    with pytest.raises(ValueError, match="began with --seed 1, this run has 0"):
+        check_data_settings(checkpoint, settings)
+
+
+def test_a_checkpoint_saved_over_another_is_none_until_it_is_whole(whole, anchors, tmp_path, monkeypatch):
+    shutil.copytree(f"{whole.args.output_dir}/checkpoint-3", tmp_path / "checkpoint-1")
+    made = trainer(stitched_model(anchors["unequal"]), tmp_path, max_steps=1, save_strategy="steps", save_steps=1)
+
+    def killed(*given):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(made, "_save_optimizer_and_scheduler", killed)
+    with pytest.raises(KeyboardInterrupt):
+        made.train()
+    assert find_checkpoint("auto", str(tmp_path)) is None
 
 
 def test_a_checkpoint_is_compared_by_what_its_options_mean(anchors, tmp_path, stitched):

@@ -38,13 +38,13 @@ def stitched_model(folders, seed=0, **how):
     return fresh(folders, PSTConfig(rank=4, stitching_rank=3), seed=seed, **how)
 
 
-def trainer(model, output, callbacks=None, **options):
+def trainer(model, output, callbacks=None, data_settings=None, **options):
     """A trainer of four steps on eight rows each, with what each step has `drawn`; PST is as the model has it."""
     arguments = StitchTrainingArguments(**{**DEFAULTS, "output_dir": str(output), **options})
     data = dataset()
     made = StitchTrainer(
         model=model, args=arguments, train_dataset=data, eval_dataset=dataset(ROWS[:5]), data_collator=Collator(0),
-        callbacks=callbacks,
+        callbacks=callbacks, data_settings=data_settings,
     )  # fmt: skip
     made.drawn, draw = {}, made.draw
     made.draw = lambda step: made.drawn.setdefault(step, draw(step))

@@ -24,7 +24,7 @@ from .arguments import (
     SpaceArguments,
     StitchTrainingArguments,
 )
-from .checkpoints import find_checkpoint, keep_data_settings
+from .checkpoints import check_data_settings, find_checkpoint
 from .checks import check_arguments
 from .data import Collator, InstructionDataset, Row, batches, drawn, pad_token_id, read_rows, split_rows
 from .evaluation import evaluate_plain, evaluate_stitches, image_scores, response_scores, spearman
@@ -57,6 +57,7 @@ __all__ = [
     "batches",
     "byte_tokenizer",
     "check_arguments",
+    "check_data_settings",
     "collate_images",
     "dump_record",
     "evaluate_plain",
@@ -65,7 +66,6 @@ __all__ = [
     "few_shot",
     "find_checkpoint",
     "format_table",
-    "keep_data_settings",
     "pad_token_id",
     "pico_anchor",
     "image_scores",

@@ -1,4 +1,4 @@
-"""Which checkpoint to resume from."""
+"""Which checkpoint to resume from, and whether it saw the same rows."""
 
 import json
 from collections.abc import Mapping
@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from stitched_llama.bundles import Bundle, write_atomically
+
+_STATE, _SETTINGS = "trainer_state.json", "data.json"
 
 
 def find_checkpoint(resume: str | None, output_dir: str) -> str | None:
@@ -27,29 +29,33 @@ def find_checkpoint(resume: str | None, output_dir: str) -> str | None:
     return resume
 
 
-def keep_data_settings(
-    output_dir: str, settings: Mapping[str, Any], checkpoint: str | None, write: bool = True
-) -> None:
-    """Writes what decides which rows train and which are held out beside the checkpoints; with others a resumed run would be
-    judged on rows that it has trained on.
+def begin_checkpoint(folder: Path, settings: Mapping[str, Any] | None) -> None:
+    """Prepares the folder of a checkpoint about to be saved: it holds no whole one until the last file is there, and from the
+    start what decides which rows train and which are held out.
+    """
+    (folder / _STATE).unlink(missing_ok=True)  # of another run
+    (folder / _SETTINGS).unlink(missing_ok=True)
+    if settings is not None:
+        write_atomically(
+            folder / _SETTINGS, lambda temporary: temporary.write_text(json.dumps(dict(settings), indent=1) + "\n")
+        )
+
+
+def check_data_settings(checkpoint: str | None, settings: Mapping[str, Any] | None) -> None:
+    """Refuses to go on from a checkpoint of other rows: the run would be judged on some that it has trained on.
 
     Raises:
-        ValueError: the run of `checkpoint` had other settings; names the first.
+        ValueError: the run that left `checkpoint` had other settings; names the first.
     """
-    path = (Path(output_dir) if checkpoint is None else Path(checkpoint).parent) / "data.json"
-    if checkpoint is not None and path.is_file():
-        began = json.loads(path.read_text(encoding="utf-8"))
-        for name, value in settings.items():
-            if began.get(name) != value:
-                raise ValueError(
-                    f"{checkpoint} began with --{name} {began.get(name)}, this run has {value}: held-out rows would be others; "
-                    "resume with the same, or in another output_dir"
-                )
-    elif write:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(
-            path, lambda temporary: Path(temporary).write_text(json.dumps(dict(settings), indent=1) + "\n")
-        )
+    if checkpoint is None or settings is None or not (path := Path(checkpoint) / _SETTINGS).is_file():
+        return
+    began = json.loads(path.read_text(encoding="utf-8"))
+    for name, value in settings.items():
+        if began.get(name) != value:
+            raise ValueError(
+                f"{checkpoint} began with --{name} {began.get(name)}, this run has {value}: held-out rows would be others; "
+                "resume with the same, or in another output_dir"
+            )
 
 
 def _is_whole(path: Path) -> bool:
@@ -57,4 +63,4 @@ def _is_whole(path: Path) -> bool:
         Bundle.open(path)
     except (ValueError, OSError):
         return False
-    return (path / "trainer_state.json").is_file() and (path / "optimizer.pt").is_file()
+    return (path / _STATE).is_file() and (path / "optimizer.pt").is_file()

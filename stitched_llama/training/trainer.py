@@ -2,7 +2,9 @@
 
 import contextlib
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from stitched_llama.sampling import Importance, StepSignals, StitchSampler
 from stitched_llama.space import Stitch, StitchTable, intervals
 
 from .arguments import StitchTrainingArguments
+from .checkpoints import begin_checkpoint, check_data_settings
 from .checks import check_checkpoint, check_run
 from .data import IGNORED, batches
 from .evaluation import evaluate_stitches
@@ -41,6 +44,8 @@ class StitchTrainer(Trainer):
     Args:
         teacher: a plain model of Transformers that teaches in the largest anchor's stead; frozen. Where that one speaks no
             more (`inplace_teacher` off) it teaches anchors as well.
+        data_settings: what decides which rows train and which are held out, by the names of options; it lies in every
+            checkpoint, and one of others is not resumed.
         args, kwargs: as `transformers.Trainer` has them.
 
     Raises:
@@ -49,8 +54,15 @@ class StitchTrainer(Trainer):
 
     args: StitchTrainingArguments
 
-    def __init__(self, *args: Any, teacher: nn.Module | None = None, **kwargs: Any):
+    def __init__(
+        self,
+        *args: Any,
+        teacher: nn.Module | None = None,
+        data_settings: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ):
         super().__init__(*args, **kwargs)
+        self.data_settings = data_settings
         check_run(self, teacher)
         model = self.model
         self.stitches = [model.space[key] for key in model.keys]
@@ -289,6 +301,13 @@ class StitchTrainer(Trainer):
         self.save_importance()
         super().save_model(output_dir, _internal_call)
 
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As Transformers has it, with `data_settings`."""
+        if self.args.should_save:
+            folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+            begin_checkpoint(folder, self.data_settings)
+        super()._save_checkpoint(model, trial)
+
     def save_importance(self) -> None:
         """Writes the importance averages into the model's table."""
         self.model.table = replace(
@@ -303,6 +322,7 @@ class StitchTrainer(Trainer):
         """A checkpoint is a bundle: its tensors, and the importance averages, come back whole or not at all."""
         bundle = Bundle.open(resume_from_checkpoint)
         check_checkpoint(bundle, resume_from_checkpoint, self.model, self.rating)
+        check_data_settings(resume_from_checkpoint, self.data_settings)
         self.model.load_bundle(bundle)
         table = StitchTable.from_dict(bundle.table)
         self.importance.averages, self.importance.visits = dict(table.importance), dict(table.visits)
