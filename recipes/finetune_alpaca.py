@@ -122,7 +122,7 @@ def main() -> None:
     train_set = InstructionDataset(rows, tokenizer, prompt, args.max_length, args.train_on_prompt)
     eval_set = InstructionDataset(held_out, tokenizer, prompt, args.max_length)
     collator = Collator(pad_token_id(tokenizer))
-    held_out_batches = list(batches(eval_set, collator, training.per_device_eval_batch_size))
+    held_out_batches = batches(eval_set, collator, training.per_device_eval_batch_size)
 
     # Model: frozen anchors, stitching layers by least squares, then the trainable parts
     quantization = None

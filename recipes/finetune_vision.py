@@ -107,7 +107,7 @@ def main() -> None:
     processor = AutoImageProcessor.from_pretrained(args.anchors[-1], use_fast=False)
     train_set = ImageSet(images, processor, args.augment, training.seed)
     eval_set = ImageSet(held_out, processor)
-    held_out_batches = list(batches(eval_set, collate_images, training.per_device_eval_batch_size))
+    held_out_batches = batches(eval_set, collate_images, training.per_device_eval_batch_size)
 
     # Model: frozen anchors with new heads, stitching layers by least squares, then the trainable parts
     model = model_class.from_anchors(args.anchors, **asdict(space), dtype=args.dtype, id2label=classes)

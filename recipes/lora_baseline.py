@@ -58,7 +58,7 @@ def main() -> None:
     train_set = InstructionDataset(rows, tokenizer, prompt, args.max_length)
     collator = Collator(pad_token_id(tokenizer))
     eval_set = InstructionDataset(held_out, tokenizer, prompt, args.max_length)
-    held_out_batches = list(batches(eval_set, collator, training.per_device_eval_batch_size))
+    held_out_batches = batches(eval_set, collator, training.per_device_eval_batch_size)
     for index, name in enumerate(args.anchors):
         set_seed(training.seed)
         anchor = AutoModelForCausalLM.from_pretrained(name, dtype=args.dtype).to(training.device)

@@ -56,7 +56,7 @@ def main() -> None:
     train_set = ImageSet(images, processor, args.augment, training.seed)
     eval_set = ImageSet(held_out, processor)
     size = training.per_device_eval_batch_size
-    held_out_batches = list(batches(eval_set, collate_images, size))
+    held_out_batches = batches(eval_set, collate_images, size)
     found = {}
     for index, (name, rank) in enumerate(zip(args.anchors, ranks)):
         set_seed(training.seed)

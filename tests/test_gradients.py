@@ -1,5 +1,7 @@
 """Which tensors a stitch trains, with and without activation checkpointing, and what a step's gradient is."""
 
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,7 +10,14 @@ from tiny_runs import stitched_model, trainer
 from transformers import TrainerCallback
 
 from stitched_llama import PSTConfig
-from stitched_llama.training import evaluate_stitches, response_scores, spearman
+from stitched_llama.training import (
+    batches,
+    collate_images,
+    evaluate_plain,
+    evaluate_stitches,
+    response_scores,
+    spearman,
+)
 
 IDS = ids_like(3, 10)
 
@@ -205,9 +214,36 @@ def test_evaluation_weighs_tokens_not_batches_and_restores_the_mode(stitched):
     assert not model.training
     assert many["loss"] == pytest.approx(one["loss"], rel=1e-5)
     assert many["exact_match"] == one["exact_match"]
-    for nothing in ([], [{**rows, "labels": torch.full((5, 9), -100)}]):
+    bare = {name: tensor for name, tensor in rows.items() if name != "labels"}
+    for nothing in ([], [{**rows, "labels": torch.full((5, 9), -100)}], [bare], [rows, bare]):
         with pytest.raises(ValueError, match="no labels"):
             evaluate_stitches(model, nothing, progress=False)
+    with pytest.raises(ValueError, match="a batch holds input_ids, attention_mask only"):
+        evaluate_plain(model.pinned(0), [bare])
+
+
+def test_batches_that_can_be_made_anew_are_not_kept(stitched):
+    """Pictures of a held-out part may be more than the memory takes."""
+    made, most = [], []
+
+    class Batches:
+        def __iter__(self):
+            for seed in range(6):
+                batch = {"input_ids": ids_like(2, 9, seed), "labels": ids_like(2, 9, seed)}
+                made.append(weakref.ref(batch["input_ids"]))
+                most.append(sum(tensor() is not None for tensor in made))
+                yield batch
+
+    model = stitched("unequal")
+    found = evaluate_stitches(model, Batches(), progress=False)
+    assert max(most) <= 3
+    assert found == evaluate_stitches(model, list(Batches()), progress=False)
+
+
+def test_batches_of_a_data_set_are_made_at_every_pass():
+    rows = [{"labels": 1, "pixel_values": torch.ones(1, 2, 2)}] * 5
+    found = batches(rows, collate_images, 2, limit=3)
+    assert [[len(batch["labels"]) for batch in found] for _ in range(2)] == [[2, 1]] * 2
 
 
 def test_spearman_by_hand():

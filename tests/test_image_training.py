@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import ROOT, SHARED, python
 from image_anchors import build, vit
-from PIL import Image
+from PIL import Image, ImageFile
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, TrainerState, ViTImageProcessor
 
@@ -176,6 +176,23 @@ def test_few_shots_are_equal_a_class_and_follow_the_seed(colours):
     assert not all(np.array_equal(a, b) for a, b in zip(one.pictures, other.pictures))
     with pytest.raises(ValueError, match="class 'red' has 16 pictures, 17 shots"):
         few_shot(images, 17, 0)
+
+
+def test_pictures_are_chosen_before_any_is_opened(tmp_path, monkeypatch):
+    folder_of(tmp_path / "train", ant=10, bee=10)
+    folder_of(tmp_path / "val", ant=10, bee=10)
+    (tmp_path / "train" / "ant" / "cut.png").write_bytes((tmp_path / "train" / "ant" / "00.png").read_bytes()[:50])
+    opened, load = [], ImageFile.ImageFile.load
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: opened.append(self) or load(self))
+    images = read_images(str(tmp_path), "train+val")
+    few, some = few_shot(images, 2, 0), some_of(images, 5, 0)
+    assert not opened
+    assert (len(images.pictures), len(few.pictures), len(some.pictures)) == (41, 4, 5)
+    processor = ViTImageProcessor(size={"height": 16, "width": 16})
+    assert ImageSet(few, processor).pixels.shape == (4, 3, 16, 16)
+    assert len(opened) <= 2 * 4 + 2, "Pillow asks twice for each"
+    with pytest.raises(ValueError, match=r"cut\.png is no picture that can be opened"):
+        list(images.pictures)
 
 
 def test_augmentation_moves_pictures_and_keeps_what_they_are_made_of():

@@ -4,7 +4,7 @@ import json
 import logging
 import random
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -235,8 +235,19 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     raise ValueError("the tokenizer has neither pad, unk nor EOS token: set tokenizer.pad_token")
 
 
-def batches(dataset: Dataset, collator: Collator, size: int, limit: int | None = None) -> Iterable[dict[str, Tensor]]:
-    """Consecutive batches of the first `limit` rows."""
-    count = len(dataset) if limit is None else min(limit, len(dataset))
-    for start in range(0, count, size):
-        yield collator([dataset[i] for i in range(start, min(start + size, count))])
+@dataclass(frozen=True)
+class _Batches:
+    dataset: Dataset
+    collator: Any
+    size: int
+    limit: int | None = None
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        count = len(self.dataset) if self.limit is None else min(self.limit, len(self.dataset))
+        for start in range(0, count, self.size):
+            yield self.collator([self.dataset[i] for i in range(start, min(start + self.size, count))])
+
+
+def batches(dataset: Dataset, collator: Any, size: int, limit: int | None = None) -> Iterable[dict[str, Tensor]]:
+    """Consecutive batches of the first `limit` rows or pictures, made anew at every pass; none is kept."""
+    return _Batches(dataset, collator, size, limit)

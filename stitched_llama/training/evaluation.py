@@ -1,7 +1,7 @@
 """Quality of every stitch on held-out rows or images."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -42,7 +42,7 @@ def image_scores(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor
 @torch.no_grad()
 def evaluate_stitches(
     model: Any,
-    batches: Sequence[dict[str, Tensor]] | Iterable[dict[str, Tensor]],
+    batches: Iterable[dict[str, Tensor]],
     keys: Sequence[str] | None = None,
     progress: bool = True,
     rank: int = 0,
@@ -52,14 +52,16 @@ def evaluate_stitches(
 
     Args:
         batches: dicts of input_ids, attention_mask, labels, [batch, tokens] each; or of pixel_values [batch, channels,
-            height, width] and labels [batch]. Kept in memory.
+            height, width] and labels [batch]. One pass a stitch, and one to find labels; an iterator, which has but one, is kept
+            in memory.
         rank, world_size: each rank takes every `world_size`-th stitch; all ranks get all results.
 
     Raises:
         ValueError: there are no batches, or no labels in them.
     """
-    batches, images = list(batches), model.main_input_name == "pixel_values"
-    if not any((batch["labels"] != IGNORED).any() for batch in batches):
+    batches = list(batches) if isinstance(batches, Iterator) else batches
+    images = model.main_input_name == "pixel_values"
+    if not any("labels" in batch and (batch["labels"] != IGNORED).any() for batch in batches):
         raise ValueError("no labels to evaluate on: the held-out part is empty")
     keys = list(model.keys if keys is None else keys)
     training = model.training
@@ -89,7 +91,8 @@ def _evaluate(model: Any, batches: Iterable[dict[str, Tensor]], **how: Any) -> t
     images, totals, rows = model.main_input_name == "pixel_values", torch.zeros(3, dtype=torch.float64), 0
     for batch in batches:
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        labels = batch.pop("labels")
+        if (labels := batch.pop("labels", None)) is None:
+            raise ValueError(f"no labels to evaluate on: a batch holds {', '.join(batch)} only")
         logits = model(**batch, **how, **({} if images else {"use_cache": False})).logits
         scores = (image_scores if images else response_scores)(logits, labels.to(logits.device))
         totals += torch.stack([score.double().sum().cpu() for score in scores])

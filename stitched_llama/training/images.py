@@ -1,8 +1,9 @@
 """Labelled images: read, check, draw a few of each class, prepare, batch."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +39,24 @@ _LABEL_NAMES = ("label", "fine_label", "labels")
 
 @dataclass(frozen=True)
 class Images:
-    """Pictures (of Pillow, RGB) with classes, and the classes' names."""
+    """Pictures (of Pillow, RGB) with classes, and the classes' names; `read_images` gives pictures that are opened when asked for."""
 
     pictures: Sequence[Any]
     labels: Sequence[int]
     names: Sequence[str]
+
+
+class _Pictures(Sequence):
+    """`opened(place)` of each place, at every visit anew."""
+
+    def __init__(self, opened: Callable[[Any], Any], places: Sequence[Any]):
+        self.opened, self.places = opened, places
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.opened(self.places[index])
 
 
 def read_images(source: str, split: str = "train", names: Sequence[str] | None = None) -> Images:
@@ -69,8 +83,8 @@ def read_images(source: str, split: str = "train", names: Sequence[str] | None =
             raise ValueError(
                 f"the parts {split!r} of {source} name their classes {other.names} and {names}: they must agree"
             )
-        pictures, labels = ([x for part in parts for x in getattr(part, name)] for name in ("pictures", "labels"))
-        return Images(pictures, labels, names)
+        places = [(part.pictures, index) for part in parts for index in range(len(part.labels))]
+        return Images(_Pictures(_picture_of, places), [label for part in parts for label in part.labels], names)
     if path.suffix == ".npz":
         found = _from_npz(path, split)
     elif path.is_dir():
@@ -86,9 +100,11 @@ def read_images(source: str, split: str = "train", names: Sequence[str] | None =
     return Images(found.pictures, [int(label) for label in found.labels], names)
 
 
-def _from_npz(path: Path, split: str) -> Images:
-    from PIL import Image
+def _picture_of(place: tuple[Sequence[Any], int]) -> Any:
+    return place[0][place[1]]
 
+
+def _from_npz(path: Path, split: str) -> Images:
     if not path.is_file():
         raise ValueError(f"there is no file {path}")
     with np.load(path, allow_pickle=False) as arrays:
@@ -102,7 +118,13 @@ def _from_npz(path: Path, split: str) -> Images:
             "pictures as labels are needed"
         )
     names = names or [str(number) for number in range(int(labels.max()) + 1 if len(labels) else 0)]
-    return Images([Image.fromarray(picture).convert("RGB") for picture in pixels], labels.tolist(), names)
+    return Images(_Pictures(_from_array, pixels), labels.tolist(), names)
+
+
+def _from_array(pixels: np.ndarray) -> Any:
+    from PIL import Image
+
+    return Image.fromarray(pixels).convert("RGB")
 
 
 def _root(path: Path, split: str) -> tuple[Path, bool]:
@@ -126,25 +148,31 @@ def _classes(path: Path, split: str) -> list[str]:
 
 
 def _from_folder(path: Path, split: str, names: Sequence[str] | None) -> Images:
-    from PIL import Image
-
     (root, shared), classes = _root(path, split), _classes(path, split)
     if unknown := sorted(set(classes) - set(names or classes)):
         raise ValueError(f"{root / unknown[0]} is none of the classes {', '.join(names or [])} of the other part")
-    pictures, labels = [], []
+    found, labels = [], []
     classes = list(names or classes)
     for label, name in enumerate(classes):
         files = sorted((root / name).glob("[!.]*")) if (root / name).is_dir() else []
         if shared:
             files = [file for number, file in enumerate(files) if (number % 5 == 4) == (split == "test")]
         for file in files:
-            try:
-                with Image.open(file) as picture:
-                    pictures.append(picture.convert("RGB"))
-            except OSError as error:
-                raise ValueError(f"{file} is no picture that can be opened: {error}") from None
-            labels.append(label)
-    return Images(pictures, labels, classes)
+            _from_file(file, header=True)
+        found += files
+        labels += [label] * len(files)
+    return Images(_Pictures(_from_file, found), labels, classes)
+
+
+def _from_file(file: Path, header: bool = False) -> Any:
+    """The picture; or only whether its header is that of one."""
+    from PIL import Image
+
+    try:
+        with Image.open(file) as picture:
+            return None if header else picture.convert("RGB")
+    except OSError as error:
+        raise ValueError(f"{file} is no picture that can be opened: {error}") from None
 
 
 def _from_hub(name: str, config: str | None, split: str) -> Images:
@@ -161,14 +189,23 @@ def _from_hub(name: str, config: str | None, split: str) -> Images:
     label = next((name for name in _LABEL_NAMES if name in table.column_names), None)
     if image is None or label is None:
         raise ValueError(f"{name} has the columns {table.column_names}: an image and a label are needed")
-    names = getattr(table.features[label], "names", None) or [str(i) for i in range(max(table[label]) + 1)]
-    return Images([picture.convert("RGB") for picture in table[image]], table[label], names)
+    labels = list(table[label])
+    names = getattr(table.features[label], "names", None) or [str(i) for i in range(max(labels) + 1)]
+    return Images(_Pictures(partial(_from_row, image), table), labels, names)
+
+
+def _from_row(column: str, row: dict[str, Any]) -> Any:
+    return row[column].convert("RGB")
+
+
+def _chosen(images: Images, indices: Sequence[int]) -> Images:
+    labels = [images.labels[index] for index in indices]
+    return Images(_Pictures(images.pictures.__getitem__, indices), labels, images.names)
 
 
 def some_of(images: Images, size: int, seed: int) -> Images:
     """`size` pictures drawn by `seed`, whatever order they come in; all for 0."""
-    chosen = drawn(len(images.labels), size, seed)
-    return Images([images.pictures[i] for i in chosen], [images.labels[i] for i in chosen], images.names)
+    return _chosen(images, drawn(len(images.labels), size, seed))
 
 
 def few_shot(images: Images, shots: int, seed: int) -> Images:
@@ -183,7 +220,7 @@ def few_shot(images: Images, shots: int, seed: int) -> Images:
         if len(own) < shots:
             raise ValueError(f"class {name!r} has {len(own)} pictures, {shots} shots are asked for: ask for fewer")
         chosen += rng.sample(own, shots)
-    return Images([images.pictures[i] for i in chosen], [images.labels[i] for i in chosen], images.names)
+    return _chosen(images, chosen)
 
 
 class ImageSet(Dataset):
@@ -205,9 +242,11 @@ class ImageSet(Dataset):
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers that outlive an epoch see it too
         self._pictures, self._processor = images.pictures, processor
         self.pixels = None
-        if len(self.labels) * self._prepared(0).nbytes <= keep_bytes:
-            # [images, channels, height, width]
-            self.pixels = torch.stack([self._prepared(index) for index in range(len(self.labels))])
+        first = self._prepared(0)
+        if len(self.labels) * first.nbytes <= keep_bytes:
+            self.pixels = first.new_empty(len(self.labels), *first.shape)  # [images, channels, height, width]
+            for index in range(len(self.labels)):
+                self.pixels[index] = self._prepared(index)
 
     @property
     def epoch(self) -> int:
