@@ -7,7 +7,7 @@ from conftest import fresh
 from stitched_llama import PSTConfig
 from stitched_llama.cli import main
 from stitched_llama.cli.chat import PAPER, Chat, converse, list_sizes
-from stitched_llama.training import template
+from stitched_llama.training import InstructionDataset, Row, sample_budgets, template
 
 SETTINGS = {"max_new_tokens": 8, "do_sample": False}
 
@@ -106,18 +106,31 @@ def test_overflow_drops_the_oldest_turns(chat, monkeypatch):
     assert [m["role"] for m in chat.messages] == ["user", "assistant"] * (len(chat.messages) // 2)
 
 
-def test_prompts_are_tokenised_as_in_training(chat):
-    """A tokenizer that puts BOS first, as LLaMA's does: training sees BOS, so chat must give it."""
+@pytest.mark.parametrize("pieces", ["<s> $A", "<s> $A </s>"], ids=["with BOS", "with BOS and EOS"])
+def test_prompts_are_tokenised_as_in_training(pieces, chat, monkeypatch):
+    """A tokenizer that puts BOS first, as LLaMA's does: training sees BOS, so chat must give it; EOS, where one is added, it
+    does not see before the answer.
+    """
     from tokenizers.processors import TemplateProcessing
 
     tokenizer = chat.tokenizer
     backend = type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
-    backend.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    backend.post_processor = TemplateProcessing(single=pieces, special_tokens=[("<s>", 1), ("</s>", 2)])
     chat.tokenizer = type(tokenizer)(tokenizer_object=backend, **tokenizer.special_tokens_map)
     chat.tokenizer.chat_template = tokenizer.chat_template
+    row = Row("hello", "", "you")
+    (trained,) = InstructionDataset([row], chat.tokenizer, template("short"))
+    wanted = [token for token, label in zip(trained["input_ids"], trained["labels"]) if label == -100]
     inputs = chat._inputs([{"role": "user", "content": "hello"}])
-    assert inputs["input_ids"][0].tolist() == chat.tokenizer(template("short").render("hello")).input_ids
+    assert inputs["input_ids"][0].tolist() == wanted
+    assert wanted[0] == 1
     assert inputs["attention_mask"].shape == inputs["input_ids"].shape
+    seen, generate = [], type(chat.model).generate
+    monkeypatch.setattr(
+        type(chat.model), "generate", lambda self, **how: seen.append(how["input_ids"]) or generate(self, **how)
+    )
+    sample_budgets(chat.model, chat.tokenizer, template("short"), [row], ["1M"], max_new_tokens=2)
+    assert [ids[0].tolist() for ids in seen] == [wanted]
 
 
 def test_a_tokenizer_without_chat_template_is_refused(stitched, tokenizer):

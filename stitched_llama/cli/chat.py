@@ -122,19 +122,23 @@ class Chat:
 
     def _inputs(self, messages: list[dict[str, str]]) -> dict[str, Any]:
         """The conversation as tokens; its oldest turns are dropped once it no longer fits the context."""
+        import torch
+
+        from stitched_llama.training import encode_prompt
+
         room = self.context - self.settings.get("max_new_tokens", 0)
         while True:
             text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-            encoded = self.tokenizer(text, return_tensors="pt")  # with BOS, as in training
-            length = encoded["input_ids"].shape[1]
+            tokens = encode_prompt(self.tokenizer, text)
+            length = len(tokens)
             if length > room and len(messages) == 1:
                 raise ValueError(
                     f"the message is {length} tokens long; {self.context} of context less "
                     f"{self.settings.get('max_new_tokens', 0)} for the answer leave {room}: shorten it, or --max-new-tokens"
                 )
             if length <= room:
-                device = self.model.device
-                return {name: encoded[name].to(device) for name in ("input_ids", "attention_mask")}
+                input_ids = torch.tensor([tokens], device=self.model.device)
+                return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
             del messages[:2]
 
     def _ending(self) -> dict[str, Any]:

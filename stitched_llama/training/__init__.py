@@ -26,7 +26,7 @@ from .arguments import (
 )
 from .checkpoints import check_data_settings, find_checkpoint
 from .checks import check_arguments
-from .data import Collator, InstructionDataset, Row, batches, drawn, pad_token_id, read_rows, split_rows
+from .data import Collator, InstructionDataset, Row, batches, drawn, encode_prompt, pad_token_id, read_rows, split_rows
 from .evaluation import evaluate_plain, evaluate_stitches, image_scores, response_scores, spearman
 from .image_trainer import StitchImageTrainer
 from .images import IMAGE_TASKS, EpochOfAugmentation, ImageSet, collate_images, few_shot, read_images, some_of
@@ -63,6 +63,7 @@ __all__ = [
     "evaluate_plain",
     "evaluate_stitches",
     "drawn",
+    "encode_prompt",
     "few_shot",
     "find_checkpoint",
     "format_table",

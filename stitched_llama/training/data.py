@@ -188,13 +188,16 @@ class InstructionDataset(Dataset):
         return self.examples[index]
 
 
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """Token ids of a prompt, in training and generation alike: with BOS where the tokenizer has it, without EOS."""
+    ids = tokenizer(prompt).input_ids
+    return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids
+
+
 def encode_pair(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str) -> tuple[list[int], list[int]]:
     """Token ids of a prompt as generation sees it, and of the response that follows it, with EOS."""
     eos = tokenizer.eos_token_id
-    head = tokenizer(prompt).input_ids
-    head = head[:-1] if head[-1:] == [eos] else head
-    whole = tokenizer(prompt + response).input_ids
-    whole = whole[:-1] if whole[-1:] == [eos] else whole
+    head, whole = encode_prompt(tokenizer, prompt), encode_prompt(tokenizer, prompt + response)
     if whole[: len(head)] == head:
         return head, whole[len(head) :] + [eos]
     return head, tokenizer(response, add_special_tokens=False).input_ids + [eos]  # a piece would span the border

@@ -93,7 +93,7 @@ def plot_stitches(
                 [v for _, v in rivals],
                 "D",
                 color="tab:red",
-                label="anchor tuned alone by LoRA",
+                label="anchor tuned alone",
             )
         axis.set_xlabel("parameters of the stitch")
         axis.set_ylabel(

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from stitched_llama.space import Stitch, format_count
 
-from .data import Row, pad_token_id
+from .data import Row, encode_prompt, pad_token_id
 from .prompts import Template
 
 
@@ -30,20 +30,20 @@ def sample_budgets(
     model.eval()
     for row in rows:
         text = prompt.render(row.instruction, row.input)
-        inputs = tokenizer(text, return_tensors="pt").to(model.device)
+        input_ids = torch.tensor([encode_prompt(tokenizer, text)], device=model.device)
         answers = {}
         for budget, stitch in sizes:
             with torch.no_grad():
                 tokens = model.generate(
-                    input_ids=inputs.input_ids,
-                    attention_mask=inputs.attention_mask,
+                    input_ids=input_ids,
+                    attention_mask=torch.ones_like(input_ids),
                     stitch_id=stitch.stitch_id,
                     max_new_tokens=max_new_tokens,
                     do_sample=False,
                     eos_token_id=tokenizer.eos_token_id,
                     pad_token_id=pad_token_id(tokenizer),
                 )
-            answer = tokenizer.decode(tokens[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+            answer = tokenizer.decode(tokens[0, input_ids.shape[1] :], skip_special_tokens=True)
             answers[f"{budget}stitch {stitch.stitch_id}, {format_count(stitch.params)}"] = answer
         samples.append({"prompt": text, "wanted": row.output, "answers": answers})
     return samples
