@@ -10,17 +10,19 @@ import pytest
 import torch
 from conftest import ROOT, fresh, ids_like, python, spread
 from safetensors import safe_open
-from tiny_runs import dataset, evaluated, stitched_model, trained, trainer
+from tiny_runs import DEFAULTS, ROWS, dataset, evaluated, stitched_model, trained, trainer
 from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
-from stitched_llama import PSTConfig, StitchTrainingArguments
+from stitched_llama import PSTConfig, StitchTrainer, StitchTrainingArguments
 from stitched_llama.bundles import Bundle
-from stitched_llama.sampling import SCHEMES, SCORES, Importance, StepSignals
+from stitched_llama.sampling import SCHEMES, SCORES, Importance, StepSignals, StitchSampler
 from stitched_llama.training import (
+    Collator,
     ImageTrainingArguments,
     check_data_settings,
     find_checkpoint,
     pico_anchor,
+    plot_stitches,
     read_baselines,
 )
 from stitched_llama.training import trainer as trainer_module
@@ -266,6 +268,13 @@ def test_baselines_of_other_anchors_are_refused(stitched, tmp_path):
         read_baselines(path, space)
 
 
+def test_the_plot_shows_baselines_however_they_were_tuned(stitched, tmp_path):
+    model, path = stitched("unequal"), tmp_path / "plot.svg"
+    table = model.table.with_metrics("loss", {key: float(i) for i, key in enumerate(model.keys)}, decides=True)
+    plot_stitches(model.space, table, path, alone={"0[0:3]": {"loss": 1.0}}, title="sizes")
+    assert "<!-- anchor tuned alone -->" in path.read_text()
+
+
 def test_a_model_of_which_nothing_trains_is_refused(stitched, tmp_path):
     with pytest.raises(ValueError, match=r"nothing of this model trains: call model\.attach_pst"):
         trainer(stitched("unequal"), tmp_path)
@@ -329,6 +338,53 @@ def test_a_checkpoint_is_compared_by_what_its_options_mean(anchors, tmp_path, st
         check_checkpoint(bundle, "there", fresh([tmp_path / "other", large], PSTConfig(rank=4)), None)
 
 
+def test_every_run_has_its_own_warm_up_of_draws(anchors, tmp_path, monkeypatch):
+    """A second run, or one that starts anew with smaller batches, may have another number of steps."""
+    made = trainer(stitched_model(anchors["unequal"]), tmp_path, max_steps=2, sampling_warmup=0.5)
+    warm_ups, draw = [], StitchSampler.draw
+    monkeypatch.setattr(
+        StitchSampler, "draw", lambda self, *given: warm_ups.append(self.warmup_steps) or draw(self, *given)
+    )
+    made.train()
+    assert made._sampler.warmup_steps == 1
+    made.args.max_steps, made.drawn = 6, {}
+    made.draw = type(made).draw.__get__(made)
+    made.train()
+    assert warm_ups == [1] * 2 + [3] * 6
+
+
+UNUSED = [
+    ({}, {"compute_loss_func": print}, "compute_loss_func is given"),
+    ({}, {"compute_metrics": print}, "compute_metrics is given"),
+    ({}, {"preprocess_logits_for_metrics": print}, "preprocess_logits_for_metrics is given"),
+    ({"neftune_noise_alpha": 5.0}, {}, "neftune_noise_alpha 5.0 is not supported"),
+    ({"push_to_hub": True}, {}, r"push_to_hub is not supported.*model\.push_to_hub"),
+]
+
+
+@pytest.mark.parametrize(("options", "given", "named"), UNUSED)
+def test_what_a_trainer_would_not_honour_is_refused(options, given, named, anchors, tmp_path):
+    arguments = StitchTrainingArguments(**{**DEFAULTS, "output_dir": str(tmp_path), **options})
+    with pytest.raises(ValueError, match=named):
+        StitchTrainer(stitched_model(anchors["unequal"]), arguments, data_collator=Collator(0), **given)
+
+
+def test_several_sets_to_evaluate_on_are_told_apart(anchors, tmp_path):
+    made = trainer(stitched_model(anchors["unequal"]), tmp_path, max_steps=2, eval_strategy="steps", eval_steps=2)
+    one = made.evaluate()
+    made.eval_dataset = {"own": dataset(ROWS[:5]), "more": dataset(ROWS[5:8])}
+    both = made.evaluate()
+    assert {name.replace("eval_own_", "eval_"): v for name, v in both.items() if "own" in name} == one
+    assert len(both) == 2 * len(one)
+    assert made.evaluate({"own": dataset(ROWS[:5])}) == {n: v for n, v in both.items() if "own" in n}
+    assert made.evaluate("more")["eval_loss"] == both["eval_more_loss"]
+    made.train()
+    assert {"eval_own_loss", "eval_more_loss"} <= {name for entry in made.state.log_history for name in entry}
+    made.eval_dataset = None
+    with pytest.raises(ValueError, match="nothing to evaluate on"):
+        made.evaluate()
+
+
 def test_settings_the_trainer_cannot_use_are_named(anchors, tmp_path, stitched):
     model = stitched_model(anchors["unequal"])
     model.save_pretrained(tmp_path / "bundle")
@@ -356,6 +412,8 @@ def test_ways_to_spread_a_run_that_are_not_supported_are_refused(anchors):
         "average_tokens_across_devices": True,
         "train_teacher": False,
         "label_smoothing_factor": 0,
+        "neftune_noise_alpha": None,
+        "push_to_hub": False,
     }
     for args, flags, named in (
         ({"n_gpu": 2}, {}, "2 GPUs in one process: start with `accelerate launch`"),
@@ -363,7 +421,8 @@ def test_ways_to_spread_a_run_that_are_not_supported_are_refused(anchors):
         ({}, {"is_deepspeed_enabled": True}, "FSDP and DeepSpeed are not supported"),
         ({"world_size": 2, "average_tokens_across_devices": False}, {}, "average_tokens_across_devices is off"),
     ):
-        how = {"is_fsdp_enabled": False, "is_deepspeed_enabled": False} | flags
+        how = dict.fromkeys(["compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"])
+        how |= {"is_fsdp_enabled": False, "is_deepspeed_enabled": False} | flags
         with pytest.raises(ValueError, match=named):
             check_run(SimpleNamespace(args=SimpleNamespace(**one | args), model=model, **how), None)
 

@@ -25,6 +25,16 @@ def check_arguments(args: Any) -> None:
         )
     if args.label_smoothing_factor:
         raise ValueError(f"label_smoothing_factor {args.label_smoothing_factor} is not supported: leave it 0")
+    if args.neftune_noise_alpha is not None:
+        raise ValueError(
+            f"neftune_noise_alpha {args.neftune_noise_alpha} is not supported, one anchor's embedding alone would get the noise: "
+            "leave it None"
+        )
+    if args.push_to_hub:
+        raise ValueError(
+            "push_to_hub is not supported, a checkpoint would be uploaded without its stitches.json: leave it off and call "
+            "trainer.save_importance() and model.push_to_hub(repo_id) after the run"
+        )
 
 
 def check_run(trainer: Any, teacher: Any) -> None:
@@ -35,6 +45,12 @@ def check_run(trainer: Any, teacher: Any) -> None:
     """
     args, model = trainer.args, trainer.model
     check_arguments(args)
+    for name in ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"):
+        if getattr(trainer, name) is not None:
+            raise ValueError(
+                f"{name} is given and would not be called, a step has its own loss and an evaluation its own scores of several "
+                "stitches: leave it out, and score model.pinned(stitch_id) by yourself"
+            )
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         raise ValueError("FSDP and DeepSpeed are not supported: the trained parts are small, use plain DDP")
     if not any(parameter.requires_grad for parameter in model.parameters()):

@@ -18,7 +18,7 @@ from stitched_llama.space import Stitch, StitchTable, intervals
 
 from .arguments import StitchTrainingArguments
 from .checkpoints import begin_checkpoint, check_data_settings
-from .checks import check_checkpoint, check_run
+from .checks import check_arguments, check_checkpoint, check_run
 from .data import IGNORED, batches
 from .evaluation import evaluate_stitches
 from .rates import slow_down_anchors
@@ -118,8 +118,11 @@ class StitchTrainer(Trainer):
         return super().train(*args, **kwargs)
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """As Transformers has it, which starts anew with smaller batches after one did not fit: nothing of that step counts."""
+        """As Transformers has it, which starts anew with smaller batches after one did not fit: nothing of that step counts, and
+        the warm-up of the draws is a share of the steps there are now.
+        """
         self._forget_step()
+        self._sampler = None
         return super()._inner_training_loop(*args, **kwargs)
 
     def _forget_step(self) -> None:
@@ -275,9 +278,19 @@ class StitchTrainer(Trainer):
     ):
         """Loss and exact match of the anchors and the middle stitch of each interval, or of `keys`.
 
-        Returns `eval_loss` (mean over those stitches) and one entry a stitch and metric.
+        Returns `eval_loss` (mean over those stitches) and one entry a stitch and metric; of several data sets by name, as
+        Transformers takes them, `eval_{name}_loss` and so on.
+
+        Raises:
+            ValueError: no data set is given, here or to the trainer.
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(dataset, dict):
+            parts = [self.evaluate(d, ignore_keys, f"{metric_key_prefix}_{name}", keys) for name, d in dataset.items()]
+            return {name: value for part in parts for name, value in part.items()}
+        dataset = self.eval_dataset[dataset] if isinstance(dataset, str) else dataset
+        if dataset is None:
+            raise ValueError("nothing to evaluate on: pass eval_dataset, here or to the trainer")
         if keys is None:
             keys = [stitch.key for stitch in self.stitches if stitch.is_anchor or stitch.key in self._middles]
         found = evaluate_stitches(
@@ -295,6 +308,11 @@ class StitchTrainer(Trainer):
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
+        """As Transformers has it; what is refused is refused before a repository is made."""
+        check_arguments(self.args)
+        super().init_hf_repo(*args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves a bundle, with the importance averages that resuming needs."""
