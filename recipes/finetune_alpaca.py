@@ -17,7 +17,6 @@ from transformers import AutoTokenizer, BitsAndBytesConfig, HfArgumentParser, se
 
 from stitched_llama import (
     Budget,
-    PSTConfig,
     StitchedLlamaForCausalLM,
     StitchSpace,
     StitchTable,
@@ -27,6 +26,8 @@ from stitched_llama import (
 from stitched_llama.training import (
     Collator,
     InstructionDataset,
+    PSTArguments,
+    SpaceArguments,
     batches,
     check_arguments,
     check_data_settings,
@@ -65,13 +66,6 @@ class Arguments:
     load_in_8bit: bool = field(default=True, metadata={"help": "Anchors in 8 bits, as the paper has them."})
     load_in_4bit: bool = field(default=False, metadata={"help": "Anchors in 4 bits (NF4) instead."})
     dtype: str = field(default="auto", metadata={"help": "Of the anchors; auto: of --bf16 or --fp16, else as stored."})
-    kernel_size: int = field(default=1, metadata={"help": "Sliding window of the stitching space."})
-    stride: int = field(default=1, metadata={"help": "Its stride."})
-    rank: int = field(default=16, metadata={"help": "LoRA rank on q, k, v, o."})
-    stitching_rank: int | None = field(
-        default=None, metadata={"help": "Rank of the stitching update; d1/4 by default."}
-    )
-    stitch_bias: bool = field(default=True, metadata={"help": "A bias for each stitch."})
     calibration_size: int = field(default=512, metadata={"help": "Rows for the least-squares start."})
     align_steps: int = field(default=0, metadata={"help": "Then steps of alignment, for anchors made apart."})
     ridge: float = field(default=1e-4, metadata={"help": "Relative ridge of the least squares."})
@@ -85,7 +79,8 @@ class Arguments:
 
 def main() -> None:
     start = time.time()
-    args, training = HfArgumentParser((Arguments, StitchTrainingArguments)).parse_args_into_dataclasses()
+    parser = HfArgumentParser((Arguments, SpaceArguments, PSTArguments, StitchTrainingArguments))
+    args, options, pst, training = parser.parse_args_into_dataclasses()
     output = Path(training.output_dir)
     if args.smoke:
         args, training = smoke_anchors(args, training)
@@ -98,12 +93,13 @@ def main() -> None:
     check_arguments(training)
     if args.load_in_4bit and training.device.type == "cpu":
         raise SystemExit("--load_in_4bit needs a GPU to train (bitsandbytes): use --load_in_8bit or neither here")
+    if pst.full and (args.load_in_8bit or args.load_in_4bit):
+        raise SystemExit("--full trains the anchors' own weights, which 8 or 4 bits cannot: add --no_load_in_8bit")
     checkpoint = find_checkpoint(args.resume, training.output_dir)
     data = {"data": args.data, "eval_data": args.eval_data, "eval_size": args.eval_size, "seed": training.seed}
     check_data_settings(checkpoint, data)
-    pst = PSTConfig(rank=args.rank, stitching_rank=args.stitching_rank, stitch_bias=args.stitch_bias)
-    space = StitchSpace.from_configs(args.anchors, kernel_size=args.kernel_size, stride=args.stride)
-    pst.trainable_params(space)
+    space = StitchSpace.from_configs(args.anchors, **asdict(options))
+    pst.settings().trainable_params(space)
     baselines = read_baselines(args.baselines, space)
     for budget in map(Budget.parse, args.budgets):
         if budget.kind != "memory_bytes":  # bytes are known once the anchors are loaded
@@ -133,8 +129,8 @@ def main() -> None:
         quantization = BitsAndBytesConfig(load_in_8bit=True)
     mixed = "bfloat16" if training.bf16 else "float16" if training.fp16 else "auto"  # of two halves float32 would come
     model = StitchedLlamaForCausalLM.from_anchors(
-        args.anchors, kernel_size=args.kernel_size, stride=args.stride,
-        dtype=mixed if args.dtype == "auto" else args.dtype, quantization_config=quantization,
+        args.anchors, **asdict(options), dtype=mixed if args.dtype == "auto" else args.dtype,
+        quantization_config=quantization,
         device_map={"": training.device.index or 0} if training.device.type == "cuda" else None,
     )  # fmt: skip
     model.to(training.device)
@@ -144,7 +140,7 @@ def main() -> None:
     )  # fmt: skip
     if chief:
         print(calibration)
-    model.attach_pst(pst)
+    model.attach_pst(pst.settings())
     if chief:
         print(f"{len(train_set)} rows to train on, {len(eval_set)} held out, {len(model.space)} stitches")
         model.print_trainable_parameters()

@@ -4,24 +4,30 @@ import json
 import runpy
 import subprocess
 import sys
+from contextlib import contextmanager
+from dataclasses import make_dataclass
 
 import pytest
 from conftest import ROOT, python
 
-from stitched_llama import StitchedLlamaForCausalLM
+from stitched_llama import PSTConfig, StitchedLlamaForCausalLM, StitchTrainingArguments
+from stitched_llama.training import smoke_anchors
 
+SMOKE = ("anchors", "data", "eval_data", "eval_size", "calibration_size", "max_length", "template")
+SmokeArguments = make_dataclass("SmokeArguments", [(name, object, None) for name in SMOKE])
 RECIPES = sorted(path.name for path in (ROOT / "recipes").glob("*.py"))
 
 
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
-    """The smoke run, started as the README says."""
+    """The smoke run, started as the README says, with ranks of its own."""
     folder = tmp_path_factory.mktemp("smoke")
     launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
     done = python(
-        *launch, "recipes/finetune_alpaca.py", "--smoke", "--output_dir", folder, "--report_to", "tensorboard"
-    )
+        *launch, "recipes/finetune_alpaca.py", "--smoke", "--output_dir", folder, "--report_to", "tensorboard",
+        "--rank", 4, "--stitching_rank", 6,
+    )  # fmt: skip
     return folder, done.stdout
 
 
@@ -57,6 +63,7 @@ def test_smoke_leaves_bundle_plot_table_and_row(smoke):
 def test_smoke_bundle_loads_in_the_8_bits_it_was_trained_in(smoke):
     model = StitchedLlamaForCausalLM.from_pretrained(smoke[0] / "bundle")
     assert model.table.metric == "loss"
+    assert model.config.pst_config == PSTConfig(rank=4, stitching_rank=6)
     assert set(model.table.metrics["loss"]) == set(model.keys)
     assert set(model.table.importance) <= set(model.keys)
     assert model.table.importance
@@ -65,6 +72,31 @@ def test_smoke_bundle_loads_in_the_8_bits_it_was_trained_in(smoke):
         "chat_template.jinja",
         "README.md",
     }
+
+
+@pytest.mark.parametrize(("rows", "wanted"), [(4, 8), (16, 16), (3, 6)])
+def test_smoke_takes_batches_of_any_size(rows, wanted, tmp_path):
+    training = StitchTrainingArguments(
+        str(tmp_path), per_device_train_batch_size=rows, global_batch_size=0, use_cpu=True
+    )
+    args, training = smoke_anchors(SmokeArguments(), training)
+    assert rows * training.gradient_accumulation_steps == wanted
+    assert all((tmp_path / "smoke" / name / "model.safetensors").is_file() for name in ("small", "large"))
+
+
+def test_smoke_is_written_by_one_process_of_a_node_and_others_wait(tmp_path, monkeypatch):
+    waited = []
+
+    @contextmanager
+    def first(self, **how):
+        waited.append(self.local_process_index)
+        yield
+
+    monkeypatch.setattr(StitchTrainingArguments, "local_process_index", property(lambda self: 1))
+    monkeypatch.setattr(StitchTrainingArguments, "main_process_first", first)
+    smoke_anchors(SmokeArguments(), StitchTrainingArguments(str(tmp_path), use_cpu=True))
+    assert waited == [1]
+    assert not list(tmp_path.rglob("*.safetensors"))
 
 
 def test_chat_recipe_talks_over_the_bundle(smoke):
@@ -100,6 +132,12 @@ def test_the_recipe_says_that_4_bits_need_a_gpu(tmp_path):
     )
     assert done.returncode != 0
     assert done.stderr.splitlines()[-1].startswith("--load_in_4bit needs a GPU to train")
+
+
+def test_the_recipe_says_that_quantised_anchors_do_not_train_whole(tmp_path):
+    done = python("recipes/finetune_alpaca.py", "--smoke", "--full", "--use_cpu", "--output_dir", tmp_path, check=False)
+    assert done.returncode != 0
+    assert done.stderr.splitlines()[-1].endswith("which 8 or 4 bits cannot: add --no_load_in_8bit")
 
 
 def test_the_recipe_says_that_it_needs_two_anchors(tmp_path):

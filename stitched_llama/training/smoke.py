@@ -41,10 +41,33 @@ def pico_anchor(width: int, depth: int, heads: int, kv_heads: int, vocab_size: i
 
 
 def smoke_anchors(args: Any, training: Any) -> tuple[Any, Any]:
-    """Recipe arguments that run on pico anchors and rows written below `output_dir`, a few steps long."""
+    """Recipe arguments that run on pico anchors and rows below `output_dir`, a few steps of eight rows or so long.
+
+    One process of a node writes them, the others wait for it.
+    """
     folder = Path(training.output_dir) / "smoke"
+    with training.main_process_first(desc="pico anchors"):
+        if training.local_process_index == 0:
+            _write(folder, training.seed)
+    rows = training.per_device_train_batch_size * max(1, training.world_size)
+    training = replace(
+        training,
+        max_steps=training.max_steps if training.max_steps > 0 else 12,
+        global_batch_size=rows * max(1, 8 // rows),
+        gradient_accumulation_steps=1,
+        learning_rate=3e-3,
+        save_strategy="steps",
+        save_steps=6,
+        logging_steps=4,
+    )
+    settings = {"eval_size": 16, "calibration_size": 64, "max_length": 64, "template": "short"}
+    anchors = [str(folder / "small"), str(folder / "large")]
+    return replace(args, anchors=anchors, data=str(folder / "rows.json"), eval_data=None, **settings), training
+
+
+def _write(folder: Path, seed: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(training.seed)
+    torch.manual_seed(seed)
     tokenizer = byte_tokenizer()
     for name, shape in (("small", (32, 3, 4, 2)), ("large", (48, 5, 6, 3))):
         pico_anchor(*shape, vocab_size=len(tokenizer)).save_pretrained(folder / name)
@@ -56,16 +79,3 @@ def smoke_anchors(args: Any, training: Any) -> tuple[Any, Any]:
         for other in _WORDS
     ]
     (folder / "rows.json").write_text(json.dumps(rows))
-    training = replace(
-        training,
-        max_steps=training.max_steps if training.max_steps > 0 else 12,
-        global_batch_size=8,
-        gradient_accumulation_steps=1,
-        learning_rate=3e-3,
-        save_strategy="steps",
-        save_steps=6,
-        logging_steps=4,
-    )
-    settings = {"eval_size": 16, "calibration_size": 64, "rank": 4, "max_length": 64, "template": "short"}
-    anchors = [str(folder / "small"), str(folder / "large")]
-    return replace(args, anchors=anchors, data=str(folder / "rows.json"), eval_data=None, **settings), training
