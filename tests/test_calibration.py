@@ -238,6 +238,15 @@ def test_poor_fit_and_few_tokens_warn(anchors):
         fresh(anchors["unequal"]).calibrate([{"input_ids": ids_like(2, 12)}], progress=False)
 
 
+@pytest.mark.parametrize(("count", "told"), [(7, True), (8, False)])
+def test_a_report_on_the_rows_of_the_fit_says_so(count, told, anchors):
+    with pytest.warns(UserWarning, match="junctions do not fit") as warned:
+        report = fresh(anchors["unequal"]).calibrate(padded_batches(count, rows=2), progress=False)
+    assert report.held_out != told
+    for text in (str(report), str(warned[-1].message)):
+        assert ("on the rows of the fit: give 8 batches or more" in text) == told
+
+
 @pytest.mark.filterwarnings("ignore:.*the ridge decides:UserWarning")
 def test_refused_calibrations(anchors):
     model = fresh(anchors["unequal"])

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import make_dataclass
 
 import pytest
-from conftest import ROOT, python
+from conftest import ROOT, ids_like, python
 
 from stitched_llama import PSTConfig, StitchedLlamaForCausalLM, StitchTrainingArguments
 from stitched_llama.training import smoke_anchors
@@ -111,6 +111,27 @@ def test_chat_recipe_talks_over_the_bundle(smoke):
     assert any(line.startswith("-> ") for line in told)
     assert sum(" parameters, stitch " in line for line in told) == 2
     assert any("too small" in line for line in told)
+
+
+@pytest.mark.filterwarnings("ignore:.*junctions do not fit", "ignore:.*the ridge decides")
+def test_what_the_readme_does_by_hand_works(anchors, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "README.md").read_text().split("By hand:\n```python\n")[1].split("```")[0]
+    rows = [{"instruction": f"say {number}", "output": str(number)} for number in range(40)]
+    (tmp_path / "rows.json").write_text(json.dumps([*rows, {"instruction": "nothing", "output": ""}]))
+    for name, own in (
+        ("huggyllama/llama-7b", anchors["unequal"][0]),
+        ("huggyllama/llama-13b", anchors["unequal"][1]),
+        ("tatsu-lab/alpaca", "rows.json"),
+        ("500, seed", "8, seed"),
+        ("stitch_id=40", "stitch_id=5"),
+    ):
+        assert text.count(name) == 1, name
+        text = text.replace(name, own)
+    scope = {"prompt": {"input_ids": ids_like(1, 5), "max_new_tokens": 3}}
+    exec(text, scope)  # as a reader would
+    assert set(scope["found"]["loss"]) == set(scope["model"].keys)
+    assert scope["small"].keys == [scope["model"].choose("9B").key]
 
 
 @pytest.mark.parametrize("name", RECIPES)

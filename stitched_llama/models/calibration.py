@@ -20,11 +20,12 @@ if TYPE_CHECKING:
 
 _HELD_OUT_EVERY, _HELD_OUT_MOST = 8, 8
 _R2_WARNING = 0.5
+_OF_THE_FIT = f"on the rows of the fit: give {_HELD_OUT_EVERY} batches or more for held-out ones"
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What calibration found, on batches that were kept out of the fit.
+    """What calibration found, on batches that were kept out of the fit, or where there were too few on the first of the fit.
 
     Attributes:
         r2: junction -> R2 of the predicted activations, the first token of each row (class tokens) left out.
@@ -33,7 +34,7 @@ class Calibration:
             without labels.
         loss_unaligned: the same before the alignment stage; empty without one.
         rows: tokens or places in the fit.
-        held_out: False when one batch had to serve both the fit and the report.
+        held_out: False when fewer than eight batches came, so that the first serves both the fit and the report.
     """
 
     r2: dict[str, float] = field(default_factory=dict)
@@ -44,7 +45,8 @@ class Calibration:
     held_out: bool = True
 
     def __str__(self) -> str:
-        lines = [f"{'junction':<18} {'R2':>7} {'R2 with first token':>20}"]
+        lines = [] if self.held_out else [f"measured {_OF_THE_FIT}"]
+        lines += [f"{'junction':<18} {'R2':>7} {'R2 with first token':>20}"]
         lines += [f"{name:<18} {value:7.3f} {self.r2_with_first[name]:20.3f}" for name, value in self.r2.items()]
         first = f" {'unaligned':>10}" if self.loss_unaligned else ""
         lines += ["", f"{'stitch':<24} {'loss before training':>20}{first}"] if self.loss else []
@@ -77,7 +79,8 @@ def calibrate(
     """Fits every stitching layer to the activation that enters the tail, and reports what that is worth.
 
     The target of a junction into block b is the output of the large anchor's block b-1, its embedding for b = 0.
-    Every eighth batch (eight at most) is kept out of the fit for the report. Memory is O(width^2) a stitching layer.
+    Every eighth batch (eight at most) is kept out of the fit for the report; with fewer than eight it is of the first of the fit, and
+    says so. Memory is O(width^2) a stitching layer.
 
     The sums stay where the tail's blocks lie: at 7B/13B with 32 stitching layers 9.7 GB of float64.
 
@@ -211,7 +214,7 @@ def _warn(report: Calibration) -> None:
         name, value = min(poor.items(), key=lambda item: item[1])
         warnings.warn(
             f"{len(poor)} of {len(report.r2)} junctions do not fit (R2 below {_R2_WARNING}), the worst is {name} with "
-            f"{value:.2f}: look at the loss of its stitches before you train for hours; anchors of one family, or aligned "
-            "to each other, fit best",
+            f"{value:.2f}{'' if report.held_out else f' ({_OF_THE_FIT})'}: look at the loss of its stitches before you train for hours; "
+            "anchors of one family, or aligned to each other, fit best",
             stacklevel=3,
         )
