@@ -106,6 +106,8 @@ def test_quantised_anchors_run_calibrate_and_reload(bits, tmp_path):
     report = model.calibrate([{"input_ids": ids_like(4, 20)}], progress=False)
     assert all(value == value for value in [*report.r2.values(), *report.loss.values()])
     before = {key: logits(model, stitch_id=key) for key in model.keys}
+    with pytest.raises(ValueError, match="quantised anchors cannot train whole"):
+        model.attach_pst(PSTConfig(full=True))
     model.attach_pst(PSTConfig(rank=2))
     assert all(torch.equal(logits(model, stitch_id=key), before[key]) for key in model.keys)
     key = next(stitch.key for stitch in model.space if not stitch.is_anchor)

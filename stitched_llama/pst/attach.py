@@ -29,11 +29,12 @@ def attach_pst(
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     ranks, stitching_ranks = config.ranks(space), config.stitching_ranks(space)
+    quantised = any(getattr(anchor, f"is_loaded_in_{bits}bit", False) for anchor in anchors for bits in (4, 8))
+    if config.full and quantised:
+        raise ValueError("quantised anchors cannot train whole: load them without quantization_config, or use LoRA")
     for module in (anchors, stitching_layers):
         module.requires_grad_(config.full)
     if config.full:
-        if any(getattr(anchor, f"is_loaded_in_{bits}bit", False) for anchor in anchors for bits in (4, 8)):
-            raise ValueError("quantised anchors cannot train whole: load them without quantization_config, or use LoRA")
         anchors.float()
         stitching_layers.float()
         return None
