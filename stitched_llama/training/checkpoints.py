@@ -1,11 +1,17 @@
-"""Which checkpoint to resume from, and whether it saw the same rows."""
+"""A trainer's checkpoints: each a bundle that says which rows its run trained on."""
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from stitched_llama.bundles import Bundle, write_atomically
+from stitched_llama.space import StitchTable
+
+from .checks import check_checkpoint
 
 _STATE, _SETTINGS = "trainer_state.json", "data.json"
 
@@ -64,3 +70,41 @@ def _is_whole(path: Path) -> bool:
     except (ValueError, OSError):
         return False
     return (path / _STATE).is_file() and (path / "optimizer.pt").is_file()
+
+
+class CheckpointMixin:
+    """How a `Trainer` saves and loads bundles."""
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves a bundle, with the importance averages that resuming needs."""
+        self.save_importance()
+        super().save_model(output_dir, _internal_call)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As Transformers has it, with `data_settings`."""
+        if self.args.should_save:
+            folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+            begin_checkpoint(folder, self.data_settings)
+        super()._save_checkpoint(model, trial)
+
+    def save_importance(self) -> None:
+        """Writes the importance averages into the model's table."""
+        self.model.table = replace(
+            self.model.table,
+            importance=dict(self.importance.averages),
+            visits=dict(self.importance.visits),
+            importance_score=self.rating,
+            interval_count=self.args.interval_count,
+        )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """A checkpoint is a bundle: its tensors, and the importance averages, come back whole or not at all."""
+        bundle = Bundle.open(resume_from_checkpoint)
+        check_checkpoint(bundle, resume_from_checkpoint, self.model, self.rating)
+        check_data_settings(resume_from_checkpoint, self.data_settings)
+        self.model.load_bundle(bundle)
+        table = StitchTable.from_dict(bundle.table)
+        self.importance.averages, self.importance.visits = dict(table.importance), dict(table.visits)
+
+    def _load_best_model(self) -> None:
+        self.model.load_bundle(Bundle.open(self.state.best_model_checkpoint))

@@ -3,8 +3,6 @@
 import contextlib
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,13 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Trainer
 
-from stitched_llama.bundles import Bundle
 from stitched_llama.sampling import Importance, StepSignals, StitchSampler
-from stitched_llama.space import Stitch, StitchTable, intervals
+from stitched_llama.space import Stitch, intervals
 
 from .arguments import StitchTrainingArguments
-from .checkpoints import begin_checkpoint, check_data_settings
-from .checks import check_arguments, check_checkpoint, check_run
+from .checkpoints import CheckpointMixin
+from .checks import check_arguments, check_run
 from .data import IGNORED, batches
 from .evaluation import evaluate_stitches
 from .rates import slow_down_anchors
@@ -27,7 +24,7 @@ from .teaching import distil, in_dtype_of, speaking, word_of
 Gradients = dict[nn.Parameter, Tensor]
 
 
-class StitchTrainer(Trainer):
+class StitchTrainer(CheckpointMixin, Trainer):
     """One-stage fine-tuning of every stitch (ESTA section 4.2).
 
     An optimiser step draws one stitch, the student, equal on all ranks and over all its accumulated batches. Two steps of
@@ -313,37 +310,3 @@ class StitchTrainer(Trainer):
         """As Transformers has it; what is refused is refused before a repository is made."""
         check_arguments(self.args)
         super().init_hf_repo(*args, **kwargs)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Saves a bundle, with the importance averages that resuming needs."""
-        self.save_importance()
-        super().save_model(output_dir, _internal_call)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """As Transformers has it, with `data_settings`."""
-        if self.args.should_save:
-            folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-            begin_checkpoint(folder, self.data_settings)
-        super()._save_checkpoint(model, trial)
-
-    def save_importance(self) -> None:
-        """Writes the importance averages into the model's table."""
-        self.model.table = replace(
-            self.model.table,
-            importance=dict(self.importance.averages),
-            visits=dict(self.importance.visits),
-            importance_score=self.rating,
-            interval_count=self.args.interval_count,
-        )
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """A checkpoint is a bundle: its tensors, and the importance averages, come back whole or not at all."""
-        bundle = Bundle.open(resume_from_checkpoint)
-        check_checkpoint(bundle, resume_from_checkpoint, self.model, self.rating)
-        check_data_settings(resume_from_checkpoint, self.data_settings)
-        self.model.load_bundle(bundle)
-        table = StitchTable.from_dict(bundle.table)
-        self.importance.averages, self.importance.visits = dict(table.importance), dict(table.visits)
-
-    def _load_best_model(self) -> None:
-        self.model.load_bundle(Bundle.open(self.state.best_model_checkpoint))
