@@ -53,11 +53,20 @@ def _compared(rows: Rows, name: str, other: str) -> Verdict:
     dial = rows.differences(name, other, lambda row: row.front)
     mean = rows.differences(name, other, lambda row: row.mean)
     times = rows[other][0]["trained"] / rows[name][0]["trained"]
-    trained = "" if abs(times - 1) < 0.005 else f" with {times:.2f} times as much to train"
-    here = f"dial {spread(dial)}, all {spread(mean)} over {other}{trained}"
-    if any(row.publishes_stitches for row in (*rows[name], *rows[other])):
-        return here, sign(dial)
-    return f"{here} (anchors alone are published)", sign(mean)
+    here = f"dial {spread(dial)}, all {spread(mean)} over {other}"
+    here += "" if abs(times - 1) < 0.005 else f" with {times:.2f} times as much to train"
+    here += "" if _publish_stitches(rows, name, other) else " (anchors alone are published)"
+    return here if name == "default" else f"{name}: {here}", sign(_deciding(rows, name, other))
+
+
+def _deciding(rows: Rows, name: str, other: str) -> list[float]:
+    """Points of `name` over `other` by what decides, seed by seed."""
+    published = _publish_stitches(rows, name, other)
+    return rows.differences(name, other, lambda row: row.front if published else row.mean)
+
+
+def _publish_stitches(rows: Rows, *names: str) -> bool:
+    return any(row.publishes_stitches for name in names for row in rows[name])
 
 
 def start(rows: Rows, task: str) -> Verdict:
@@ -117,7 +126,7 @@ def alike(name: str, *others: Sequence[str]) -> Callable[[Rows, str], Verdict]:
         for peers in others:
             best = max(peers, key=lambda peer: statistics.mean(rows.each(peer, lambda row: row.front)))
             here, verdict = _compared(rows, name, best)
-            near = abs(statistics.mean(rows.differences(name, best, lambda row: row.front))) < 2
+            near = abs(statistics.mean(_deciding(rows, name, best))) < 2
             parts.append(here)
             found.append("does not" if verdict != "open" else "holds" if near else "open")
         return "; ".join(parts), several(found)
@@ -224,7 +233,7 @@ def equal_time(*pairs: tuple[str, str]) -> Callable[[Rows, str], Verdict]:
         for one, other in pairs:
             here, verdict = better(one, other)(rows, task)
             times = " to ".join(spread(seconds(rows, name), 0) for name in (one, other))
-            parts.append(f"{one}: {here}, {times} s")
+            parts.append(f"{here}, {times} s")
             found.append(verdict)
         return "; ".join(parts), several(found)
 
