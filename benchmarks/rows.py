@@ -141,7 +141,9 @@ class Rows:
                     [m - min(v) for m, v in zip(middle, values)],
                     [max(v) - m for m, v in zip(middle, values)],
                 ]
-                axis.errorbar(size, middle, reach, fmt="o", ms=4, color=colour, alpha=0.7, label="the default's stitches")
+                axis.errorbar(
+                    size, middle, reach, fmt="o", ms=4, color=colour, alpha=0.7, label="the default's stitches"
+                )
             stars = [i for i, s in enumerate(stitches) if s["anchor"]]
             axis.plot([size[i] for i in stars], [middle[i] for i in stars], "*", ms=15, color=colour, mec="black")
         alone = self["alone"]
