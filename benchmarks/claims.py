@@ -89,7 +89,6 @@ GAP = {
     "family": "resnet-swin", "part": "source", "training": PLAIN | {"learning_rate": 2e-3, "max_steps": 300},
     "pst": {"rank": 0, "stitching_rank": "full", "stitch_bias": False},
 }  # fmt: skip
-WITHIN_NORMS = {"adapter_norm": "batch"}
 # rates of the peers in LoRA's place
 RATES = {
     "": {},
@@ -106,6 +105,10 @@ LONGER = EVEN | {"max_steps": 2700}
 
 
 OTHER = ", other seeds"
+
+
+def _gap(adapter: str, rescale: str) -> dict[str, Any]:
+    return GAP | {"space": {"adapter": adapter, "rescale": rescale, "adapter_norm": "batch"}}
 
 
 def _other_seeds(settings: dict[str, Any]) -> dict[str, Any]:
@@ -191,12 +194,12 @@ def _settings(*names: str) -> Callable[[str], dict[str, dict[str, Any]]]:
             "convnext": {"family": "convnext"},
             "convnext, alone full": {"kind": "alone", "family": "convnext"} | FULL,
             "convnext, snnet": SN_NET | {"family": "convnext", "adapted": "convnext, alone full"},
-            "gap linear": GAP | {"space": WITHIN_NORMS | {"adapter": "linear", "rescale": "bilinear"}},
-            "gap conv3x3": GAP | {"space": WITHIN_NORMS | {"adapter": "conv3x3_relu", "rescale": "bilinear"}},
-            "gap bottleneck": GAP | {"space": WITHIN_NORMS | {"adapter": "bottleneck", "rescale": "bilinear"}},
-            "gap conv3x3 strided": GAP | {"space": WITHIN_NORMS | {"adapter": "conv3x3_relu", "rescale": "strided"}},
-            "gap bottleneck strided": GAP | {"space": WITHIN_NORMS | {"adapter": "bottleneck", "rescale": "strided"}},
-            "gap bottleneck undownsampled": GAP | {"space": WITHIN_NORMS | {"adapter": "bottleneck", "rescale": "none"}},
+            "gap linear": _gap("linear", "bilinear"),
+            "gap conv3x3": _gap("conv3x3_relu", "bilinear"),
+            "gap bottleneck": _gap("bottleneck", "bilinear"),
+            "gap conv3x3 strided": _gap("conv3x3_relu", "strided"),
+            "gap bottleneck strided": _gap("bottleneck", "strided"),
+            "gap bottleneck undownsampled": _gap("bottleneck", "none"),
             "alone": {"kind": "alone"},
             "alone full": {"kind": "alone"} | FULL,
             "alone, as long as snnet": {"kind": "alone", "lasts": ("alone full", "snnet"), "rate_of": "alone"},

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import ConcatDataset, Dataset, Subset
 from transformers import TrainerCallback
 
 from .data import drawn
@@ -83,8 +83,8 @@ def read_images(source: str, split: str = "train", names: Sequence[str] | None =
             raise ValueError(
                 f"the parts {split!r} of {source} name their classes {other.names} and {names}: they must agree"
             )
-        places = [(part.pictures, index) for part in parts for index in range(len(part.labels))]
-        return Images(_Pictures(_picture_of, places), [label for part in parts for label in part.labels], names)
+        labels = [label for part in parts for label in part.labels]
+        return Images(ConcatDataset([part.pictures for part in parts]), labels, names)
     if path.suffix == ".npz":
         found = _from_npz(path, split)
     elif path.is_dir():
@@ -98,10 +98,6 @@ def read_images(source: str, split: str = "train", names: Sequence[str] | None =
     if wrong:
         raise ValueError(f"{source}, {split} picture {wrong[0]}: label {wrong[1]} is outside the {len(names)} classes")
     return Images(found.pictures, [int(label) for label in found.labels], names)
-
-
-def _picture_of(place: tuple[Sequence[Any], int]) -> Any:
-    return place[0][place[1]]
 
 
 def _from_npz(path: Path, split: str) -> Images:
@@ -199,8 +195,7 @@ def _from_row(column: str, row: dict[str, Any]) -> Any:
 
 
 def _chosen(images: Images, indices: Sequence[int]) -> Images:
-    labels = [images.labels[index] for index in indices]
-    return Images(_Pictures(images.pictures.__getitem__, indices), labels, images.names)
+    return Images(Subset(images.pictures, indices), [images.labels[index] for index in indices], images.names)
 
 
 def some_of(images: Images, size: int, seed: int) -> Images:
