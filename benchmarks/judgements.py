@@ -9,7 +9,7 @@ an anchor's, and the mean of all sizes decides. Quality is in points of 100.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from rows import Row, Rows, spread
 
@@ -81,21 +81,26 @@ def start(rows: Rows, task: str) -> Verdict:
 def factor(index: int) -> Callable[[Rows, str], Verdict]:
     """One factor of the three at a time, the other two held: the mean difference of the four pairs."""
 
+    def pairs() -> Iterator[tuple[str, str, str]]:
+        """What is held, and the two settings."""
+        level = next(iter(FACTORS))[index]
+        for names in FACTORS:
+            if names[index] == level:
+                held = names[:index] + names[index + 1 :]
+                other = next(n for n in FACTORS if n[index] != level and n[:index] + n[index + 1 :] == held)
+                yield "+".join(held), FACTORS[names], FACTORS[other]
+
     def judge(rows: Rows, task: str) -> Verdict:
-        ours = [names for names in FACTORS if names[index] == next(iter(FACTORS))[index]]
-        effects: list[list[float]] = []
-        for names in ours:
-            other = next(
-                n
-                for n in FACTORS
-                if n[index] != names[index] and n[:index] + n[index + 1 :] == names[:index] + names[index + 1 :]
-            )
-            effects.append(rows.differences(FACTORS[names], FACTORS[other], lambda row: row.front))
-        seeds = [statistics.mean(values) for values in zip(*effects)]
-        each = ", ".join(
-            f"{'+'.join(n for i, n in enumerate(names) if i != index)} {spread(e)}" for names, e in zip(ours, effects)
-        )
-        return f"{spread(seeds)} on the dial ({each})", sign(seeds)
+        def effect(measure: Callable[[Row], float]) -> tuple[list[float], str]:
+            each = {held: rows.differences(name, other, measure) for held, name, other in pairs()}
+            told = ", ".join(f"{held} {spread(values)}" for held, values in each.items())
+            return [statistics.mean(values) for values in zip(*each.values())], told
+
+        (dial, each), (mean, each_mean) = effect(lambda row: row.front), effect(lambda row: row.mean)
+        here = f"{spread(dial)} on the dial ({each}), {spread(mean)} of all ({each_mean})"
+        if alone := [name for name in FACTORS.values() if not _publish_stitches(rows, name)]:
+            here += f"; anchors alone are published by {', '.join(alone)}"
+        return here, sign(dial if len(alone) < len(FACTORS) else mean)
 
     return judge
 

@@ -208,8 +208,21 @@ def test_a_factor_is_the_mean_of_its_four_pairs(suite):
     for index, (points, verdict) in enumerate([("30.0", "holds"), ("10.0", "holds"), ("-20.0", "does not")]):
         here, found = judged(suite.judgements.factor(index), suite, rows)
         assert here.startswith(f"{points} ± 0.0 on the dial (")
-        assert here.count(points) == 5
+        assert here.count(points) == 10
+        assert "anchors alone are published by default, no distillation," in here
         assert found == verdict
+
+
+def test_a_factor_is_judged_by_all_sizes_where_no_setting_publishes_a_stitch(suite):
+    factors = suite.judgements.FACTORS
+    judge = suite.judgements.factor(0)
+    dips = {levels: [0.5, 0.3 if levels[0] == "PST" else 0.1, 0.6] for levels in factors}
+    rows = [row(suite, name, seed, dips[levels]) for levels, name in factors.items() for seed in (0, 1)]
+    here, verdict = judged(judge, suite, rows)
+    assert here.startswith("0.0 ± 0.0 on the dial (")
+    assert verdict == "holds"
+    rows[0] = row(suite, "default", 0, [0.5, 0.55, 0.6])
+    assert judged(judge, suite, rows)[1] == "open"  # one stitch on a dial: the dial decides
 
 
 def test_cost_has_quality_over_two_peers_then_memory_then_weights(suite):
