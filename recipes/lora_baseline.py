@@ -3,6 +3,7 @@
     python recipes/lora_baseline.py --anchors data/anchors/small data/anchors/large --data train.json ...
 
 Same rows, template and optimiser as `finetune_alpaca.py`, anchors as they are stored; nothing of `stitched_llama.models` is used.
+`--save` leaves the tuned models, LoRA merged, as plain checkpoints; named as that recipe's `--anchors` they are adapt-then-stitch.
 Writes `{key of the anchor: {"loss", "exact_match", "loss_before", "exact_match_before", "seconds"}}`.
 """
 
@@ -42,6 +43,7 @@ class Arguments:
     max_length: int = field(default=512, metadata={"help": "Tokens a row may have."})
     rank: int = field(default=16, metadata={"help": "LoRA rank on q, k, v, o."})
     dtype: str = field(default="auto", metadata={"help": "Of the anchors: auto, float32, bfloat16 or float16."})
+    save: str | None = field(default=None, metadata={"help": "A folder for the tuned models."})
     rows: str = field(default="baselines.json", metadata={"help": "Where the result goes."})
 
 
@@ -74,6 +76,9 @@ def main() -> None:
             "loss": after[0], "exact_match": after[1], "loss_before": before[0], "exact_match_before": before[1],
             "seconds": round(time.time() - start, 1),
         }  # fmt: skip
+        if args.save:
+            model.merge_and_unload().save_pretrained(Path(args.save) / str(index))
+            tokenizer.save_pretrained(Path(args.save) / str(index))
     Path(args.rows).parent.mkdir(parents=True, exist_ok=True)
     Path(args.rows).write_text(json.dumps(found, indent=1) + "\n")
     print(json.dumps(found))

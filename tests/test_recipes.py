@@ -9,9 +9,19 @@ from dataclasses import make_dataclass
 
 import pytest
 from conftest import ROOT, ids_like, python
+from transformers import AutoTokenizer
 
 from stitched_llama import PSTConfig, StitchedLlamaForCausalLM, StitchTrainingArguments
-from stitched_llama.training import smoke_anchors
+from stitched_llama.training import (
+    Collator,
+    InstructionDataset,
+    batches,
+    evaluate_stitches,
+    read_rows,
+    smoke_anchors,
+    split_rows,
+    template,
+)
 
 SMOKE = ("anchors", "data", "eval_data", "eval_size", "calibration_size", "max_length", "template")
 SmokeArguments = make_dataclass("SmokeArguments", [(name, object, None) for name in SMOKE])
@@ -72,6 +82,27 @@ def test_smoke_bundle_loads_in_the_8_bits_it_was_trained_in(smoke):
         "chat_template.jinja",
         "README.md",
     }
+
+
+def test_anchors_tuned_alone_are_stitched_as_they_were_measured(anchors, tmp_path):
+    """Adapt-then-stitch on text: what `--save` leaves are anchors, with the tuned weights merged."""
+    data, saved = tmp_path / "rows.json", tmp_path / "adapted"
+    data.write_text(json.dumps([{"instruction": f"say {i}", "input": "", "output": f"{i} {i}"} for i in range(40)]))
+    told = python(
+        "recipes/lora_baseline.py", "--anchors", *anchors["unequal"], "--data", data, "--eval_size", 8, "--template", "short",
+        "--max_length", 48, "--max_steps", 4, "--learning_rate", 0.02, "--per_device_train_batch_size", 8, "--global_batch_size",
+        8, "--use_cpu", "--report_to", "none", "--output_dir", tmp_path, "--rows", tmp_path / "rows", "--save", saved,
+    ).stdout  # fmt: skip
+    found = json.loads((tmp_path / "rows").read_text())
+    assert json.loads(told.splitlines()[-1]) == found
+    model = StitchedLlamaForCausalLM.from_anchors([saved / "0", saved / "1"])
+    tokenizer = AutoTokenizer.from_pretrained(saved / "0")
+    held_out = split_rows(read_rows(str(data)), 8, seed=StitchTrainingArguments("").seed)[1]
+    part = InstructionDataset(held_out, tokenizer, template("short"), 48)
+    losses = evaluate_stitches(model, batches(part, Collator(0), 8), list(found), progress=False)["loss"]
+    for key, row in found.items():
+        assert losses[key] == pytest.approx(row["loss"], rel=1e-4)
+        assert row["loss"] < row["loss_before"] - 0.01
 
 
 @pytest.mark.parametrize(("rows", "wanted"), [(4, 8), (16, 16), (3, 6)])
