@@ -244,9 +244,10 @@ _REMEDIES = (
     "ridge 1e-2",
 )
 CLAIMS = (
-    Claim("a", "stitches interpolate between the anchors", "ESTA Figs 3, 4: smooth curves", _settings("default"), interpolate("default"), tried="on pictures 2,700 steps (a3); soft labels, other rates, fewer steps for the anchors (S5)"),
+    Claim("a", "stitches interpolate between the anchors", "ESTA Figs 3, 4: smooth curves", _settings("default"), interpolate("default"), tried="on pictures 2,700 steps (a3); the papers' ways (a4); soft labels, other rates, fewer steps for the anchors (S5)"),
     Claim("a2", "so they do for anchors made otherwise", "-", _settings("second", "apart"), interpolate("second", "apart"), LANGUAGE),
     Claim("a3", "so they do after 2,700 steps, drawn evenly", "-", _settings("uniform, longer"), interpolate("uniform, longer"), VISION),
+    Claim("a4", "so they do trained the papers' ways, in ESTA's steps and in SN-Net's three stages", "ESTA Figs 3, 4; SN-Net Fig 6", _settings("esta", "snnet", "alone full"), interpolate("esta", "snnet")),
     Claim("b1", "least squares beats Kaiming, before training and after", "SN-Net Fig 8: yes", _settings("fitted", "drawn", "default", "kaiming"), start),
     Claim("b2", "for shared layers `joint` beats `mean`", "ours; SN-Net: `mean`", _settings("default", "mean"), better("default", "mean"), VISION),
     Claim("c1", "PST beats full fine-tuning", "ESTA Fig 6a: yes", _FACTORS, factor(0), tried="three rates of PST, two and three of full (LOG.md); lower ranks (i1); equal time (c6)"),
