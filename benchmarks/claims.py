@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from curves import aligned, behind_alone, importance, interpolate, monotone, starving
+from curves import aligned, importance, interpolate, monotone, starving
 from judgements import (
     FACTORS,
     Verdict,
@@ -220,7 +220,7 @@ _FACTORS = _settings(*FACTORS.values(), "alone", "alone full")
 _SN_NET = ("default", "esta", "snnet", "snnet, one stage", "alone full")
 _DRAWS = ("esta", "uniform, teacher beside", "interval, teacher beside")
 _GAPS = ("gap linear", "gap conv3x3", "gap bottleneck", "gap conv3x3 strided", "gap bottleneck strided")
-_OTHERS = ("default", "alone full", "snnet", "alone", "alone, as long as snnet", "default, as long as snnet")
+_LONG = ("default", "alone full", "snnet", "alone", "alone, as long as snnet", "default, as long as snnet")
 _RATES = ("lower rate", "higher rate")
 _PEERS = [[name + ending for ending in RATES] for name in ("adapter", "adaptformer")]
 _SHOTS = [f"shots {number}" for number in SHOTS]
@@ -243,6 +243,14 @@ _REMEDIES = (
     "mean",
     "ridge 1e-2",
 )
+
+
+def _starving_long(name: str, *seeds: str) -> tuple[Callable, Callable]:
+    """Settings and judgement: whether anchors starve in one that lasts as long as SN-Net's three stages, in these seeds."""
+    judges = [starving("alone, as long as snnet" + own, name + own, cheaper="alone" + own) for own in seeds]
+    return _settings(*(setting + own for own in seeds for setting in (*_LONG, name))), together(*judges)
+
+
 CLAIMS = (
     Claim("a", "stitches interpolate between the anchors", "ESTA Figs 3, 4: smooth curves", _settings("default"), interpolate("default"), tried="on pictures 2,700 steps (a3); the papers' ways (a4); soft labels, other rates, fewer steps for the anchors (S5)"),
     Claim("a2", "so they do for anchors made otherwise", "-", _settings("second", "apart"), interpolate("second", "apart"), LANGUAGE),
@@ -256,7 +264,7 @@ CLAIMS = (
     Claim("c4", "better than SN-Net in one stage and in three, in equal steps, for less memory and weights", "9.7 of 13.2 GB, 4.6 of 124.2 M", _settings(*_SN_NET), cost),
     Claim("c5", "in-place distillation helps ESTA as written", "ESTA Fig 9b: a little", _settings("esta", "esta, no distillation"), better("esta", "esta, no distillation")),
     Claim("c6", "PST, adapt-and-stitch (of PST, of full) and distillation earn their place in equal time", "ESTA Fig 6", lambda task: _FACTORS(task) | _settings(*(name for pair in _TIMED for name in pair))(task), equal_time(*_TIMED)),
-    Claim("d", "anchors in the run keep up with anchors tuned alone by LoRA, in as many steps", "ESTA Figs 3, 4: on par", _settings("default", "alone"), behind_alone(("default", "alone")), tried="two steps of three are an anchor's (S2)"),
+    Claim("d", "anchors in the run keep up with anchors tuned alone by LoRA, in as many steps", "ESTA Figs 3, 4: on par", _settings("default", "alone"), starving("alone", "default"), tried="two steps of three are an anchor's (S2)"),
     Claim("e1", "the bias a stitch beats none, and a scaled rank", "ESTA Fig 6b: yes", _settings("default", "no bias", "no bias, scaled rank"), better("default", "no bias", "no bias, scaled rank"), tried="on pictures four times the rate for the biases (LOG.md): worse"),
     Claim("e2", "and a LoRA of each stitch's own", "ESTA Fig 6b: yes", _settings("default", "stitch lora"), better("default", "stitch lora")),
     Claim("f1", "drawing by importance beats even draws", "ESTA Fig 6c: yes", _settings("default", "uniform", "interval"), better("default", "uniform", "interval"), tried="on pictures no floor (S5); six scores (LOG.md)"),
@@ -267,7 +275,7 @@ CLAIMS = (
     Claim("i2", "Adapter and AdaptFormer do as well as LoRA", "ESTA Fig 7: similar", _settings("default", *_PEERS[0], *_PEERS[1]), alike("default", *_PEERS), VISION, tried="three rates of each, the best stands here"),
     Claim("j", "more shots, better stitches", "ESTA Fig 8", _settings(*_FEW), ascending(*_FEW), VISION),
     Claim("j2", "with 1, 4, 8 and 16 shots better than SN-Net", "ESTA Fig 8: yes", _settings(*_SN_NETS), together(*(better(name, f"{name}, snnet") for name in _SHOTS)), VISION),
-    Claim("j3", "and anchors keep up with those tuned alone by LoRA", "ESTA Fig 8: on par", _settings(*_SHOTS, *(f"{name}, alone" for name in _SHOTS)), behind_alone(*((name, f"{name}, alone") for name in _SHOTS)), VISION),
+    Claim("j3", "and anchors keep up with those tuned alone by LoRA", "ESTA Fig 8: on par", _settings(*_SHOTS, *(f"{name}, alone" for name in _SHOTS)), together(*(starving(f"{name}, alone", name) for name in _SHOTS)), VISION),
     Claim("k", "stitches' gradients conflict more on the target: larger angles, more beyond 90°", "ESTA Figs 2, 13: yes", _settings("angles, target", "angles, source"), angles, VISION),
     Claim("l", "the stitches that matter differ between tasks", "ESTA Fig 11: yes", _settings("default", "source", "uniform", "interval"), differ("default", "source", "uniform", "interval"), VISION),
     Claim("m", "ConvNeXt: a smooth curve, above SN-Net's", "ESTA Fig 9a: yes", _settings("convnext", "convnext, snnet", "convnext, alone full"), interpolate("convnext", peer="convnext, snnet"), VISION),
@@ -288,12 +296,12 @@ CLAIMS = (
     Claim("S2", "no anchor starves: within 3 points of its own run, equal cost", "ours", _settings("default", *_BESIDE, "alone", "alone, equal cost"), starving("alone, equal cost", "default", "teacher beside, equal time"), tried="their share of the steps; all routes in one step, a taught small anchor (LOG.md); on language twice and 2.6 times the steps (S2b, S2d, S2e), nobody's word (S2c, S2f), no biases (S2g); what helps there: neither (S2h), tuning each first (S2i), all weights (S2j)"),
     Claim("S2b", "the same where all take twice as long", "ours", _settings("default", "longer", "alone", "alone, as long as longer"), starving("alone, as long as longer", "longer", cheaper="alone"), LANGUAGE, tried="no word of the teacher (S2c)"),
     Claim("S2c", "and without the teacher's word", "ours", _settings("default", "longer, no distillation", "alone", "alone, as long as longer"), starving("alone, as long as longer", "longer, no distillation", cheaper="alone"), LANGUAGE, only_if="1,800 steps, nobody's word and the mean over seeds, chosen after S2 and S2b failed"),
-    Claim("S2d", "and where all take as long as SN-Net's three stages", "ours", _settings("default", "alone full", "snnet", "default, as long as snnet", "alone", "alone, as long as snnet"), starving("alone, as long as snnet", "default, as long as snnet", cheaper="alone"), LANGUAGE, only_if="2.6 times the steps, tried after S2, S2b and S2c", tried="no word of the teacher at twice the steps (S2c)"),
-    Claim("S2e", "so they are in three seeds that nobody had looked at", "ours", _settings(*(name + OTHER for name in _OTHERS)), starving("alone, as long as snnet" + OTHER, "default, as long as snnet" + OTHER, cheaper="alone" + OTHER), LANGUAGE, only_if="2.6 times the steps, set before these seeds ran", tried="no word of the teacher (S2f)"),
-    Claim("S2f", "and there without the teacher's word", "ours", _settings(*(name + OTHER for name in (*_OTHERS, "untaught, as long as snnet"))), starving("alone, as long as snnet" + OTHER, "untaught, as long as snnet" + OTHER, cheaper="alone" + OTHER), LANGUAGE, only_if="2.6 times the steps and nobody's word, set before these seeds ran"),
-    Claim("S2g", "and there without biases", "ours", _settings(*(name + OTHER for name in (*_OTHERS, "no bias, as long as snnet"))), starving("alone, as long as snnet" + OTHER, "no bias, as long as snnet" + OTHER, cheaper="alone" + OTHER), LANGUAGE, only_if="2.6 times the steps and no biases, which were better for the large anchor at 900 steps of seeds 0 to 2; set before these seeds ran so"),
-    Claim("S2h", "and there without either", "ours", _settings(*(name + OTHER for name in (*_OTHERS, "untaught, no bias, as long as snnet"))), starving("alone, as long as snnet" + OTHER, "untaught, no bias, as long as snnet" + OTHER, cheaper="alone" + OTHER), LANGUAGE, only_if="2.6 times the steps, no biases and nobody's word, set before these seeds ran so"),
-    Claim("S2i", "and in stages: each tuned first, then stitched, in as much time as S2d and S2e", "ours", _settings(*(name + seeds for seeds in ("", OTHER) for name in (*_OTHERS, "adapted"))), together(*(starving("alone, as long as snnet" + seeds, "adapted" + seeds, cheaper="alone" + seeds) for seeds in ("", OTHER))), LANGUAGE, only_if="adapt-then-stitch, tried after all of the above"),
+    Claim("S2d", "and where all take as long as SN-Net's three stages", "ours", *_starving_long("default, as long as snnet", ""), LANGUAGE, only_if="2.6 times the steps, tried after S2, S2b and S2c", tried="no word of the teacher at twice the steps (S2c)"),
+    Claim("S2e", "so they are in three seeds that nobody had looked at", "ours", *_starving_long("default, as long as snnet", OTHER), LANGUAGE, only_if="2.6 times the steps, set before these seeds ran", tried="no word of the teacher (S2f)"),
+    Claim("S2f", "and there without the teacher's word", "ours", *_starving_long("untaught, as long as snnet", OTHER), LANGUAGE, only_if="2.6 times the steps and nobody's word, set before these seeds ran"),
+    Claim("S2g", "and there without biases", "ours", *_starving_long("no bias, as long as snnet", OTHER), LANGUAGE, only_if="2.6 times the steps and no biases, which were better for the large anchor at 900 steps of seeds 0 to 2; set before these seeds ran so"),
+    Claim("S2h", "and there without either", "ours", *_starving_long("untaught, no bias, as long as snnet", OTHER), LANGUAGE, only_if="2.6 times the steps, no biases and nobody's word, set before these seeds ran so"),
+    Claim("S2i", "and in stages: each tuned first, then stitched, in as much time as S2d and S2e", "ours", *_starving_long("adapted", "", OTHER), LANGUAGE, only_if="adapt-then-stitch, tried after all of the above"),
     Claim("S2j", "and where all weights train, beside own runs by LoRA and of all weights", "ours", _settings("default", "full", "alone full", "adapted full", "full, as long as adapted full", "snnet", "alone", "alone, as long as snnet"), together(starving("alone, as long as snnet", "full, as long as adapted full", cheaper="alone"), starving("alone full", "full, as long as adapted full")), LANGUAGE, only_if="`--full` and 2.6 times the steps, looked at once c6 had measured them"),
     Claim("S3", "the dial never goes down beyond chance", "ours", _settings("default"), monotone),
     Claim("S4", "the default beats ESTA and SN-Net in equal time", "ours: in every seed", _settings(*_SN_NET, "default, as long as snnet", "esta, equal time", "snnet, one stage, equal time"), equal_time(("default", "esta, equal time"), ("default, as long as snnet", "snnet"), ("default", "snnet, one stage, equal time")), tried="no word of the teacher, soft labels, fewer steps for anchors, floor, draws, `mean`, ridge (S5, S5b); rates and ranks, all routes in one step, four times the rate for stitching layers (LOG.md)"),

@@ -53,8 +53,9 @@ def interpolate(*names: str, peer: str | None = None) -> Callable[[Rows, str], V
 
 
 def starving(own: str, name: str, *beside: str, cheaper: str | None = None) -> Callable[[Rows, str], Verdict]:
-    """By the mean over the seeds: one run of one anchor varies by as much as the bound. The anchors' own runs took, together, as
-    long as the run of all stitches. Where `cheaper` ones were better, as longer own runs need not be, those decide."""
+    """No anchor of `name` more than 3 points behind its `own` run, by the mean over the seeds: one run of one anchor varies by as
+    much as the bound. `beside` is told, not judged. Where `cheaper` own runs were better, as longer ones need not be, those decide.
+    """
 
     def judge(rows: Rows, task: str) -> Verdict:
         found = {setting: gaps_to_alone(rows, setting, own) for setting in (name, *beside)}
@@ -66,17 +67,6 @@ def starving(own: str, name: str, *beside: str, cheaper: str | None = None) -> C
             here += f"; against its own run of {steps:,} steps, which cost less, {text}"
             worst = min(worst, other)
         return here, "holds" if worst >= -3 else "does not"
-
-    return judge
-
-
-def behind_alone(*pairs: tuple[str, str]) -> Callable[[Rows, str], Verdict]:
-    """No anchor of a setting more than 3 points behind its own run, by the mean over the seeds."""
-
-    def judge(rows: Rows, task: str) -> Verdict:
-        found = {name: gaps_to_alone(rows, name, own) for name, own in pairs}
-        here = "; ".join(f"{name}: {text}" for name, (text, _) in found.items())
-        return here, several(["holds" if worst >= -3 else "does not" for _, worst in found.values()])
 
     return judge
 

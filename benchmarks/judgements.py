@@ -79,7 +79,8 @@ def start(rows: Rows, task: str) -> Verdict:
 
 
 def factor(index: int) -> Callable[[Rows, str], Verdict]:
-    """One factor of the three at a time, the other two held: the mean difference of the four pairs."""
+    """One factor of the three at a time, the other two held: the mean difference of the four pairs, by the dial where any of the
+    eight settings publishes a stitch."""
 
     def pairs() -> Iterator[tuple[str, str, str]]:
         """What is held, and the two settings."""
