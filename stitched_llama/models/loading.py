@@ -1,4 +1,4 @@
-"""Anchors by reference: checked from their configs alone, loaded whole or only the blocks a route needs."""
+"""One anchor: loaded whole, or only the blocks a route needs."""
 
 import copy
 import logging
@@ -7,32 +7,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
 from stitched_llama.anchors import FAMILIES, Family, LlamaFamily
-from stitched_llama.bundles import (
-    CONFIG,
-    GENERATION,
-    TABLE,
-    WEIGHTS,
-    fingerprint_files,
-    part_of,
-)
-from stitched_llama.space import AnchorSpec, Stitch, anchor_spec, first_line
+from stitched_llama.bundles import fingerprint_files, part_of
+from stitched_llama.space import AnchorSpec, Stitch
 
-from .references import (
-    HUB_OPTIONS,
-    anchor_config,
-    check_fingerprint,
-    check_placed,
-    check_plain,
-    fingerprint_in_memory,
-    reference_to,
-    weight_files,
-)
+from .references import HUB_OPTIONS, check_placed, weight_files
 
 LOAD_OPTIONS = ("dtype", "quantization_config", "device_map", "max_memory", "offload_folder", "attn_implementation")
 
@@ -228,99 +211,3 @@ def _read(files: Mapping[str, Path]) -> dict[str, Any]:
         with safe_open(path, framework="pt") as file:
             tensors |= {name: file.get_tensor(name) for name, home in files.items() if home == path}
     return tensors
-
-
-def bundle_folder(name: str, hub: Mapping[str, Any]) -> Path:
-    """The local folder of a bundle, fetched from the Hub where it is a repository.
-
-    Raises:
-        OSError: there is neither.
-    """
-    if Path(name).is_dir():
-        return Path(name)
-    try:
-        return Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS, TABLE, GENERATION], **hub))
-    except Exception as error:
-        raise OSError(
-            f"{name!r} is neither a folder here nor a bundle on the Hub in reach: {first_line(error)}"
-        ) from error
-
-
-def _check_shape(source: str, index: int, stored: Any, spec: AnchorSpec) -> None:
-    """Refuses another model in an anchor's place before its weights are read."""
-    found = anchor_spec(stored.to_dict())
-    if (found.family, found.width, found.depth) != (spec.family, spec.width, spec.depth):
-        raise ValueError(
-            f"anchor {index} is {source}, a {found.family} of {found.depth} blocks, {found.width} wide; the bundle was made with a "
-            f"{spec.family} of {spec.depth} blocks, {spec.width} wide: name its anchors small to large"
-        )
-
-
-def load_anchors(
-    config: Any,
-    folder: Path,
-    given: Sequence[Any] | None,
-    stitches: Sequence[Stitch],
-    load: Mapping[str, Any],
-    hub: Mapping[str, Any],
-) -> list[PreTrainedModel]:
-    """The anchors of a bundle, each checked against the weights it was trained on.
-
-    Args:
-        config: the bundle's configuration.
-        folder: of the bundle; a relative path of an anchor may also start there.
-        given: folders, Hub ids or models to use instead of those the bundle names.
-        stitches: only what these need is loaded.
-        load, hub: options of each anchor's `from_pretrained`.
-
-    Raises:
-        ValueError: an anchor changed, or the bundle does not know where one lies.
-        OSError: an anchor cannot be loaded.
-    """
-    hub = {name: value for name, value in hub.items() if name != "revision"}  # the bundle's is not the anchors'
-    if not config.anchors:
-        raise ValueError(
-            "the bundle names no anchors, its model was not made by from_anchors: make it with from_anchors, then "
-            "save it again"
-        )
-    if given is not None and len(given) != len(config.anchors):
-        raise ValueError(
-            f"{len(given)} anchors given, the bundle has {len(config.anchors)}: give one for each, small to large"
-        )
-    check_options(given or (), load)
-    loaded = []
-    for index, reference in enumerate(config.anchors):
-        source = given[index] if given is not None else reference["name_or_path"]
-        if source is None:
-            raise ValueError(
-                f"the bundle does not know where anchor {index} lies: pass anchors=[...] to from_pretrained"
-            )
-        if isinstance(source, PreTrainedModel):
-            check_plain(source, index)
-            found = reference_to(source)["fingerprint"]  # of its files where it still equals them
-            if found != reference["fingerprint"]:
-                found = fingerprint_in_memory(source)
-            check_fingerprint(f"the given model {index}", index, reference["fingerprint"], found)
-            loaded.append(source)
-            continue
-        source = os.fspath(source)
-        if not Path(source).is_dir() and (folder / source).is_dir():
-            source = str(folder / source)
-        revision = reference["revision"] if given is None else None
-        options = {**load, **hub} | ({"revision": revision} if revision else {})
-        spec, own = anchor_spec(config.anchor_configs[index]), config.anchor_config(index)
-        try:
-            stored = anchor_config(source, **{name: options[name] for name in HUB_OPTIONS if name in options})
-            _check_shape(source, index, stored, spec)
-            if not hasattr(own, "quantization_config") and hasattr(stored, "quantization_config"):
-                own.quantization_config = stored.quantization_config  # of a bundle that did not say so yet
-            new_head = getattr(config, "train_head", False)  # the bundle holds it
-            anchor, found = load_anchor(source, own, spec, index, stitches, new_head, **options)
-        except OSError as error:
-            raise OSError(
-                f"anchor {index} of the bundle, {source!r}, cannot be loaded: {first_line(error)}; where it lies elsewhere now, pass "
-                "anchors=[...] to from_pretrained"
-            ) from error
-        check_fingerprint(source, index, reference["fingerprint"], found)
-        loaded.append(anchor)
-    return loaded

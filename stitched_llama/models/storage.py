@@ -20,9 +20,10 @@ from stitched_llama.bundles import (
 )
 from stitched_llama.space import StitchTable
 
+from .bundle_anchors import bundle_folder, load_anchors
 from .bundle_tensors import BundleTensors
 from .card import model_card
-from .loading import LOAD_OPTIONS, bundle_folder, load_anchors, take
+from .loading import LOAD_OPTIONS, take
 from .references import HUB_OPTIONS
 
 _UPLOAD = ("repo_id", "commit_message", "commit_description", "tags", "private", "token", "revision", "create_pr")
