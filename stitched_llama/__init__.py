@@ -8,7 +8,8 @@ pst       2  what trains: LoRA, low-rank stitching update, stitch bias
 bundles   2  the file format: JSON and safetensors, written atomically
 models    3  Hugging Face names, the route walk, generate, calibrate, load, save
 training  4  arguments, data, Trainer, evaluation of every stitch, plots
-cli       5  space, bundle, chat
+shrinking 5  a small anchor cut out of a large model and distilled
+cli       6  space, bundle, chat
 
 A room imports only from rooms of a lower number (pst also reads anchors). Importing this package loads neither torch
 nor transformers until a name needs them.
@@ -26,6 +27,7 @@ _HOMES = {
     "StitchSpace": "space",
     "StitchTable": "space",
     "PSTConfig": "pst",
+    "palette_gain": "space",
     "StitchSampler": "sampling",
     "Importance": "sampling",
     "Calibration": "models",

@@ -73,7 +73,7 @@ def test_block_outputs_are_what_enters_each_block(stitched):
 @pytest.mark.parametrize("shared", ["joint", "mean"])
 def test_stitching_layers_are_the_least_squares_on_collected_activations(family, options, shared, anchors):
     model, batches = fresh(anchors[family], **options), padded_batches()
-    report = model.calibrate(batches, ridge=1e-10, shared=shared, progress=False)
+    report = model.calibrate(batches, ridge=1e-10, shared=shared, row_weights="none", progress=False)
     assert report.rows == 5 * (6 * 20 - 12)
     by_layer = {}
     for junction in model.space.junctions:
@@ -113,9 +113,9 @@ def test_padding_is_left_out_whatever_stands_there(anchors):
     assert again.r2 == pytest.approx(report.r2)
 
 
-def test_inverse_norm_weights_rows_by_their_target(anchors):
+def test_relative_weights_count_every_row_by_the_norm_of_its_target(anchors):
     model, batches = fresh(anchors["unequal"]), padded_batches()
-    model.calibrate(batches, ridge=1e-10, row_weights="inverse_norm", progress=False)
+    model.calibrate(batches, ridge=1e-10, row_weights="relative", first_weight=1.0, progress=False)
     for name, layer in model.stitching_layers.items():
         served = [junction for junction in model.space.junctions if junction.layer == name]
         x, y = (torch.cat(side) for side in zip(*(collected(model, junction, batches) for junction in served)))
@@ -220,7 +220,7 @@ def test_calibrating_joins_anchors_that_are_linear_images_of_each_other():
 
     before = gaps()
     assert before["1[0:4]"] < 1e-3
-    assert len(before) == 5
+    assert len(before) == 4  # the fifth would have more parameters than the large anchor
     assert min(gap for key, gap in before.items() if ">" in key) > 0.5
     report = model.calibrate([batch], ridge=1e-10, progress=False)
     assert min(report.r2.values()) > 0.9999

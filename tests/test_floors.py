@@ -8,7 +8,8 @@ from conftest import ROOT, python
 
 PACKAGE = ROOT / "stitched_llama"
 FLOORS = {
-    "space": 1, "layers": 1, "sampling": 2, "anchors": 2, "pst": 2, "bundles": 2, "models": 3, "training": 4, "cli": 5,
+    "space": 1, "layers": 1, "sampling": 2, "anchors": 2, "pst": 2, "bundles": 2, "models": 3, "training": 4, "shrinking": 5,
+    "cli": 6,
 }  # fmt: skip
 SAME_FLOOR = {("pst", "anchors")}
 ROOMS = [pytest.param(room, id=room) for room in FLOORS]

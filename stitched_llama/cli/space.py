@@ -14,6 +14,7 @@ from stitched_llama.space import (
     StitchSpace,
     format_bytes,
     format_count,
+    parse_junctions,
 )
 from stitched_llama.space.cost import BYTES_PER_NUMBER
 
@@ -29,6 +30,16 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--rescale", choices=RESCALES, default="none", help="how it changes the resolution")
     parser.add_argument("--adapter-norm", choices=ADAPTER_NORMS, default="none", help="norms around it")
     parser.add_argument("--across-stages", action="store_true", help="also join stages of different resolution")
+    parser.add_argument(
+        "--junctions",
+        nargs="+",
+        metavar="SOURCE:TARGET",
+        help="instead of a rule: 'aligned' for a small anchor made by shrink, or pairs of blocks such as 3:8 (leave after block 3 of "
+        "the small anchor, enter block 8 of the large one)",
+    )
+    parser.add_argument(
+        "--max-segments", type=int, default=2, help="3: also routes that pass two junctions (default 2)"
+    )
     parser.add_argument("--dtype", choices=BYTES_PER_NUMBER, default="bfloat16", help="of weights and KV cache")
     parser.add_argument("--quantization", choices=("8bit", "4bit"), help="of the blocks' linear layers")
     parser.add_argument("--context", type=int, default=0, help="tokens attended to, counted in MACs (default 0)")
@@ -39,7 +50,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 def run(options: argparse.Namespace) -> int:
     space = StitchSpace.from_configs(
         options.anchors,
-        **{name: getattr(options, name) for name in SPACE_OPTIONS},
+        **{name: getattr(options, name) for name in SPACE_OPTIONS if name != "junctions"},
+        junctions=parse_junctions(options.junctions),
         precision=Precision(options.dtype, options.quantization, options.context),
     )
     if options.json:

@@ -75,13 +75,21 @@ class StitchingLayer(nn.Module):
             self.expand = nn.Linear(inner_width, out_width, **branch)
         self.before = nn.BatchNorm1d(in_width, **branch) if norm == "batch" else None
         self.after = nn.BatchNorm1d(out_width, **branch) if norm == "batch" else None
+        self.is_initialised = False  # holds something better than random numbers
         if self.core.weight.device.type != "meta":
-            self.init_kaiming() if adapter == "linear" else self.init_identity()
+            self.init_kaiming() if adapter == "linear" and not self.may_be_identity else self.init_identity()
 
     @property
     def core(self) -> nn.Module:
         """The frozen map itself, also where a low-rank update is wrapped around it."""
         return getattr(self.proj, "base_layer", self.proj)
+
+    @property
+    def may_be_identity(self) -> bool:
+        """A linear map between equal widths, which starts as the identity."""
+        return (
+            self.adapter == "linear" and self.core.weight.shape[0] == self.core.weight.shape[1] and self.before is None
+        )
 
     @property
     def tail_grid(self) -> tuple[int, int] | None:
@@ -103,12 +111,14 @@ class StitchingLayer(nn.Module):
             noise = torch.randn(weight.shape, generator=generator, dtype=torch.float32)
             weight.copy_(noise * weight[0].numel() ** -0.5)
             self.core.bias.zero_()
+            self.is_initialised = False
 
     @torch.no_grad()
     def init_identity(self) -> None:
         """Ones on the diagonal, zero elsewhere: the shared leading features pass unchanged."""
         width = self.core.weight.shape[:2]
-        self._set_core(torch.eye(*width), torch.zeros(width[0]))
+        self.set_core(torch.eye(*width), torch.zeros(width[0]))
+        self.is_initialised = self.may_be_identity
         if self.adapter == "bottleneck":
             self.expand.weight.zero_()
             self.expand.bias.zero_()
@@ -131,9 +141,12 @@ class StitchingLayer(nn.Module):
             weight, bias = weight * deviation, bias + weight @ fit.x_mean
             self.after.weight.copy_((fit.y_variance + self.after.eps).sqrt())
             self.after.bias.copy_(fit.y_mean)
-        self._set_core(weight, bias)
+        self.set_core(weight, bias)
+        self.is_initialised = True
 
-    def _set_core(self, weight: Tensor, bias: Tensor) -> None:
+    @torch.no_grad()
+    def set_core(self, weight: Tensor, bias: Tensor) -> None:
+        """Weight [out_width, in_width] and bias [out_width] of the linear core."""
         target = self.core.weight
         if target.ndim == 4:
             target.zero_()

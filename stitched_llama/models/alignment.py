@@ -38,7 +38,7 @@ def align(
 
     Source: a remedy of ours; in the papers least squares is all.
     """
-    stitches = [model.space[key] for key in model.keys if model.space[key].junctions]
+    stitches = [model.space[key] for key in model.keys if model.space[key].layers]
     parameters = list(model.stitching_layers.parameters())
     before = [(parameter.dtype, parameter.requires_grad) for parameter in parameters]
     for parameter in parameters:
@@ -62,7 +62,7 @@ def align(
             batch = {name: batch[name].to(model.device) for name in model.calibration_inputs if name in batch}
             optimizer.zero_grad()
             with torch.enable_grad():
-                own = [p for j in stitch.junctions for p in model.stitching_layers[j.layer].parameters()]
+                own = [p for layer in stitch.layers for p in model.stitching_layers[layer].parameters()]
                 _divergence(model, stitch, batch).backward(inputs=own)
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()

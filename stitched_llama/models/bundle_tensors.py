@@ -73,7 +73,7 @@ class BundleTensors:
     def _own_tensors(self, keys: Sequence[str]) -> dict[str, Tensor]:
         """What a bundle holds of this model, by the name it has there."""
         routes = [self.space[key] for key in keys]
-        layers = {junction.layer for stitch in routes for junction in stitch.junctions}
+        layers = {layer for stitch in routes for layer in stitch.layers}
         blocks = tuple(self.block_prefix(*block) for block in {b for stitch in routes for b in stitch.blocks()})
         heads = tuple(self.trained_heads({stitch.segments[-1].anchor for stitch in routes}))
         own = {}

@@ -33,6 +33,7 @@ class Calibration:
         loss: stitch key -> loss before any training, nats a token or image; the honest figure. Empty for images
             without labels.
         loss_unaligned: the same before the alignment stage; empty without one.
+        unchanged: stitching layers whose solution made their stitches worse on these batches and was not taken.
         rows: tokens or places in the fit.
         held_out: False when fewer than eight batches came, so that the first serves both the fit and the report.
     """
@@ -41,6 +42,7 @@ class Calibration:
     r2_with_first: dict[str, float] = field(default_factory=dict)
     loss: dict[str, float] = field(default_factory=dict)
     loss_unaligned: dict[str, float] = field(default_factory=dict)
+    unchanged: tuple[str, ...] = ()
     rows: int = 0
     held_out: bool = True
 
@@ -48,6 +50,7 @@ class Calibration:
         lines = [] if self.held_out else [f"measured {_OF_THE_FIT}"]
         lines += [f"{'junction':<18} {'R2':>7} {'R2 with first token':>20}"]
         lines += [f"{name:<18} {value:7.3f} {self.r2_with_first[name]:20.3f}" for name, value in self.r2.items()]
+        lines += [f"not taken, worse than what was there: {', '.join(self.unchanged)}"] if self.unchanged else []
         first = f" {'unaligned':>10}" if self.loss_unaligned else ""
         lines += ["", f"{'stitch':<24} {'loss before training':>20}{first}"] if self.loss else []
         for key, value in self.loss.items():
@@ -71,7 +74,8 @@ def calibrate(
     batches: Iterable[dict[str, Tensor]],
     ridge: float = 1e-4,
     shared: str = "joint",
-    row_weights: str = "none",
+    row_weights: str | None = None,
+    first_weight: float = 8.0,
     align_steps: int = 0,
     align_rate: float = 1e-3,
     progress: bool = True,
@@ -90,7 +94,10 @@ def calibrate(
         ridge: relative to the mean variance of the head's features.
         shared: for a layer that serves several junctions, `"joint"` minimises the sum of their residuals, `"mean"`
             averages their separate solutions (SN-Net).
-        row_weights: `"none"`, or `"inverse_norm"` to keep massive activations from owning the fit.
+        row_weights: `"relative"`, every row's error counts relative to the norm of its target, so that the massive activations of the
+            first token do not own the fit; or `"none"`. None is `"relative"` for text and `"none"` for images.
+        first_weight: times that the first token of each row of text counts then: its activation is nearly one constant vector, which
+            the target's attention needs.
         align_steps, align_rate: then train the stitching layers for so many steps (see `alignment.align`); the batches of the
             fit are kept in memory for it.
         progress: show a progress bar.
@@ -102,8 +109,10 @@ def calibrate(
     """
     if shared not in ("joint", "mean"):
         raise ValueError(f"shared {shared!r} is unknown; 'joint' or 'mean' is needed")
-    if row_weights not in ("none", "inverse_norm"):
-        raise ValueError(f"row_weights {row_weights!r} is unknown; 'none' or 'inverse_norm' is needed")
+    if row_weights is None:
+        row_weights = "relative" if model.main_input_name == "input_ids" else "none"
+    if row_weights not in ("none", "relative"):
+        raise ValueError(f"row_weights {row_weights!r} is unknown; 'relative' or 'none' is needed")
     if align_steps < 0 or not align_rate > 0:
         raise ValueError(f"align_steps is {align_steps} and align_rate {align_rate}: 0 steps or more, a rate above 0")
     if model.config.pst is not None:
@@ -127,22 +136,29 @@ def calibrate(
                 most = 0
                 for junction, x, y in _activations(model, junctions, batch):
                     x = model.stitching_layers[junction.layer].sampled(x)
-                    kept, _ = model.row_masks(batch, junction, x)
+                    kept, rest = model.row_masks(batch, junction, x)
+                    weights = _row_weights(y, kept, rest, first_weight) if row_weights == "relative" else None
                     x, y = x[kept.to(x.device)], y[kept.to(y.device)]
                     most = max(most, len(x))
                     name = (junction.layer, str(junction) if shared == "mean" else "")
                     if name not in sums:
                         sums[name] = LeastSquares(x.shape[1], y.shape[1], device=y.device)
-                    weights = (
-                        1 / y.double().square().mean(1).clamp_min(1e-12) if row_weights == "inverse_norm" else None
-                    )
+                    if model.stitching_layers[junction.layer].may_be_identity:
+                        y = y - x.to(y)  # the ridge then draws towards the identity
                     sums[name].add(x, y, weights)
                 rows += most
             if first_batch is None:
                 raise ValueError(f"calibrate got no batches: pass dicts of {' and '.join(model.calibration_inputs)}")
+            before = _losses_before(model, held_out or [first_batch], progress)
+            kept_weights = {name: _core_weights(layer) for name, layer in model.stitching_layers.items()}
             _solve(model, sums, rows, ridge)
             sums.clear()  # they are large, and what follows needs memory too
             report = _report(model, junctions, held_out or [first_batch], rows, bool(held_out), progress)
+            if worse := _worse_layers(model, before, report.loss):
+                for name in worse:
+                    model.stitching_layers[name].set_core(*kept_weights[name])
+                report = _report(model, junctions, held_out or [first_batch], rows, bool(held_out), progress)
+                report = replace(report, unchanged=worse)
             if align_steps:
                 align(model, kept_batches, align_steps, align_rate, progress=progress)
                 fitted = report
@@ -166,6 +182,47 @@ def _activations(model: Any, junctions: list[Junction], batch: dict[str, Tensor]
         yield junction, x, y
 
 
+def _row_weights(y: Tensor, kept: Tensor, rest: Tensor, first_weight: float) -> Tensor:
+    """Weight of each kept row of y [batch, positions, width]: its error counts relative to its norm."""
+    kept, rest = kept.to(y.device), rest.to(y.device)
+    norms = y.double().square().sum(-1)
+    weights = 1 / norms.clamp_min(1e-6 * norms.median().clamp_min(torch.finfo(torch.float64).tiny))
+    return torch.where(rest, weights, first_weight * weights)[kept]
+
+
+def _core_weights(layer: Any) -> tuple[Tensor, Tensor]:
+    return layer.core.weight.detach().clone(), layer.core.bias.detach().clone()
+
+
+def _losses_before(model: Any, batches: list, progress: bool) -> dict[str, float]:
+    """Loss of every stitch whose layers hold something better than random numbers: the identity, or an earlier fit."""
+    keys = [
+        key
+        for key in model.keys
+        if (layers := model.space[key].layers) and all(model.stitching_layers[name].is_initialised for name in layers)
+    ]
+    totals = {key: [0.0, 0] for key in keys}
+    for batch in tqdm(batches, desc="before", disable=not progress or not keys):
+        _add_losses(model, batch, totals)
+    return {key: total / count for key, (total, count) in totals.items() if count}
+
+
+def _worse_layers(model: Any, before: dict[str, float], after: dict[str, float]) -> tuple[str, ...]:
+    """Stitching layers whose stitches lost on average."""
+    changes: dict[str, list[float]] = {}
+    for key in before.keys() & after.keys():
+        for name in model.space[key].layers:
+            changes.setdefault(name, []).append(after[key] - before[key])
+    return tuple(sorted(name for name, change in changes.items() if not sum(change) <= 0))
+
+
+def _add_losses(model: Any, batch: dict[str, Tensor], totals: dict[str, list]) -> None:
+    for key, total in totals.items():
+        loss, count = model.calibration_loss(batch, key)
+        total[0] += loss * count
+        total[1] += count
+
+
 def _solve(model: Any, sums: dict[tuple[str, str], LeastSquares], rows: int, ridge: float) -> None:
     by_layer: dict[str, list[LeastSquares]] = {}
     for (layer, _), squares in sums.items():
@@ -179,6 +236,8 @@ def _solve(model: Any, sums: dict[tuple[str, str], LeastSquares], rows: int, rid
             )
         fits = [one.solve(ridge) for one in squares]
         mean = {field.name: torch.stack([getattr(fit, field.name) for fit in fits]).mean(0) for field in fields(Fit)}
+        if model.stitching_layers[layer].may_be_identity:
+            mean["weight"] = mean["weight"] + torch.eye(width, dtype=mean["weight"].dtype, device=mean["weight"].device)
         model.stitching_layers[layer].init_solution(Fit(**mean))
 
 
@@ -195,10 +254,7 @@ def _report(
             kept, rest = (mask.to(y.device) for mask in model.row_masks(batch, junction, predicted))
             with_first[str(junction)].add(predicted[kept], y[kept])
             without[str(junction)].add(predicted[rest], y[rest])
-        for key, total in totals.items():
-            loss, count = model.calibration_loss(batch, key)
-            total[0] += loss * count
-            total[1] += count
+        _add_losses(model, batch, totals)
     return Calibration(
         r2={name: residual.r2 for name, residual in without.items()},
         r2_with_first={name: residual.r2 for name, residual in with_first.items()},

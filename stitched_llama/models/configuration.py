@@ -11,7 +11,15 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from stitched_llama.bundles import CONFIG, recover
 from stitched_llama.pst import PSTConfig
-from stitched_llama.space import BYTES_PER_NUMBER, SPACE_OPTIONS, Precision, StitchSpace, anchor_specs, fields_of
+from stitched_llama.space import (
+    BYTES_PER_NUMBER,
+    SPACE_OPTIONS,
+    Precision,
+    StitchSpace,
+    anchor_specs,
+    fields_of,
+    resolve_junctions,
+)
 
 _NOT_KEPT = ("_name_or_path", "transformers_version")
 
@@ -23,7 +31,8 @@ class StitchedConfig(PreTrainedConfig):
     Args:
         anchor_configs: the anchors' own configurations as JSON objects, small to large.
         anchors: where each anchor's weights are: `name_or_path`, `revision`, `fingerprint` (part -> digest).
-        kernel_size, stride, direction, pairs, adapter, rescale, adapter_norm, across_stages: options of `StitchSpace`.
+        kernel_size, stride, direction, pairs, adapter, rescale, adapter_norm, across_stages, junctions, max_segments: options
+            of `StitchSpace`.
         space_digest: of the space the weights were trained in; another space is refused.
         pst: settings of PST when it is attached (fields of `PSTConfig`).
         default_stitch_id: id or key that `forward` and `generate` take when none is given; None is the largest anchor.
@@ -41,6 +50,8 @@ class StitchedConfig(PreTrainedConfig):
     rescale: str = "none"
     adapter_norm: str = "none"
     across_stages: bool = False
+    junctions: list | None = None
+    max_segments: int = 2
     space_digest: str | None = None
     pst: dict | None = None
     default_stitch_id: int | str | None = None
@@ -56,7 +67,7 @@ class StitchedConfig(PreTrainedConfig):
             OSError: a folder or Hub id has no configuration.
         """
         fields = [_fields(config) for config in configs]
-        config = cls(anchor_configs=fields, **options)
+        config = cls(anchor_configs=fields, **resolve_junctions(fields, options))
         config.space_digest = config.stitch_space().digest
         return config
 

@@ -16,6 +16,8 @@ from stitched_llama.space import BYTES_PER_NUMBER, Precision, Stitch, StitchTabl
 from .calibration import Calibration, calibrate
 from .configuration import StitchedConfig
 from .making import AnchorsMixin
+from .route import first_norm
+from .shared import share_embedding
 from .storage import BundleMixin
 
 NO_BUDGET = "forward takes a stitch_id, no budget: pass stitch_id=model.choose(budget).stitch_id"
@@ -58,10 +60,13 @@ class StitchedPreTrainedModel(AnchorsMixin, BundleMixin, PreTrainedModel):
                 family.auto_class().from_config(config.anchor_config(i)) for i, family in enumerate(self.families)
             ]
         self.anchors = nn.ModuleList(anchors)
+        for index, spec in enumerate(self.space.anchors):
+            if spec.shared_with is not None:
+                share_embedding(self.anchors[index], self.anchors[spec.shared_with], index, spec.shared_with)
         self.stitching_layers = nn.ModuleDict()
         for stitch in map(self.space.__getitem__, self.keys):
             for junction in stitch.junctions:
-                if junction.layer not in self.stitching_layers:
+                if junction.layer is not None and junction.layer not in self.stitching_layers:
                     self.stitching_layers[junction.layer] = self._new_stitching_layer(junction)
         self.stitch_bias: StitchBias | None = None
         self.requires_grad_(False)
@@ -80,7 +85,7 @@ class StitchedPreTrainedModel(AnchorsMixin, BundleMixin, PreTrainedModel):
     def _new_stitching_layer(self, junction) -> StitchingLayer:
         spec = self.space.stitching_layers[junction.layer]
         block = self.blocks(junction.tail)[junction.tail_start]
-        norm = next(p for p in block.parameters() if p.ndim == 1 and p.is_floating_point())
+        norm = first_norm(block)
         return StitchingLayer(
             in_width=spec.in_width,
             out_width=spec.out_width,
@@ -293,7 +298,7 @@ class StitchedPreTrainedModel(AnchorsMixin, BundleMixin, PreTrainedModel):
         outside their blocks."""
         stitch = self.stitch(stitch_id)
         blocks = tuple(self.block_prefix(*block) for block in stitch.blocks())
-        prefixes = [f"stitching_layers.{junction.layer}." for junction in stitch.junctions]
+        prefixes = [f"stitching_layers.{layer}." for layer in stitch.layers]
         prefixes += [*blocks, *self.trained_heads({stitch.segments[-1].anchor})]
         named = [(name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad]
         bias = f"stitch_bias.vectors.{stitch.key}"  # not a prefix: a key may begin another's

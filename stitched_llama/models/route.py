@@ -23,15 +23,36 @@ def walk(
     slot = 0
     for index, segment in enumerate(stitch.segments):
         if index:
-            junction = stitch.junctions[index - 1]
-            layer = stitching_layers[junction.layer]
-            rows = layer(junction_rows(families, specs, junction, hidden))
-            hidden = _enter(families, specs, anchors, junction, rows, layer.tail_grid)
+            hidden = _cross(families, specs, anchors, stitching_layers, stitch.junctions[index - 1], hidden)
         hidden = families[segment.anchor].run(
             anchors[segment.anchor], hidden, segment.start, segment.stop, slot, context
         )
         slot += len(segment)
     return hidden
+
+
+def first_norm(block: nn.Module) -> Tensor:
+    """A norm's weight of a block: it tells the dtype and device of what enters, also where linear layers are quantised."""
+    return next(p for p in block.parameters() if p.ndim == 1 and p.is_floating_point())
+
+
+def _cross(
+    families: Sequence[Family],
+    specs: Sequence[AnchorSpec],
+    anchors: Sequence[nn.Module],
+    stitching_layers: Mapping[str, nn.Module],
+    junction: Junction,
+    hidden: Tensor,
+) -> Tensor:
+    """From the output of the source block to the input of the target block."""
+    if junction.layer is None:
+        anchor = anchors[junction.tail]
+        return hidden.to(
+            first_norm(anchor.get_submodule(families[junction.tail].block_names(anchor)[junction.tail_start]))
+        )
+    layer = stitching_layers[junction.layer]
+    rows = layer(junction_rows(families, specs, junction, hidden))
+    return _enter(families, specs, anchors, junction, rows, layer.tail_grid)
 
 
 def junction_rows(

@@ -3,6 +3,7 @@
 spec      what a space knows of an anchor
 decoders  specs of LLaMA-like decoders
 vision_transformers, convolutions   specs of image classifiers; image_parts is what they share
+lineage   what a shrunk anchor says of the model it was cut from
 families  which family reads which config.json
 configs   reads config.json from a folder or the Hub
 rules     which blocks may be joined
@@ -12,6 +13,7 @@ cost      exact cost of a route
 space     all stitches of a family, in order
 budget    what a user can afford
 frontier  Pareto front, cost intervals
+palette   palette gain
 table     metrics, importance, published stitches, choice by budget
 """
 
@@ -19,8 +21,12 @@ from .adapters import ADAPTER_NORMS, ADAPTERS, RESCALES, StitchingLayerSpec
 from .budget import Budget, format_bytes, format_count
 from .configs import fields_of, first_line, read_config
 from .cost import BYTES_PER_NUMBER, Precision
+from .decoders import LLAMA_LIKE
 from .families import anchor_spec, anchor_specs
 from .frontier import best_of_intervals, intervals, pareto_front
+from .lineage import aligned_junctions, block_groups, resolve_junctions
+from .palette import palette_gain, palette_gains
+from .rules import parse_junctions
 from .space import DIRECTIONS, PAIRS, SPACE_OPTIONS, StitchSpace
 from .spec import AnchorSpec, Feature, Part
 from .stitch import Junction, Segment, Stitch
@@ -35,6 +41,7 @@ __all__ = [
     "DIRECTIONS",
     "Feature",
     "Junction",
+    "LLAMA_LIKE",
     "PAIRS",
     "Part",
     "Precision",
@@ -45,15 +52,21 @@ __all__ = [
     "StitchSpace",
     "StitchTable",
     "StitchingLayerSpec",
+    "aligned_junctions",
     "anchor_spec",
     "anchor_specs",
     "best_of_intervals",
+    "block_groups",
     "fields_of",
     "first_line",
     "format_bytes",
     "format_count",
     "higher_is_better",
     "intervals",
+    "palette_gain",
+    "palette_gains",
     "pareto_front",
+    "parse_junctions",
     "read_config",
+    "resolve_junctions",
 ]

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 Grid = tuple[int, int]
 
-ADAPTERS = ("linear", "linear_relu", "conv3x3_relu", "bottleneck")
+ADAPTERS = ("linear", "identity", "linear_relu", "conv3x3_relu", "bottleneck")
 RESCALES = ("none", "bilinear", "strided")
 ADAPTER_NORMS = ("none", "batch")
 _REDUCTION = 4  # of a ResNet bottleneck

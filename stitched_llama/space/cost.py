@@ -58,13 +58,15 @@ class Cost:
 def route_cost(
     anchors: Sequence[AnchorSpec],
     segments: Sequence[Segment],
-    stitching_layers: Sequence[StitchingLayerSpec],
+    stitching_layers: Sequence[StitchingLayerSpec | None],
     precision: Precision,
 ) -> Cost:
-    """Cost of one route before PST: embedding of the first anchor, blocks, stitching layers, head of the last."""
+    """Cost of one route before PST: embedding of the first anchor, blocks, stitching layers (None where a junction is the identity),
+    head of the last. A matrix that serves as embedding and head, or that two anchors share, counts once."""
     specs = [anchors[segments[0].anchor]]
     for segment, layer in zip(segments[1:], stitching_layers):
-        specs.append(anchors[segment.anchor].entered_at(segment.start, layer.tail_grid))
+        anchor = anchors[segment.anchor]
+        specs.append(anchor if layer is None else anchor.entered_at(segment.start, layer.tail_grid))
     first, last = specs[0], specs[-1]
     blocks = [part for s, spec in zip(segments, specs) for part in spec.run(s.start, s.stop)]
     number = BYTES_PER_NUMBER[precision.dtype]
@@ -73,11 +75,13 @@ def route_cost(
         params += part.params
         macs += part.macs + part.macs_per_context_token * precision.context_tokens
         weight += precision.weight_bytes(part)
-    for layer in stitching_layers:
+    for layer in filter(None, stitching_layers):
         params += layer.params
         macs += layer.macs
         weight += layer.params * number
-    if last.tied and segments[0].anchor == segments[-1].anchor:
+    owners = [anchors[s.anchor].shared_with for s in (segments[0], segments[-1])]
+    owners = [s.anchor if owner is None else owner for s, owner in zip((segments[0], segments[-1]), owners)]
+    if last.tied and owners[0] == owners[1]:
         params -= last.embedding.params
         weight -= last.embedding.params * number
     return Cost(params, macs, weight, sum(part.kv_width for part in blocks) * number)

@@ -7,6 +7,7 @@ from typing import Any
 
 from .convolutions import convnext_spec, mobilenet_v2_spec, resnet_spec
 from .decoders import LLAMA_LIKE, llama_spec
+from .lineage import parent_of, shares_embedding
 from .spec import AnchorSpec
 from .vision_transformers import dinov2_spec, swin_spec, vit_spec
 
@@ -50,4 +51,8 @@ def _entered_at(config: Mapping[str, Any], block: int, grid: tuple[int, int]) ->
 def anchor_specs(configs: Sequence[Mapping[str, Any]]) -> list[AnchorSpec]:
     """The specs of anchors that belong together: one that does not say its image size takes the others'."""
     sizes = [config["image_size"] for config in configs if config.get("image_size")]
-    return [anchor_spec(config, sizes[0] if sizes else None) for config in configs]
+    specs = [anchor_spec(config, sizes[0] if sizes else None) for config in configs]
+    return [
+        replace(spec, shared_with=parent_of(config, specs)) if shares_embedding(config) else spec
+        for config, spec in zip(configs, specs)
+    ]

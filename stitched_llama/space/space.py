@@ -12,14 +12,16 @@ from .adapters import StitchingLayerSpec, check_adapter, strides_reach
 from .configs import fields_of
 from .cost import Precision, route_cost
 from .families import anchor_specs
-from .rules import Pairing, pairings
+from .lineage import resolve_junctions
+from .rules import Pairing, check_junctions, pairings
 from .spec import AnchorSpec
 from .stitch import Junction, Segment, Stitch, route_key
 
 DIRECTIONS = ("fast-to-slow", "slow-to-fast", "both")
 PAIRS = ("nearest", "any", "chain")
 SPACE_OPTIONS = (
-    "kernel_size", "stride", "direction", "pairs", "adapter", "rescale", "adapter_norm", "across_stages",
+    "kernel_size", "stride", "direction", "pairs", "adapter", "rescale", "adapter_norm", "across_stages", "junctions",
+    "max_segments",
 )  # fmt: skip
 _REMEDIES = {
     "vocab_size": "stitches need one tokenizer",
@@ -37,6 +39,11 @@ class StitchSpace:
         pairs: `"nearest"` neighbours in size (default), `"any"` pair, or `"chain"`: any pair and routes over three.
         adapter, rescale, adapter_norm: kind of the stitching layers of image anchors (see `StitchingLayerSpec`).
         across_stages: also join stages of different resolution; without `rescale` the tail runs at the head's.
+        junctions: the junctions, instead of a rule: each `(source block, target block)` from the first anchor to the second, or
+            `(source anchor, source block, target anchor, target block)`. A route leaves the source anchor after the source
+            block and enters the target anchor before the target block.
+            Of text, with a `kernel_size` of 1, a route of more parameters than the largest anchor is left out.
+        max_segments: with 3, also routes that pass two of the given junctions.
         precision: the form of weights and cache in which bytes are counted.
 
     Raises:
@@ -57,6 +64,8 @@ class StitchSpace:
         rescale: str = "none",
         adapter_norm: str = "none",
         across_stages: bool = False,
+        junctions: Sequence[Sequence[int]] | None = None,
+        max_segments: int = 2,
         precision: Precision = Precision(),
     ):
         _check_anchors(anchors)
@@ -69,28 +78,41 @@ class StitchSpace:
         self.options = {"kernel_size": kernel_size, "stride": stride, "direction": direction, "pairs": pairs}
         chosen = {"adapter": adapter, "rescale": rescale, "adapter_norm": adapter_norm, "across_stages": across_stages}
         self.options |= {name: value for name, value in chosen.items() if value not in ("linear", "none", False)}
-        if self.anchors[0].unit == "token" and len(self.options) > 4:
-            raise ValueError(
-                f"{', '.join(list(self.options)[4:])} is for images: {self.anchors[0].family} reads tokens"
-            )
+        if self.anchors[0].unit == "token" and (
+            images := [name for name in list(self.options)[4:] if (name, adapter) != ("adapter", "identity")]
+        ):
+            raise ValueError(f"{', '.join(images)} is for images: {self.anchors[0].family} reads tokens")
+        if junctions is not None:
+            self.options["junctions"] = check_junctions(junctions, self.anchors)
+            if (kernel_size, stride, pairs, across_stages) != (1, 1, "nearest", False) or direction != "fast-to-slow":
+                raise ValueError(
+                    "junctions are given one by one: leave kernel_size, stride, direction, pairs and across_stages out"
+                )
+        if max_segments not in (2, 3) or (max_segments == 3 and junctions is None):
+            raise ValueError(f"max_segments is {max_segments}: 2, or 3 together with junctions, is needed")
+        if max_segments == 3:
+            self.options["max_segments"] = max_segments
         if across_stages and rescale == "none" and pairs == "chain":
             raise ValueError("routes over three anchors cross stages only with rescale 'bilinear' or 'strided'")
         self.precision = precision
         self.stitching_layers: dict[str, StitchingLayerSpec] = {}
         routes = [((Segment(i, 0, spec.depth),), ()) for i, spec in enumerate(self.anchors)]
-        routes += self._routes_over_two() + (self._routes_over_three() if pairs == "chain" else [])
+        routes += self._routes_over_two() + (self._routes_over_three() if pairs == "chain" or max_segments == 3 else [])
         self._stitches = self._number(routes)
         self._by_key = {stitch.key: stitch for stitch in self._stitches}
 
     @classmethod
     def from_configs(cls, configs: Sequence[Any], **options: Any) -> "StitchSpace":
         """A space from `config.json` alone: each a folder, a Hub id, a configuration of Transformers, or the fields themselves.
-        No weights are read."""
-        return cls(anchor_specs([fields_of(config) for config in configs]), **options)
+        No weights are read. `junctions="aligned"` takes what a shrunk anchor's configuration says."""
+        fields = [fields_of(config) for config in configs]
+        return cls(anchor_specs(fields), **resolve_junctions(fields, options))
 
     def _ordered_pairs(self) -> list[tuple[int, int]]:
         """(head, tail) anchors that may be joined."""
         count = len(self.anchors)
+        if "junctions" in self.options:
+            return list(dict.fromkeys((source, target) for source, _, target, _ in self.options["junctions"]))
         near = self.options["pairs"] == "nearest"
         ascending = [(i, j) for i, j in combinations(range(count), 2) if j == i + 1 or not near]
         descending = [(j, i) for i, j in ascending]
@@ -99,6 +121,12 @@ class StitchSpace:
         ]
 
     def _pairings(self, head: int, tail: int) -> list[Pairing]:
+        if "junctions" in self.options:
+            return [
+                Pairing(a + 1, b, f"{a}to{b}")
+                for source, a, target, b in self.options["junctions"]
+                if (source, target) == (head, tail)
+            ]
         return pairings(
             self.anchors[head].leaves,
             self.anchors[tail].enters,
@@ -110,6 +138,13 @@ class StitchSpace:
 
     def _junction(self, head: int, tail: int, pairing: Pairing) -> Junction:
         before, after = self.anchors[head].leaves[pairing.head_stop - 1], self.anchors[tail].enters[pairing.tail_start]
+        if self.options.get("adapter") == "identity":
+            if before != after:
+                raise ValueError(
+                    f"adapter 'identity' joins equal features; block {pairing.head_stop - 1} of anchor {head} gives {before}, block "
+                    f"{pairing.tail_start} of anchor {tail} takes {after}: use adapter 'linear'"
+                )
+            return Junction(None, head, pairing.head_stop, tail, pairing.tail_start)
         layer = StitchingLayerSpec(
             f"{head}_{tail}_{pairing.layer}",
             before.width,
@@ -144,12 +179,13 @@ class StitchSpace:
     def _routes_over_three(self) -> list:
         routes = []
         pairs = self._ordered_pairs()
-        chains = [(a, b, c) for a, b in pairs for b_, c in pairs if b == b_ and len({a, b, c}) == 3]
+        again = "max_segments" in self.options  # a route may return to the anchor it began in
+        chains = [(a, b, c) for a, b in pairs for b_, c in pairs if b == b_ and (again or c != a)]
         for a, b, c in chains:
             for p in self._pairings(a, b):
                 for q in self._pairings(b, c):
-                    if q.head_stop <= p.tail_start:
-                        continue  # no block of the middle anchor is left
+                    if q.head_stop <= p.tail_start or (a == c and q.tail_start < p.head_stop):
+                        continue  # no block of the middle anchor is left, or one of the first would run twice
                     segments = (
                         Segment(a, 0, p.head_stop),
                         Segment(b, p.tail_start, q.head_stop),
@@ -160,9 +196,15 @@ class StitchSpace:
 
     def _number(self, routes: list) -> tuple[Stitch, ...]:
         stitches = []
+        largest = max(anchor.params for anchor in self.anchors)
+        drops = (
+            self.anchors[0].unit == "token" and self.options["kernel_size"] == 1
+        )  # SN-Net's windows stay as published
         for segments, junctions in routes:
-            layers = [self.stitching_layers[junction.layer] for junction in junctions]
+            layers = [self.stitching_layers.get(junction.layer or "") for junction in junctions]
             cost = route_cost(self.anchors, segments, layers, self.precision)
+            if len(segments) > 1 and drops and cost.params > largest:
+                continue  # the largest anchor is smaller
             stitches.append(
                 Stitch(-1, route_key(segments), segments, junctions, **asdict(cost), unit=self.anchors[0].unit)
             )

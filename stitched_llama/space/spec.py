@@ -84,6 +84,7 @@ class AnchorSpec:
         contract: what all anchors of a space must agree on, such as the size of the vocabulary or of the image.
         unit: what a cost counts: `"token"` or `"image"`.
         tied: the head's matrix is the embedding's; counted once where one route uses both.
+        shared_with: the anchor of the space whose embedding and head are the same tensors; None where they are its own.
         rebuild: (block, grid) -> the spec of an anchor that is entered there by a map of that grid; None where a block
             runs at its own alone.
     """
@@ -98,6 +99,7 @@ class AnchorSpec:
     contract: dict[str, object] = field(default_factory=dict)
     unit: str = "token"
     tied: bool = False
+    shared_with: int | None = None
     rebuild: Callable[[int, tuple[int, int]], "AnchorSpec"] | None = field(default=None, compare=False, repr=False)
 
     def entered_at(self, block: int, grid: tuple[int, int] | None) -> "AnchorSpec":

@@ -23,10 +23,10 @@ class Segment:
 class Junction:
     """The point where a route leaves block `head_stop - 1` of one anchor and enters block `tail_start` of the next.
 
-    `layer` names the stitching layer that serves it; several junctions may share one.
+    `layer` names the stitching layer that serves it, several junctions may share one; None is the identity.
     """
 
-    layer: str
+    layer: str | None
     head: int
     head_stop: int
     tail: int
@@ -72,6 +72,11 @@ class Stitch:
     def depth(self) -> int:
         """Blocks on the route."""
         return sum(len(segment) for segment in self.segments)
+
+    @property
+    def layers(self) -> list[str]:
+        """Names of the stitching layers on the route; identity junctions have none."""
+        return [junction.layer for junction in self.junctions if junction.layer is not None]
 
     def blocks(self) -> list[tuple[int, int]]:
         """`(anchor, block)` along the route; the position in the list is the KV cache slot."""

@@ -14,13 +14,13 @@ HIGHER_IS_BETTER = {"loss": False, "exact_match": True, "accuracy": True}
 
 
 def higher_is_better(metric: str) -> bool:
-    """The direction of a metric; `loss_before` (untrained) goes as `loss` does.
+    """The direction of a metric; `loss_before` (untrained) and `loss_test` (rows that choose nothing) go as `loss` does.
 
     Raises:
         ValueError: the metric is unknown.
     """
     try:
-        return HIGHER_IS_BETTER[metric.removesuffix("_before")]
+        return HIGHER_IS_BETTER[metric.removesuffix("_before").removesuffix("_test")]
     except KeyError:
         raise ValueError(f"metric {metric!r} is unknown; one of {', '.join(HIGHER_IS_BETTER)} is needed") from None
 

@@ -21,7 +21,12 @@ class SpaceArguments:
     stride: int = field(default=1, metadata={"help": "Its stride."})
     direction: str = field(default="fast-to-slow", metadata={"help": f"Of the routes: {', '.join(DIRECTIONS)}."})
     pairs: str = field(default="nearest", metadata={"help": f"Anchors that are joined: {', '.join(PAIRS)}."})
-    adapter: str = field(default="linear", metadata={"help": f"Kind of stitching layer: {', '.join(ADAPTERS)}."})
+    adapter: str | None = field(
+        default=None,
+        metadata={
+            "help": f"Kind of stitching layer (linear; identity for aligned junctions of equal width): {', '.join(ADAPTERS)}."
+        },
+    )
     rescale: str = field(default="none", metadata={"help": f"How it changes the resolution: {', '.join(RESCALES)}."})
     adapter_norm: str = field(default="none", metadata={"help": f"Norms around it: {', '.join(ADAPTER_NORMS)}."})
     across_stages: bool = field(default=False, metadata={"help": "Also join stages of different resolution."})

@@ -1,0 +1,104 @@
+"""Cut a small anchor out of a large model and distil it so that the two can be stitched.
+
+    accelerate launch recipes/shrink.py --large HuggingFaceTB/SmolLM2-135M-Instruct --depth 16 \
+        --data tatsu-lab/alpaca book.txt --output_dir runs/smollm2-16
+
+The student starts from every second block (or narrower, `--width`), keeps the teacher's frozen embedding at equal width, and
+learns from the teacher's logits and block outputs; no labels are needed. What comes out is a plain Transformers folder whose
+config.json says what it was cut from; `--junctions aligned` of the other recipes reads that.
+"""
+
+import time
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from stitched_llama.shrinking import (
+    ShrinkArguments,
+    ShrinkDistillation,
+    ShrinkTrainer,
+    TokenBlocks,
+    cut_model,
+    read_documents,
+    row_renderer,
+    save_shrunk,
+)
+from stitched_llama.training import dump_record, provenance
+
+
+@dataclass
+class Arguments:
+    """What is cut, and what it is distilled on."""
+
+    large: str = field(metadata={"help": "Folder or Hub id of the model that is cut."})
+    data: list[str] = field(metadata={"help": "Text files, and chat or instruction data as the other recipes take it."})
+    depth: int = field(metadata={"help": "Blocks of the small model."})
+    width: int | None = field(default=None, metadata={"help": "Its width; by default the large model's."})
+    block_size: int = field(default=256, metadata={"help": "Tokens of one block of text."})
+    eval_blocks: int = field(default=32, metadata={"help": "Blocks of text held out."})
+    dtype: str = field(default="float32", metadata={"help": "Of the large model: float32, bfloat16 or float16."})
+    resume: str | None = field(default=None, metadata={"help": "auto, or the path of a checkpoint."})
+
+
+def main() -> None:
+    start = time.time()
+    parser = HfArgumentParser((Arguments, ShrinkArguments))
+    args, training = parser.parse_args_into_dataclasses()
+    set_seed(training.seed)
+    output = Path(training.output_dir)
+    checkpoint = args.resume
+    if checkpoint == "auto":
+        checkpoint = get_last_checkpoint(training.output_dir) if output.is_dir() else None
+
+    # Text: documents of every source in random order, packed into blocks; some are held out
+    tokenizer = AutoTokenizer.from_pretrained(args.large, trust_remote_code=False)
+    render = row_renderer(tokenizer)
+    documents = [document for source in args.data for document in read_documents(source, render)]
+    rows = training.per_device_train_batch_size * training.gradient_accumulation_steps * max(1, training.world_size)
+    wanted = args.eval_blocks + rows * training.max_steps if training.max_steps > 0 else None
+    blocks = TokenBlocks(documents, tokenizer, args.block_size, wanted, training.seed)
+    if len(blocks) <= args.eval_blocks:
+        raise SystemExit(f"{len(blocks)} blocks of text, {args.eval_blocks} to be held out: give more text")
+    held_out = torch.utils.data.Subset(blocks, range(args.eval_blocks))
+    train_set = torch.utils.data.Subset(blocks, range(args.eval_blocks, len(blocks)))
+
+    # Teacher, and the student cut out of it
+    teacher = AutoModelForCausalLM.from_pretrained(
+        args.large, dtype=getattr(torch, args.dtype), use_safetensors=True, trust_remote_code=False
+    )
+    batches = [{"input_ids": blocks.blocks[i : i + 8]} for i in range(0, min(64, args.eval_blocks), 8)]
+    cut = cut_model(teacher, args.depth, args.width, batches)
+    model = ShrinkDistillation(cut.model.float(), teacher, cut.target_blocks, cut.channels, **training.loss_options())
+    trainer = ShrinkTrainer(
+        model=model, args=training, train_dataset=train_set, eval_dataset=held_out, processing_class=tokenizer
+    )
+    before = trainer.evaluate()
+    trained = trainer.train(resume_from_checkpoint=checkpoint)
+    after = trainer.evaluate()
+    if training.process_index:
+        return
+    tokens = trained.global_step * rows * args.block_size
+    save_shrunk(model, output / "small", args.large, tokens=tokens)
+    tokenizer.save_pretrained(output / "small")
+    row = provenance() | {
+        "large": args.large, "data": args.data, "depth": args.depth, "width": args.width, "steps": trained.global_step,
+        "tokens": tokens, "seconds": round(time.time() - start, 1), "parameters": cut.model.num_parameters(),
+        "divergence_before": before["eval_divergence"], "divergence": after["eval_divergence"],
+        "alignment_before": before["eval_alignment"], "alignment": after["eval_alignment"],
+    }  # fmt: skip
+    (output / "shrink.json").write_text(dump_record(row))
+    print(
+        f"divergence of the small model's logits {before['eval_divergence']:.3f} -> {after['eval_divergence']:.3f} nats"
+    )
+    print(f"{output / 'small'}: the small anchor; {output / 'shrink.json'}: all figures")
+
+
+if __name__ == "__main__":
+    warnings.filterwarnings("ignore", message=".*pin_memory.*")
+    main()
+else:
+    raise ImportError("a recipe is run or copied, not imported")

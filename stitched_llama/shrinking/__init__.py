@@ -1,0 +1,27 @@
+"""Shrinking: a small anchor cut out of a large one and distilled so that the two can be stitched.
+
+cut           blocks, channels, heads and units of the large model that the small one starts from
+distillation  distillation loss and alignment of block outputs
+trainer       `transformers.Trainer` for it, and its arguments
+save          the small model as a plain folder with a card
+text          unlabelled text and chat data in blocks of tokens
+"""
+
+from .cut import Cut, cut_model, heads_for_width
+from .distillation import ShrinkDistillation
+from .save import save_shrunk
+from .text import TokenBlocks, read_documents, row_renderer
+from .trainer import ShrinkArguments, ShrinkTrainer
+
+__all__ = [
+    "Cut",
+    "ShrinkArguments",
+    "ShrinkDistillation",
+    "ShrinkTrainer",
+    "TokenBlocks",
+    "cut_model",
+    "heads_for_width",
+    "read_documents",
+    "row_renderer",
+    "save_shrunk",
+]

@@ -1,0 +1,100 @@
+"""Unlabelled text and chat data as blocks of tokens of one length."""
+
+import random
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from stitched_llama.training import Row, read_rows, template
+
+
+def read_documents(source: str, render: Callable[[Row], str]) -> list[str]:
+    """The documents of a source: paragraphs of about 4,000 characters of a `.txt` file, else the rendered rows of what `read_rows` reads.
+
+    Raises:
+        ValueError: the source cannot be read, or holds no text.
+    """
+    if Path(source).suffix != ".txt":
+        return [render(row) for row in read_rows(source, on_bad_row="skip")]
+    if not Path(source).is_file():
+        raise ValueError(f"there is no file {source}")
+    try:
+        text = Path(source).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{source} is not UTF-8 ({error}): convert it") from None
+    documents, current = [], ""
+    for paragraph in text.split("\n\n"):
+        current += paragraph.strip() + "\n\n"
+        if len(current) >= 4000:
+            documents.append(current)
+            current = ""
+    documents += [current] if current.strip() else []
+    if not documents:
+        raise ValueError(f"{source} holds no text")
+    return documents
+
+
+def row_renderer(tokenizer: PreTrainedTokenizerBase) -> Callable[[Row], str]:
+    """How an instruction row becomes a document: by the tokenizer's chat template, else by Alpaca's."""
+
+    def render(row: Row) -> str:
+        if tokenizer.chat_template is None:
+            return template("alpaca").render(row.instruction, row.input) + row.output
+        question = row.instruction + (f"\n{row.input}" if row.input else "")
+        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": row.output}]
+        return tokenizer.apply_chat_template(turns, tokenize=False)
+
+    return render
+
+
+class TokenBlocks(Dataset):
+    """Documents in random order, one after the other, cut into blocks of `block_size` tokens.
+
+    Args:
+        documents: texts; each is followed by the tokenizer's end token.
+        max_blocks: stop after so many; None takes all.
+        seed: of the order.
+
+    Raises:
+        ValueError: the text is shorter than one block.
+    """
+
+    def __init__(
+        self,
+        documents: Sequence[str],
+        tokenizer: PreTrainedTokenizerBase,
+        block_size: int,
+        max_blocks: int | None = None,
+        seed: int = 0,
+    ):
+        order = random.Random(seed).sample(range(len(documents)), len(documents))
+        wanted = None if max_blocks is None else max_blocks * block_size
+        tokens = _token_stream((documents[index] for index in order), tokenizer, wanted)
+        count = len(tokens) // block_size
+        if not count:
+            raise ValueError(
+                f"the text is too short to align on: {len(tokens)} tokens do not fill one block of {block_size}; give more text"
+            )
+        self.blocks = torch.tensor(tokens[: count * block_size]).view(count, block_size)
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """`input_ids` and `labels`, [block_size] each; the labels are the same ids."""
+        return {"input_ids": self.blocks[index], "labels": self.blocks[index]}
+
+
+def _token_stream(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, wanted: int | None) -> list[int]:
+    tokens: list[int] = []
+    for document in documents:
+        tokens += tokenizer(document, add_special_tokens=False).input_ids
+        if tokenizer.eos_token_id is not None and tokens[-1:] != [tokenizer.eos_token_id]:
+            tokens.append(tokenizer.eos_token_id)
+        if wanted is not None and len(tokens) >= wanted:
+            break
+    return tokens

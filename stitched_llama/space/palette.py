@@ -1,0 +1,82 @@
+"""Palette gain: what the sizes between two anchors are worth to someone who chooses by budget."""
+
+import math
+from collections.abc import Mapping
+
+from .space import StitchSpace
+from .stitch import Stitch
+from .table import StitchTable, higher_is_better
+
+TEST = "_test"
+
+
+def palette_gain(
+    space: StitchSpace,
+    table: StitchTable,
+    alone: Mapping[str, Mapping[str, float]] | None = None,
+    metric: str = "loss",
+    by: str = "params",
+) -> float:
+    """The mean, over budgets spread evenly from the smallest to the largest anchor, of the share of the gap between these two that
+    the stitch chosen within the budget closes.
+
+    A budget takes the stitch of best `metric` among those it pays for; what that is worth is read from `metric` + `"_test"`, measured on
+    other rows. An anchor counts as it is inside the run or as tuned alone, whichever has the better `metric`.
+
+    0: as good as having the small anchor alone; 0.5: a continuous straight line; `n / (2 (n + 1))`: n evenly spaced stitches on
+    that line; below 0: budgets return stitches that are worse than the small anchor.
+
+    Args:
+        alone: anchor key -> metric name -> value of that anchor fine-tuned alone.
+        by: the cost that budgets count, `"params"` or `"macs"`.
+
+    Returns:
+        NaN where the metric is missing for an anchor, or the large anchor is not better than the small one.
+
+    Raises:
+        ValueError: another `by`, or a metric that is unknown or was not measured on test rows.
+    """
+    if by not in ("params", "macs"):
+        raise ValueError(f"by is {by!r}: 'params' or 'macs' is needed")
+    sign = 1 if higher_is_better(metric) else -1
+    missing = [name for name in (metric, metric + TEST) if name not in table.metrics]
+    if missing:
+        raise ValueError(
+            f"the table holds {', '.join(table.metrics) or 'no metric'}, and no {missing[0]}: palette gain needs {metric} of the rows "
+            f"that choose and {metric + TEST} of others"
+        )
+    pairs = {}
+    for stitch in space:
+        found = [{name: values[stitch.key] for name, values in table.metrics.items() if stitch.key in values}]
+        found += [dict(alone[stitch.key])] if stitch.is_anchor and stitch.key in (alone or {}) else []
+        found = [f for f in found if all(math.isfinite(f.get(n, math.nan)) for n in (metric, metric + TEST))]
+        if found:
+            best = max(found, key=lambda f: sign * f[metric])
+            pairs[stitch.key] = sign * best[metric], sign * best[metric + TEST]
+    small, large = space.anchor_stitch(0), space.anchor_stitch(-1)
+    if small.key not in pairs or large.key not in pairs or not pairs[large.key][1] > pairs[small.key][1]:
+        return math.nan
+    return _area([stitch for stitch in space if stitch.key in pairs], pairs, small, large, by)
+
+
+def _area(
+    stitches: list[Stitch], pairs: Mapping[str, tuple[float, float]], small: Stitch, large: Stitch, by: str
+) -> float:
+    """The mean height of the staircase of test values, 0 at the small anchor's and 1 at the large one's."""
+    start, stop = getattr(small, by), getattr(large, by)
+    base, gap = pairs[small.key][1], pairs[large.key][1] - pairs[small.key][1]
+    area, chosen = 0.0, small
+    ascending = sorted((s for s in stitches if start < getattr(s, by) < stop), key=lambda s: (getattr(s, by), s.key))
+    for stitch, after in zip([small, *ascending], [*ascending, large]):
+        if pairs[stitch.key][0] > pairs[chosen.key][0]:
+            chosen = stitch
+        area += (getattr(after, by) - getattr(stitch, by)) * (pairs[chosen.key][1] - base) / gap
+    return area / (stop - start)
+
+
+def palette_gains(
+    space: StitchSpace, table: StitchTable, alone: Mapping[str, Mapping[str, float]] | None = None
+) -> dict[str, dict[str, float]]:
+    """`palette_gain` of every metric that was measured on test rows too, by parameters and by MACs: metric -> cost -> gain."""
+    names = [name for name in table.metrics if name + TEST in table.metrics]
+    return {name: {by: palette_gain(space, table, alone, name, by) for by in ("params", "macs")} for name in names}
