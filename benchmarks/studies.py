@@ -119,7 +119,8 @@ def _alone(run: Run, task: Any, arguments: Any, cache: Path, smoke: bool) -> dic
         Trainer(model=model, args=arguments, train_dataset=task.train, data_collator=task.collate).train()
         row["train_seconds"] += time.process_time() - start
         row["trained"] += sum(p.numel() for p in model.parameters() if p.requires_grad)
-        row["loss"][str(index)], row[task.metric][str(index)] = evaluate_plain(model, _batches(task))
+        scores = evaluate_plain(model, _batches(task))
+        row["loss"][str(index)], row[task.metric][str(index)] = scores["loss"], scores[task.metric]
         plain = model if run.pst.get("full") else model.merge_and_unload()
         plain.save_pretrained(folder / str(index))
         task.processor.save_pretrained(folder / str(index))

@@ -64,17 +64,16 @@ def main() -> None:
     for index, name in enumerate(args.anchors):
         set_seed(training.seed)
         anchor = AutoModelForCausalLM.from_pretrained(name, dtype=args.dtype).to(training.device)
-        before = evaluate_plain(anchor, held_out_batches)
+        before = evaluate_plain(anchor, held_out_batches, split=True)
         lora = LoraConfig(r=args.rank, lora_alpha=args.rank, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
         model = get_peft_model(anchor, lora)
         model.print_trainable_parameters()
         start = time.time()
         quiet = replace(training, save_strategy="no")
         Trainer(model=model, args=quiet, train_dataset=train_set, data_collator=collator).train()
-        after = evaluate_plain(model, held_out_batches)
+        after = evaluate_plain(model, held_out_batches, split=True)
         found[f"{index}[0:{anchor.config.num_hidden_layers}]"] = {
-            "loss": after[0], "exact_match": after[1], "loss_before": before[0], "exact_match_before": before[1],
-            "seconds": round(time.time() - start, 1),
+            **after, **{f"{metric}_before": value for metric, value in before.items()}, "seconds": round(time.time() - start, 1),
         }  # fmt: skip
         if args.save:
             model.merge_and_unload().save_pretrained(Path(args.save) / str(index))

@@ -75,10 +75,10 @@ def main() -> None:
         Trainer(
             model=model, args=quiet, train_dataset=train_set, data_collator=collate_images, callbacks=callbacks
         ).train()
-        loss, accuracy = evaluate_plain(model, held_out_batches)
+        scores = evaluate_plain(model, held_out_batches, split=True)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         found[f"{index}[0:{spec.depth}]"] = {
-            "loss": loss, "accuracy": accuracy, "trained": trained, "seconds": round(time.time() - start, 1),
+            **scores, "trained": trained, "seconds": round(time.time() - start, 1),
         }  # fmt: skip
         if args.save:
             plain = model if args.full else model.merge_and_unload()

@@ -47,20 +47,22 @@ def evaluate_stitches(
     progress: bool = True,
     rank: int = 0,
     world_size: int = 1,
+    split: bool = False,
 ) -> dict[str, dict[str, float]]:
-    """`{"loss": {key: nats}, "exact_match" or "accuracy": {key: share}}` of the stitches `keys` (all by default).
+    """`{"loss": {key: nats}, "exact_match" or "accuracy": {key: share}}`, and with `split` the same of test rows, of the stitches `keys` (all by default).
 
     Args:
         batches: dicts of input_ids, attention_mask, labels, [batch, tokens] each; or of pixel_values [batch, channels,
             height, width] and labels [batch]. One pass a stitch, and one to find labels; an iterator, which has but one, is kept
             in memory.
+        split: measure on every second row alone, and on the others as `loss_test`, `exact_match_test` or `accuracy_test`: what a
+            choice among stitches by the former is worth.
         rank, world_size: each rank takes every `world_size`-th stitch; all ranks get all results.
 
     Raises:
         ValueError: there are no batches, or no labels in them.
     """
     batches = list(batches) if isinstance(batches, Iterator) else batches
-    images = model.main_input_name == "pixel_values"
     if not any("labels" in batch and (batch["labels"] != IGNORED).any() for batch in batches):
         raise ValueError("no labels to evaluate on: the held-out part is empty")
     keys = list(model.keys if keys is None else keys)
@@ -68,36 +70,49 @@ def evaluate_stitches(
     model.eval()
     found = {}
     for key in tqdm(keys[rank::world_size], desc="evaluate stitches", disable=not progress or rank != 0):
-        found[key] = _evaluate(model, batches, stitch_id=key)
+        found[key] = _evaluate(model, batches, split, stitch_id=key)
     model.train(training)
     if world_size > 1:
         gathered: list[Any] = [None] * world_size
         torch.distributed.all_gather_object(gathered, found)
         found = {key: value for part in gathered for key, value in part.items()}
-    return {
-        "loss": {key: found[key][0] for key in keys},
-        "accuracy" if images else "exact_match": {key: found[key][1] for key in keys},
-    }
+    return {name: {key: found[key][name] for key in keys} for name in found[keys[0]]} if keys else {}
 
 
 @torch.no_grad()
-def evaluate_plain(model: Any, batches: Iterable[dict[str, Tensor]]) -> tuple[float, float]:
-    """Loss and exact match or accuracy of a plain model of Transformers, as `evaluate_stitches` has them."""
+def evaluate_plain(model: Any, batches: Iterable[dict[str, Tensor]], split: bool = False) -> dict[str, float]:
+    """Loss and exact match or accuracy of a plain model of Transformers, by the names of `evaluate_stitches`.
+
+    Raises:
+        ValueError: there are no labels, or with `split` fewer than two rows.
+    """
     model.eval()
-    return _evaluate(model, batches)
+    return _evaluate(model, batches, split)
 
 
-def _evaluate(model: Any, batches: Iterable[dict[str, Tensor]], **how: Any) -> tuple[float, float]:
-    images, totals, rows = model.main_input_name == "pixel_values", torch.zeros(3, dtype=torch.float64), 0
+def _evaluate(model: Any, batches: Iterable[dict[str, Tensor]], split: bool, **how: Any) -> dict[str, float]:
+    images, rows = model.main_input_name == "pixel_values", 0
+    totals = torch.zeros(2, 4, dtype=torch.float64)  # of even and odd rows: loss, labels, right rows, rows
     for batch in batches:
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
         if (labels := batch.pop("labels", None)) is None:
             raise ValueError(f"no labels to evaluate on: a batch holds {', '.join(batch)} only")
         logits = model(**batch, **how, **({} if images else {"use_cache": False})).logits
         scores = (image_scores if images else response_scores)(logits, labels.to(logits.device))
-        totals += torch.stack([score.double().sum().cpu() for score in scores])
+        values = torch.stack(
+            [*(score.double().cpu() for score in scores), torch.ones(len(labels), dtype=torch.float64)], 1
+        )
+        for parity in (0, 1):
+            totals[parity] += values[(rows + parity) % 2 :: 2].sum(0)
         rows += len(labels)
-    return float(totals[0] / totals[1]), float(totals[2] / rows)
+    if split and rows < 2:
+        raise ValueError(f"{rows} held-out row: two or more are needed, as half of them choose and half of them test")
+    right = "accuracy" if images else "exact_match"
+    parts = {"": totals[0], "_test": totals[1]} if split else {"": totals.sum(0)}
+    values = {}
+    for end, (loss, labels, matches, count) in parts.items():
+        values |= {f"loss{end}": float(loss / labels), f"{right}{end}": float(matches / count)}
+    return values
 
 
 def spearman(first: Sequence[float], second: Sequence[float]) -> float:
