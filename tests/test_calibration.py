@@ -115,11 +115,11 @@ def test_padding_is_left_out_whatever_stands_there(anchors):
 
 def test_relative_weights_count_every_row_by_the_norm_of_its_target(anchors):
     model, batches = fresh(anchors["unequal"]), padded_batches()
-    model.calibrate(batches, ridge=1e-10, row_weights="relative", first_weight=1.0, progress=False)
+    model.calibrate(batches, ridge=1e-10, row_weights="relative", progress=False)
     for name, layer in model.stitching_layers.items():
         served = [junction for junction in model.space.junctions if junction.layer == name]
         x, y = (torch.cat(side) for side in zip(*(collected(model, junction, batches) for junction in served)))
-        weight, bias = direct(x, y, 1 / y.square().mean(1))
+        weight, bias = direct(x, y, 1 / y.square().sum(1))
         torch.testing.assert_close(layer.core.weight.double(), weight, atol=1e-4, rtol=1e-3)
         assert not torch.allclose(weight, direct(x, y)[0], atol=1e-3)
 
@@ -135,7 +135,10 @@ def test_report_is_complete_and_measured_on_batches_kept_out(anchors):
     key, junction = model.keys[2], model.space.junctions[0]
     x, y = collected(model, junction, batches[7:8])
     predicted = model.stitching_layers[junction.layer](x.float()).double()
-    wanted = 1 - (y - predicted).square().sum() / (y - y.mean(0)).square().sum()
+    weights = 1 / y.square().sum(1, keepdim=True)  # every row counts relative to its norm
+    mean = (weights * y).sum(0) / weights.sum()
+    total = (weights * y.square()).sum() - weights.sum() * mean.square().sum()
+    wanted = 1 - (weights * (y - predicted).square()).sum() / total
     assert report.r2_with_first[str(junction)] == pytest.approx(float(wanted), abs=1e-4)
     mask = batches[7]["attention_mask"]
     labels = batches[7]["input_ids"].masked_fill(mask == 0, -100)
@@ -153,7 +156,7 @@ def test_first_token_is_told_apart(anchors):
     for anchor in model.anchors:  # the first token's activation, blown up, as in real LLaMAs
         anchor.model.embed_tokens.weight.data[7] *= 300
     batch["input_ids"][:, 0] = 7
-    report = model.calibrate([batch], progress=False)
+    report = model.calibrate([batch], row_weights="none", progress=False)
     for name, value in report.r2.items():
         assert report.r2_with_first[name] > value + 0.15, name
 
@@ -228,6 +231,58 @@ def test_calibrating_joins_anchors_that_are_linear_images_of_each_other():
     assert max(report.loss.values()) - min(report.loss.values()) < 0.01
     for layer in model.stitching_layers.values():
         torch.testing.assert_close(layer.core.weight, rotation.T, atol=1e-3, rtol=1e-2)
+
+
+def with_massive_first_token():
+    """A pair of linear images of each other, but for token 1: massive in two channels, and a hundred times more so in the twin."""
+    small = spread(pico_anchor(32, 3, 4, 2, vocab_size=260))
+    for name, parameter in small.named_parameters():
+        if "norm" in name:
+            parameter.data.fill_(1)
+    small.model.embed_tokens.weight.data[1] = 0
+    small.model.embed_tokens.weight.data[1, [3, 7]] = 40.0
+    rotation = torch.linalg.qr(torch.randn(32, 32, generator=torch.Generator().manual_seed(1)))[0]
+    twin = rotated_twin(small, rotation)
+    twin.model.embed_tokens.weight.data[1] *= 100
+    torch.manual_seed(0)
+    batches = [{"input_ids": ids_like(8, 30, seed)} for seed in range(9)]
+    for batch in batches:
+        batch["input_ids"][:, 0] = 1
+    return [small, twin], batches
+
+
+def test_massive_activations_of_the_first_token_do_not_own_the_fit():
+    pair, batches = with_massive_first_token()
+    model = StitchedLlamaForCausalLM.from_anchors(pair)
+    report = model.calibrate(batches, progress=False)
+    assert min(report.r2.values()) > 0.95
+    assert not report.unchanged
+    alone = report.loss["1[0:4]"]
+    assert max(report.loss.values()) - alone < 0.05 * alone
+    owned = StitchedLlamaForCausalLM.from_anchors(pair)
+    with pytest.warns(UserWarning, match="junctions do not fit"):
+        plain = owned.calibrate(batches, row_weights="none", progress=False)
+    assert max(plain.r2.values()) < 0 < min(plain.r2_with_first.values())
+
+
+@pytest.mark.filterwarnings("ignore:.*rows for the 32 features", "ignore:.*junctions do not fit")
+def test_a_solution_that_is_worse_than_the_identity_is_not_taken():
+    """The twin is nearly the small anchor itself; the rows of the fit are hardly more than the features."""
+    small = spread(pico_anchor(32, 3, 4, 2, vocab_size=260))
+    twin = rotated_twin(small, torch.eye(32))
+    for parameter in twin.model.layers[0].parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3))
+    model = StitchedLlamaForCausalLM.from_anchors([small, twin])
+    said = small.generate(ids_like(8, 1), do_sample=False, min_new_tokens=5, max_new_tokens=5)  # what both predict well
+    batches = [{"input_ids": row[None]} for row in said]
+    before = {key: model.calibration_loss(batches[7], key)[0] for key in model.keys}
+    report = model.calibrate(batches, ridge=1e-9, progress=False)
+    assert report.unchanged
+    assert "not taken" in str(report)
+    for stitch in model.space:
+        assert report.loss[stitch.key] <= before[stitch.key] + 1e-6
+    for name in report.unchanged:
+        assert torch.equal(model.stitching_layers[name].core.weight, torch.eye(32))
 
 
 @pytest.mark.filterwarnings("error:.*junctions do not fit:UserWarning")

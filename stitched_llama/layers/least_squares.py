@@ -1,4 +1,6 @@
-"""Streamed least squares: memory in O(width^2), whatever the number of tokens (DESIGN: calibration)."""
+"""Streamed least squares: memory in O(width^2), whatever the number of tokens."""
+
+from dataclasses import replace
 
 import torch
 
@@ -47,6 +49,20 @@ class LeastSquares:
         self.y_sum += weights @ y
         self.y_squares += weights @ y.square()
 
+    def pinned(self, fit: Fit, x: torch.Tensor, y: torch.Tensor, ridge: float = 1e-4) -> Fit:
+        """A solution changed so that it maps x [in_width] to y [out_width], by the matrix of rank 1 that the rows added here notice least.
+
+        For a vector far from these rows, such as the massive activation of a first token.
+        """
+        x, y = x.to(self.xx), y.to(self.xx)
+        mean = self.x_sum / self.weight_sum
+        covariance = self.xx / self.weight_sum - torch.outer(mean, mean)
+        covariance.diagonal().add_(ridge * covariance.diagonal().mean())
+        away = _solve(covariance, (x - mean)[:, None])[:, 0]
+        away = away / ((x - mean) @ away)
+        change = y - (fit.weight @ x + fit.bias)
+        return replace(fit, weight=fit.weight + torch.outer(change, away), bias=fit.bias - (mean @ away) * change)
+
     def solve(self, ridge: float = 1e-4) -> Fit:
         """The affine map of least squared residual, in float64, with the moments of X and Y.
 
@@ -92,22 +108,24 @@ class Residual:
 
     def __init__(self) -> None:
         self.rows = 0
-        self.residual = self.squares = 0.0
+        self.weight_sum = self.residual = self.squares = 0.0
         self.total: torch.Tensor | float = 0.0
 
     @torch.no_grad()
-    def add(self, predicted: torch.Tensor, target: torch.Tensor) -> None:
-        """Adds rows [rows, features] of both."""
+    def add(self, predicted: torch.Tensor, target: torch.Tensor, weights: torch.Tensor | None = None) -> None:
+        """Adds rows [rows, features] of both; `weights` [rows] scale their squares."""
         predicted, target = predicted.double(), target.double().to(predicted.device)
+        weights = torch.ones(len(target)).to(target) if weights is None else weights.to(target)
         self.rows += len(target)
-        self.residual += float((target - predicted).square().sum())
-        self.squares += float(target.square().sum())
-        self.total = self.total + target.sum(0)
+        self.weight_sum += float(weights.sum())
+        self.residual += float(weights @ (target - predicted).square().sum(-1))
+        self.squares += float(weights @ target.square().sum(-1))
+        self.total = self.total + weights @ target
 
     @property
     def r2(self) -> float:
         """R2, or NaN before the first row."""
         if self.rows == 0:
             return float("nan")
-        variance = self.squares - float(torch.as_tensor(self.total).square().sum()) / self.rows
+        variance = self.squares - float(torch.as_tensor(self.total).square().sum()) / self.weight_sum
         return 1.0 - self.residual / variance if variance > 0 else float("nan")

@@ -13,6 +13,7 @@ from stitched_llama.layers import Fit, LeastSquares, Residual
 from stitched_llama.space import Junction
 
 from .alignment import align
+from .first_rows import FirstRows, relative_weights
 from .route import junction_rows
 
 if TYPE_CHECKING:
@@ -28,8 +29,9 @@ class Calibration:
     """What calibration found, on batches that were kept out of the fit, or where there were too few on the first of the fit.
 
     Attributes:
-        r2: junction -> R2 of the predicted activations, the first token of each row (class tokens) left out.
-        r2_with_first: the same with the first token, whose activation can be hundreds of times the others'.
+        r2: junction -> R2 of the least-squares solution, the first token of each row (class tokens) left out; of text each row counts
+            relative to its norm.
+        r2_with_first: the same with the first token.
         loss: stitch key -> loss before any training, nats a token or image; the honest figure. Empty for images
             without labels.
         loss_unaligned: the same before the alignment stage; empty without one.
@@ -75,7 +77,6 @@ def calibrate(
     ridge: float = 1e-4,
     shared: str = "joint",
     row_weights: str | None = None,
-    first_weight: float = 8.0,
     align_steps: int = 0,
     align_rate: float = 1e-3,
     progress: bool = True,
@@ -94,10 +95,10 @@ def calibrate(
         ridge: relative to the mean variance of the head's features.
         shared: for a layer that serves several junctions, `"joint"` minimises the sum of their residuals, `"mean"`
             averages their separate solutions (SN-Net).
-        row_weights: `"relative"`, every row's error counts relative to the norm of its target, so that the massive activations of the
-            first token do not own the fit; or `"none"`. None is `"relative"` for text and `"none"` for images.
-        first_weight: times that the first token of each row of text counts then: its activation is nearly one constant vector, which
-            the target's attention needs.
+        row_weights: `"relative"`, every row's error counts relative to the norm of its target; or `"none"`. None is `"relative"` for
+            text and `"none"` for images. With `"relative"` the first token of a row is fitted apart where its activation is massive:
+            it is nearly one constant vector, hundreds of times the others', and the attention of all later tokens rests on
+            it. It is mapped to its target's direction at eight times the norm of the others, which disturbs them little.
         align_steps, align_rate: then train the stitching layers for so many steps (see `alignment.align`); the batches of the
             fit are kept in memory for it.
         progress: show a progress bar.
@@ -119,6 +120,7 @@ def calibrate(
         raise ValueError("PST is attached: calibrate before attach_pst, so that LoRA starts from the fitted layers")
     junctions = [j for j in model.space.junctions if j.layer in model.stitching_layers]
     sums: dict[tuple[str, str], LeastSquares] = {}
+    firsts: dict[tuple[str, str], FirstRows | None] = {}
     held_out, kept_batches, first_batch = [], [], None
     training, rows = model.training, 0
     model.eval()
@@ -137,12 +139,17 @@ def calibrate(
                 for junction, x, y in _activations(model, junctions, batch):
                     x = model.stitching_layers[junction.layer].sampled(x)
                     kept, rest = model.row_masks(batch, junction, x)
-                    weights = _row_weights(y, kept, rest, first_weight) if row_weights == "relative" else None
-                    x, y = x[kept.to(x.device)], y[kept.to(y.device)]
-                    most = max(most, len(x))
+                    most = max(most, int(kept.sum()))
                     name = (junction.layer, str(junction) if shared == "mean" else "")
                     if name not in sums:
-                        sums[name] = LeastSquares(x.shape[1], y.shape[1], device=y.device)
+                        sums[name] = LeastSquares(x.shape[-1], y.shape[-1], device=y.device)
+                        if row_weights == "relative":
+                            firsts[name] = FirstRows.of(y, kept, rest)
+                    if firsts.get(name) is not None:
+                        firsts[name].add(x, y, kept & ~rest)
+                        kept = rest
+                    x, y = x[kept.to(x.device)], y[kept.to(y.device)]
+                    weights = relative_weights(y) if row_weights == "relative" else None
                     if model.stitching_layers[junction.layer].may_be_identity:
                         y = y - x.to(y)  # the ridge then draws towards the identity
                     sums[name].add(x, y, weights)
@@ -151,18 +158,19 @@ def calibrate(
                 raise ValueError(f"calibrate got no batches: pass dicts of {' and '.join(model.calibration_inputs)}")
             before = _losses_before(model, held_out or [first_batch], progress)
             kept_weights = {name: _core_weights(layer) for name, layer in model.stitching_layers.items()}
-            _solve(model, sums, rows, ridge)
+            _solve(model, sums, firsts, rows, ridge)
             sums.clear()  # they are large, and what follows needs memory too
-            report = _report(model, junctions, held_out or [first_batch], rows, bool(held_out), progress)
+            weighted = row_weights == "relative"
+            report = _report(model, junctions, held_out or [first_batch], rows, bool(held_out), progress, weighted)
             if worse := _worse_layers(model, before, report.loss):
                 for name in worse:
                     model.stitching_layers[name].set_core(*kept_weights[name])
-                report = _report(model, junctions, held_out or [first_batch], rows, bool(held_out), progress)
-                report = replace(report, unchanged=worse)
+                again = _report(model, junctions, held_out or [first_batch], rows, bool(held_out), progress, weighted)
+                report = replace(report, loss=again.loss, unchanged=worse)
             if align_steps:
                 align(model, kept_batches, align_steps, align_rate, progress=progress)
                 fitted = report
-                report = _report(model, junctions, held_out or [first_batch], rows, bool(held_out), progress)
+                report = _report(model, junctions, held_out or [first_batch], rows, bool(held_out), progress, weighted)
                 report = replace(report, loss_unaligned=fitted.loss)
     finally:
         model.train(training)
@@ -180,14 +188,6 @@ def _activations(model: Any, junctions: list[Junction], batch: dict[str, Tensor]
         x = junction_rows(families, specs, junction, outputs[junction.head].leaves[junction.head_stop - 1])
         y = junction_rows(families, specs, junction, outputs[junction.tail].enters[junction.tail_start], tail=True)
         yield junction, x, y
-
-
-def _row_weights(y: Tensor, kept: Tensor, rest: Tensor, first_weight: float) -> Tensor:
-    """Weight of each kept row of y [batch, positions, width]: its error counts relative to its norm."""
-    kept, rest = kept.to(y.device), rest.to(y.device)
-    norms = y.double().square().sum(-1)
-    weights = 1 / norms.clamp_min(1e-6 * norms.median().clamp_min(torch.finfo(torch.float64).tiny))
-    return torch.where(rest, weights, first_weight * weights)[kept]
 
 
 def _core_weights(layer: Any) -> tuple[Tensor, Tensor]:
@@ -223,26 +223,34 @@ def _add_losses(model: Any, batch: dict[str, Tensor], totals: dict[str, list]) -
         total[1] += count
 
 
-def _solve(model: Any, sums: dict[tuple[str, str], LeastSquares], rows: int, ridge: float) -> None:
-    by_layer: dict[str, list[LeastSquares]] = {}
-    for (layer, _), squares in sums.items():
-        by_layer.setdefault(layer, []).append(squares)
-    for layer, squares in by_layer.items():
-        width = len(squares[0].x_sum)
-        if rows <= width:
+def _solve(
+    model: Any,
+    sums: dict[tuple[str, str], LeastSquares],
+    firsts: Mapping[tuple[str, str], FirstRows | None],
+    rows: int,
+    ridge: float,
+) -> None:
+    solved: dict[str, list[Fit]] = {}
+    for (layer, part), squares in sums.items():
+        width, made = len(squares.x_sum), model.stitching_layers[layer]
+        if rows <= width and layer not in solved:
             warnings.warn(
                 f"{rows} rows for the {width} features of stitching layer {layer}: the ridge decides; give more batches",
                 stacklevel=3,
             )
-        fits = [one.solve(ridge) for one in squares]
+        fit = squares.solve(ridge)
+        if made.may_be_identity:
+            fit = replace(fit, weight=fit.weight + torch.eye(width).to(fit.weight))
+        if (first := firsts.get((layer, part))) is not None:
+            fit = squares.pinned(fit, first.x, first.target)
+        solved.setdefault(layer, []).append(fit)
+    for layer, fits in solved.items():
         mean = {field.name: torch.stack([getattr(fit, field.name) for fit in fits]).mean(0) for field in fields(Fit)}
-        if model.stitching_layers[layer].may_be_identity:
-            mean["weight"] = mean["weight"] + torch.eye(width, dtype=mean["weight"].dtype, device=mean["weight"].device)
         model.stitching_layers[layer].init_solution(Fit(**mean))
 
 
 def _report(
-    model: Any, junctions: list[Junction], batches: list, rows: int, held_out: bool, progress: bool
+    model: Any, junctions: list[Junction], batches: list, rows: int, held_out: bool, progress: bool, weighted: bool
 ) -> Calibration:
     with_first = {str(j): Residual() for j in junctions}
     without = {str(j): Residual() for j in junctions}
@@ -252,8 +260,8 @@ def _report(
             layer = model.stitching_layers[junction.layer]
             predicted = layer.as_trained(layer(x)).to(y.device)
             kept, rest = (mask.to(y.device) for mask in model.row_masks(batch, junction, predicted))
-            with_first[str(junction)].add(predicted[kept], y[kept])
-            without[str(junction)].add(predicted[rest], y[rest])
+            for residual, mask in ((with_first, kept), (without, rest)):
+                residual[str(junction)].add(predicted[mask], y[mask], relative_weights(y[mask]) if weighted else None)
         _add_losses(model, batch, totals)
     return Calibration(
         r2={name: residual.r2 for name, residual in without.items()},
