@@ -7,6 +7,7 @@ import torch
 from conftest import ids_like, python, spread
 
 from stitched_llama import StitchedLlamaForCausalLM, StitchSpace
+from stitched_llama.models import propose_junctions
 from stitched_llama.shrinking import (
     ShrinkArguments,
     ShrinkDistillation,
@@ -279,3 +280,25 @@ def test_text_is_read_packed_and_refused(tmp_path, tokenizer):
     (tmp_path / "b.txt").write_text(" \n\n ")
     with pytest.raises(ValueError, match="holds no text"):
         read_documents(str(tmp_path / "b.txt"), str)
+
+
+def test_junctions_by_what_fits_are_the_aligned_ones(family, tokenizer):
+    """The student's blocks are copies, and the teacher's other blocks hardly change anything: the nearest fit is the aligned one."""
+    teacher = large()
+    for block in (1, 3):
+        for layer in (teacher.model.layers[block].self_attn.o_proj, teacher.model.layers[block].mlp.down_proj):
+            layer.weight.data.mul_(0.01)
+    student = cut_model(teacher, 3).model
+    said = teacher.generate(ids_like(16, 2), do_sample=False, max_new_tokens=10, min_new_tokens=10)
+    batches = [{"input_ids": said[start : start + 2]} for start in range(0, 16, 2)]
+    found = propose_junctions(StitchedLlamaForCausalLM, [student, teacher], batches, band=2, at_once=3, progress=False)
+    best = {}
+    for key, loss in found.loss.items():
+        first = key.split(">")[0]
+        if ">" in key and loss < best.get(first, ("", 9e9))[1]:
+            best[first] = key, loss
+    assert [best[first][0] for first in sorted(best)] == ["0[0:1]>1[2:5]", "0[0:2]>1[3:5]"]
+    assert set(found.proposed) <= set(found.loss)
+    assert "yes" in str(found)
+    space = StitchSpace.from_configs([student.config, teacher.config], junctions=found.junctions, adapter="identity")
+    assert {s.key for s in space if not s.is_anchor} == {key for key in found.proposed if ">" in key}

@@ -4,6 +4,7 @@ configuration   what every stitched configuration holds
 modeling_base   what every stitched model is
 route           the one route walk
 calibration     least squares for all stitching layers in one pass
+similar         junctions by what fits
 alignment       a short training of the stitching layers by the large anchor's output
 references      how a bundle names its anchors and tells when one changed
 tokenizers      anchors that belong together have one
@@ -32,6 +33,7 @@ from .mixed import StitchedMixedConfig, StitchedMixedForImageClassification
 from .mobilenet_v2 import StitchedMobileNetV2Config, StitchedMobileNetV2ForImageClassification
 from .modeling_base import StitchedPreTrainedModel
 from .resnet import StitchedResNetConfig, StitchedResNetForImageClassification
+from .similar import JunctionProposal, propose_junctions
 from .swin import StitchedSwinConfig, StitchedSwinForImageClassification
 from .vit import StitchedViTConfig, StitchedViTForImageClassification
 
@@ -70,8 +72,10 @@ def image_class(families: Iterable[str]) -> type[StitchedForImageClassification]
 __all__ = [
     "CLASSES",
     "Calibration",
+    "JunctionProposal",
     "StitchedConfig",
     "image_class",
+    "propose_junctions",
     "StitchedConvNextConfig",
     "StitchedConvNextForImageClassification",
     "StitchedDinov2Config",
