@@ -8,7 +8,8 @@ pst       2  what trains: LoRA, low-rank stitching update, stitch bias
 bundles   2  the file format: JSON and safetensors, written atomically
 models    3  Hugging Face names, the route walk, generate, calibrate, load, save
 training  4  arguments, data, Trainer, evaluation of every stitch, plots
-cli       5  space, bundle, chat
+recipes   5  whole runs, each a script that reads top to bottom
+cli       6  the command stitched-llama: recipes, space, bundle, chat
 
 A room imports only from rooms of a lower number (pst also reads anchors). Importing this package loads neither torch
 nor transformers until a name needs them.

@@ -101,5 +101,7 @@ def test_names_are_those_of_the_classes():
 
     assert CONFIGS == {kind: model_class.config_class.__name__ for kind, model_class in CLASSES.items()}
     assert all(CONFIG_MAPPING[kind] is model_class.config_class for kind, model_class in CLASSES.items())
-    with pytest.raises(ValueError, match="Model type should be one of .*StitchedViTConfig"):  # imports every class there is
+    with pytest.raises(
+        ValueError, match="Model type should be one of .*StitchedViTConfig"
+    ):  # imports every class there is
         AutoModelForImageClassification.from_config(CLASSES["stitched_llama"].config_class())

@@ -23,7 +23,7 @@ from .families import anchor_spec, anchor_specs
 from .frontier import best_of_intervals, intervals, pareto_front
 from .space import DIRECTIONS, PAIRS, SPACE_OPTIONS, StitchSpace
 from .spec import AnchorSpec, Feature, Part
-from .stitch import Junction, Segment, Stitch
+from .stitch import KEYS, Junction, Segment, Stitch
 from .table import StitchTable, higher_is_better
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "DIRECTIONS",
     "Feature",
     "Junction",
+    "KEYS",
     "PAIRS",
     "Part",
     "Precision",

@@ -23,6 +23,7 @@ from .arguments import (
     PSTArguments,
     SpaceArguments,
     StitchTrainingArguments,
+    recipe_parser,
 )
 from .checkpoints import check_data_settings, find_checkpoint
 from .checks import check_arguments
@@ -75,6 +76,7 @@ __all__ = [
     "read_baselines",
     "read_images",
     "read_rows",
+    "recipe_parser",
     "response_scores",
     "sample_budgets",
     "smoke_anchors",

@@ -1,6 +1,8 @@
 """Fine-tune every size between two or more LLaMA anchors on an instruction set, in one run (ESTA section 5.2).
 
-    accelerate launch recipes/finetune_alpaca.py --anchors huggyllama/llama-7b huggyllama/llama-13b
+    accelerate launch -m stitched_llama finetune --anchors huggyllama/llama-7b huggyllama/llama-13b
+
+That is this file, `recipes/finetune_alpaca.py` of a checkout, which `accelerate launch` takes as well.
 
 Both anchors stay resident: about 20 GB in 8 bits for 7B/13B, with activations 24 to 32 GB, and 10 GB more while
 calibrating. Not measured at that size.
@@ -13,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, BitsAndBytesConfig, HfArgumentParser, set_seed
+from transformers import AutoTokenizer, BitsAndBytesConfig, set_seed
 
 from stitched_llama import (
     Budget,
@@ -41,6 +43,7 @@ from stitched_llama.training import (
     provenance,
     read_baselines,
     read_rows,
+    recipe_parser,
     sample_budgets,
     smoke_anchors,
     spearman,
@@ -79,7 +82,7 @@ class Arguments:
 
 def main() -> None:
     start = time.time()
-    parser = HfArgumentParser((Arguments, SpaceArguments, PSTArguments, StitchTrainingArguments))
+    parser = recipe_parser((Arguments, SpaceArguments, PSTArguments, StitchTrainingArguments), __doc__)
     args, options, pst, training = parser.parse_args_into_dataclasses()
     output = Path(training.output_dir)
     if args.smoke:
@@ -191,5 +194,5 @@ def main() -> None:
 if __name__ == "__main__":
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
     main()
-else:
+elif __name__ != "__mp_main__":  # a data loader's worker reads its script again
     raise ImportError("a recipe is run or copied, not imported")
