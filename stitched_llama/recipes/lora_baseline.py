@@ -22,6 +22,7 @@ from stitched_llama.training import (
     Collator,
     InstructionDataset,
     batches,
+    check_arguments,
     drawn,
     evaluate_plain,
     pad_token_id,
@@ -51,6 +52,7 @@ class Arguments:
 
 def main() -> None:
     args, training = recipe_parser((Arguments, StitchTrainingArguments), __doc__).parse_args_into_dataclasses()
+    check_arguments(training)
     prompt, found = template(args.template), {}
     tokenizer = AutoTokenizer.from_pretrained(args.anchors[0])
     rows = read_rows(args.data, args.on_bad_row)

@@ -26,6 +26,7 @@ from stitched_llama.training import (
     ImageSet,
     ImageTrainingArguments,
     batches,
+    check_arguments,
     collate_images,
     evaluate_plain,
     few_shot,
@@ -47,6 +48,7 @@ class Arguments(ImageDataArguments):
 
 def main() -> None:
     args, training = recipe_parser((Arguments, ImageTrainingArguments), __doc__).parse_args_into_dataclasses()
+    check_arguments(training)
     ranks = args.rank * len(args.anchors) if len(args.rank) == 1 else args.rank
     if len(ranks) != len(args.anchors):
         raise SystemExit(f"{len(ranks)} ranks for {len(args.anchors)} anchors: give one --rank, or one for each anchor")

@@ -2,9 +2,23 @@
 
 from typing import Any
 
+from accelerate.utils import parse_flag_from_env
+
 from stitched_llama.bundles import Bundle
 from stitched_llama.pst import PSTConfig
 from stitched_llama.space import SPACE_OPTIONS, StitchSpace
+
+# Ways to spread a run as `accelerate launch` asks for them; on a CPU Accelerate leaves them out without a word.
+_SPREADS = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "parallelism_config",
+}
+_PLAIN_DDP = (
+    "FSDP, DeepSpeed and other ways to split a model are not supported, the trained parts are small: leave it off and use plain "
+    "DDP (`accelerate launch --multi_gpu`)"
+)
 
 
 def check_arguments(args: Any) -> None:
@@ -18,6 +32,14 @@ def check_arguments(args: Any) -> None:
     if args.world_size > 1 and not args.average_tokens_across_devices:
         raise ValueError(
             "average_tokens_across_devices is off: ranks would weigh their tokens differently, switch it on"
+        )
+    asked = [name for name in ("fsdp", "fsdp_config", "deepspeed", "parallelism_config") if getattr(args, name)]
+    asked += [f"{name} by `accelerate launch`" for flag, name in _SPREADS.items() if parse_flag_from_env(flag)]
+    if asked:
+        raise ValueError(f"{asked[0]} is asked for: {_PLAIN_DDP}")
+    if args.enable_jit_checkpoint:
+        raise ValueError(
+            "enable_jit_checkpoint is not needed, SIGTERM ends a run with a checkpoint anyway: leave it off"
         )
     if args.train_teacher and not args.inplace_teacher:
         raise ValueError(
@@ -52,7 +74,7 @@ def check_run(trainer: Any, teacher: Any) -> None:
                 "stitches: leave it out, and score model.pinned(stitch_id) by yourself"
             )
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        raise ValueError("FSDP and DeepSpeed are not supported: the trained parts are small, use plain DDP")
+        raise ValueError(_PLAIN_DDP)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(
             "nothing of this model trains: call model.attach_pst(PSTConfig(...)) before you make a trainer"
