@@ -23,7 +23,7 @@ from stitched_llama.training import (
     Collator,
     ImageTrainingArguments,
     check_arguments,
-    check_data_settings,
+    check_settings,
     find_checkpoint,
     pico_anchor,
     plot_stitches,
@@ -293,17 +293,17 @@ def test_what_decides_the_held_out_rows_lies_in_each_checkpoint(anchors, tmp_pat
     first.train()
     checkpoint = find_checkpoint("auto", str(tmp_path))
     second = trainer(model, tmp_path, data_settings=other, **options)
-    check_data_settings(checkpoint, settings)
-    check_data_settings(None, other)
-    named = "checkpoint-1 began with --seed 0, this run has 1: held-out rows"
+    check_settings(checkpoint, settings)
+    check_settings(None, other)
+    named = "checkpoint-1 began with other settings: --seed 0 there, 1 here. Resume with the same"
     with pytest.raises(ValueError, match=named):
-        check_data_settings(checkpoint, other)
+        check_settings(checkpoint, other)
     with pytest.raises(ValueError, match=named):
         second.train(resume_from_checkpoint=checkpoint)
     second.train()  # over the first one's checkpoint
-    check_data_settings(checkpoint, other)
-    with pytest.raises(ValueError, match="began with --seed 1, this run has 0"):
-        check_data_settings(checkpoint, settings)
+    check_settings(checkpoint, other)
+    with pytest.raises(ValueError, match="--seed 1 there, 0 here"):
+        check_settings(checkpoint, settings)
 
 
 def test_a_checkpoint_saved_over_another_is_none_until_it_is_whole(whole, anchors, tmp_path, monkeypatch):

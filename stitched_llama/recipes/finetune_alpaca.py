@@ -2,10 +2,8 @@
 
     accelerate launch -m stitched_llama finetune --anchors huggyllama/llama-7b huggyllama/llama-13b
 
-That is this file, `recipes/finetune_alpaca.py` of a checkout, which `accelerate launch` takes as well.
-
-Both anchors stay resident: about 20 GB in 8 bits for 7B/13B, with activations 24 to 32 GB, and 10 GB more while
-calibrating. Not measured at that size.
+That is this file, `recipes/finetune_alpaca.py` of a checkout, which `accelerate launch` takes as well. Both anchors stay resident:
+about 20 GB in 8 bits for 7B/13B, with activations 24 to 32 GB, and 10 GB more while calibrating. Not measured at that size.
 `--smoke` does all of it on pico anchors in under a minute; `make demo` runs it on the anchors in `data/`.
 """
 
@@ -32,18 +30,19 @@ from stitched_llama.training import (
     SpaceArguments,
     batches,
     check_arguments,
-    check_data_settings,
     drawn,
     dump_record,
     evaluate_stitches,
     find_checkpoint,
     format_table,
+    is_published,
     pad_token_id,
     plot_stitches,
     provenance,
     read_baselines,
     read_rows,
     recipe_parser,
+    run_settings,
     sample_budgets,
     smoke_anchors,
     spearman,
@@ -98,9 +97,10 @@ def main() -> None:
         raise SystemExit("--load_in_4bit needs a GPU to train (bitsandbytes): use --load_in_8bit or neither here")
     if pst.full and (args.load_in_8bit or args.load_in_4bit):
         raise SystemExit("--full trains the anchors' own weights, which 8 or 4 bits cannot: add --no_load_in_8bit")
-    checkpoint = find_checkpoint(args.resume, training.output_dir)
-    data = {"data": args.data, "eval_data": args.eval_data, "eval_size": args.eval_size, "seed": training.seed}
-    check_data_settings(checkpoint, data)
+    settings = run_settings(training, args, options, pst)
+    checkpoint = find_checkpoint(args.resume, training.output_dir, settings)
+    if is_published(checkpoint, output, args.anchors):
+        return
     space = StitchSpace.from_configs(args.anchors, **asdict(options))
     pst.settings().trainable_params(space)
     baselines = read_baselines(args.baselines, space)
@@ -155,7 +155,7 @@ def main() -> None:
         model.table = model.table.with_metrics(f"{name}_before", values)
     trainer = StitchTrainer(
         model=model, args=training, train_dataset=train_set, eval_dataset=eval_set, data_collator=collator,
-        processing_class=tokenizer, data_settings=data,
+        processing_class=tokenizer, data_settings=settings,
     )  # fmt: skip
     trained = trainer.train(resume_from_checkpoint=checkpoint)
     after = evaluate_stitches(model, held_out_batches, progress=chief, **ranks)

@@ -37,18 +37,19 @@ from stitched_llama.training import (
     SpaceArguments,
     batches,
     check_arguments,
-    check_data_settings,
     collate_images,
     dump_record,
     evaluate_stitches,
     few_shot,
     find_checkpoint,
     format_table,
+    is_published,
     plot_stitches,
     provenance,
     read_baselines,
     read_images,
     recipe_parser,
+    run_settings,
     some_of,
     spearman,
 )
@@ -87,10 +88,10 @@ def main() -> None:
     check_arguments(training)
     set_seed(training.seed)
     chief = training.process_index == 0
-    checkpoint = find_checkpoint(args.resume, training.output_dir)
-    names = ("data", "train_split", "eval_split", "eval_size", "shots")
-    data = {name: getattr(args, name) for name in names} | {"seed": training.seed}
-    check_data_settings(checkpoint, data)
+    settings = run_settings(training, args, space, pst)
+    checkpoint = find_checkpoint(args.resume, training.output_dir, settings)
+    if is_published(checkpoint, output, args.anchors):
+        return
 
     # Data: pictures, a few of each class where asked, prepared by the anchors' own processor
     images = read_images(args.data, args.train_split)
@@ -131,7 +132,7 @@ def main() -> None:
     teacher = None if args.teacher is None else AutoModelForImageClassification.from_pretrained(args.teacher)
     trainer = sl.StitchImageTrainer(
         model=model, args=training, train_dataset=train_set, eval_dataset=eval_set, data_collator=collate_images,
-        teacher=teacher, data_settings=data,
+        teacher=teacher, data_settings=settings,
     )  # fmt: skip
     trained = trainer.train(resume_from_checkpoint=checkpoint)
     ranks = {"rank": training.process_index, "world_size": training.world_size}
