@@ -9,7 +9,8 @@ bundles   2  the file format: JSON and safetensors, written atomically
 models    3  Hugging Face names, the route walk, generate, calibrate, load, save
 training  4  arguments, data, Trainer, evaluation of every stitch, plots
 shrinking 5  a small anchor cut out of a large model and distilled
-cli       6  space, bundle, chat
+recipes   6  whole runs, each a script that reads top to bottom
+cli       7  the command stitched-llama: recipes, space, bundle, chat
 
 A room imports only from rooms of a lower number (pst also reads anchors). Importing this package loads neither torch
 nor transformers until a name needs them.

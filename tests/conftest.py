@@ -100,11 +100,11 @@ def ids_like(rows, tokens, seed=0, vocab_size=260):
     return torch.randint(4, vocab_size, (rows, tokens), generator=torch.Generator().manual_seed(seed))
 
 
-def python(*arguments, check=True, **environment):
-    """Runs Python in a process of its own from the root of the repository."""
+def python(*arguments, check=True, cwd=ROOT, **environment):
+    """Runs Python in a process of its own, by default from the root of the repository."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
     done = subprocess.run(
-        [sys.executable, *map(str, arguments)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300
+        [sys.executable, *map(str, arguments)], cwd=cwd, env=env, capture_output=True, text=True, timeout=300
     )
     assert not check or done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done

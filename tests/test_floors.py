@@ -1,4 +1,4 @@
-"""Rooms import downwards only; importing is cheap; the Auto classes know us whatever is imported first."""
+"""Rooms import downwards only; importing is cheap, and any room can come first."""
 
 import ast
 import sys
@@ -6,10 +6,12 @@ import sys
 import pytest
 from conftest import ROOT, python
 
+import stitched_llama
+
 PACKAGE = ROOT / "stitched_llama"
 FLOORS = {
     "space": 1, "layers": 1, "sampling": 2, "anchors": 2, "pst": 2, "bundles": 2, "models": 3, "training": 4, "shrinking": 5,
-    "cli": 6,
+    "recipes": 6, "cli": 7,
 }  # fmt: skip
 SAME_FLOOR = {("pst", "anchors")}
 ROOMS = [pytest.param(room, id=room) for room in FLOORS]
@@ -47,6 +49,9 @@ def test_room_imports_only_lower_rooms(room):
             if not module.startswith("stitched_llama."):
                 continue
             target = module.split(".")[1]
+            target = stitched_llama._HOMES.get(target, target)  # a public name, as users import it
+            if target == "__version__":
+                continue
             seen += 1
             allowed = target == room or FLOORS.get(target, 9) < FLOORS[room] or (room, target) in SAME_FLOOR
             assert allowed, f"{path.relative_to(ROOT)}:{line}: {room} ({FLOORS[room]}) imports {module}"
@@ -76,19 +81,6 @@ def test_import_is_cheap(module):
     assert python("-c", code).stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize(
-    "order", ["stitched_llama, transformers", "transformers, stitched_llama", "stitched_llama, peft"]
-)
-def test_auto_classes_know_us_in_either_import_order(order):
-    code = (
-        f"import {order}\n"
-        "from transformers import AutoConfig, AutoModelForCausalLM\n"
-        "config = AutoConfig.for_model('stitched_llama')\n"
-        "print(type(config).__name__, AutoModelForCausalLM._model_mapping[type(config)].__name__)"
-    )
-    assert python("-c", code).stdout.split() == ["StitchedLlamaConfig", "StitchedLlamaForCausalLM"]
-
-
 @pytest.mark.parametrize("room", ["anchors", "pst", "training"])
 def test_any_room_can_be_the_first_import(room):
     done = python(
@@ -100,8 +92,6 @@ def test_any_room_can_be_the_first_import(room):
 
 
 def test_every_public_name_resolves():
-    import stitched_llama
-
     assert all(getattr(stitched_llama, name) is not None for name in stitched_llama.__all__)
     with pytest.raises(AttributeError, match="no_such_name"):
         _ = stitched_llama.no_such_name

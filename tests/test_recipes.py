@@ -1,9 +1,13 @@
-"""Recipes as users start them: the smoke run end to end, the chat over its bundle, and no recipe is imported."""
+"""Recipes and commands as users start them: from an installed wheel in an empty folder, and from a checkout."""
 
 import json
+import os
 import runpy
+import shlex
+import shutil
 import subprocess
 import sys
+import zipfile
 from contextlib import contextmanager
 from dataclasses import make_dataclass
 
@@ -11,7 +15,10 @@ import pytest
 from conftest import ROOT, ids_like, python
 from transformers import AutoTokenizer
 
+import stitched_llama
 from stitched_llama import PSTConfig, StitchedLlamaForCausalLM, StitchTrainingArguments
+from stitched_llama.cli import main
+from stitched_llama.cli.recipes import RECIPES as COMMANDS
 from stitched_llama.training import (
     Collator,
     InstructionDataset,
@@ -25,20 +32,122 @@ from stitched_llama.training import (
 
 SMOKE = ("anchors", "data", "eval_data", "eval_size", "calibration_size", "max_length", "template")
 SmokeArguments = make_dataclass("SmokeArguments", [(name, object, None) for name in SMOKE])
-RECIPES = sorted(path.name for path in (ROOT / "recipes").glob("*.py"))
+RECIPES = sorted(path.name for path in (ROOT / "recipes").glob("[!_]*.py"))
 
 
 @pytest.fixture(scope="module")
-def smoke(tmp_path_factory):
-    """The smoke run, started as the README says, with ranks of its own."""
-    folder = tmp_path_factory.mktemp("smoke")
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+def installed(tmp_path_factory):
+    """What `pip install` leaves of this package, in a folder of its own."""
+    folder = tmp_path_factory.mktemp("install")
+    shutil.copytree(
+        ROOT / "stitched_llama", folder / "source" / "stitched_llama", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    for name in ("setup.cfg", "setup.py", "README.md"):
+        shutil.copy(ROOT / name, folder / "source")
+    how = ["--no-deps", "--no-build-isolation", "--no-index", "--quiet", "--wheel-dir"]
+    python("-m", "pip", "wheel", *how, folder, folder / "source")
+    with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
+        wheel.extractall(folder / "site")
+    return folder / "site"
+
+
+def readme_commands():
+    """The commands of README's shell blocks, apart from make and pip, as words."""
+    blocks = [part.split("```")[0] for part in (ROOT / "README.md").read_text().split("```bash\n")[1:]]
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    words = [shlex.split(line, comments=True) for line in lines]
+    return [command for command in words if command and command[0] not in ("make", "pip")]
+
+
+@pytest.fixture(scope="module")
+def smoke(installed, tmp_path_factory):
+    """README's fine-tune as a smoke run on a CPU, from the installed package, in an empty folder."""
+    empty = tmp_path_factory.mktemp("empty")
+    command = next(
+        words for words in readme_commands() if words[:4] == ["accelerate", "launch", "-m", "stitched_llama"]
+    )
     done = python(
-        *launch, "recipes/finetune_alpaca.py", "--smoke", "--output_dir", folder, "--report_to", "tensorboard",
-        "--rank", 4, "--stitching_rank", 6,
+        "-m", "accelerate.commands.launch", *command[2:], "--smoke", "--use_cpu", "--rank", 4, "--stitching_rank", 6,
+        cwd=empty, PYTHONPATH=str(installed),
     )  # fmt: skip
-    return folder, done.stdout
+    return empty / "runs" / "alpaca", done.stdout
+
+
+def test_the_readmes_commands_work_in_an_empty_folder(smoke, capsys, monkeypatch):
+    """Those on a bundle as they stand, `chat` below; the others as far as their options, as what they read is on the Hub."""
+    monkeypatch.chdir(smoke[0].parents[1])
+    ran = []
+    for command in readme_commands():
+        launched = command[:3] == ["accelerate", "launch", "-m"]
+        words = command[4:] if launched else command[1:]
+        assert command[3 if launched else 0] in ("stitched_llama", "stitched-llama")
+        if words[0] == "bundle":
+            ran.append(words[1])
+            assert main(words) == 0
+        else:
+            with pytest.raises(SystemExit):
+                main([words[0], "--help"])
+            told = capsys.readouterr().out.replace(",", " ").split()
+            assert {word for word in words if word.startswith("--")} <= set(told), command
+    assert ran == ["show", "verify"]
+
+
+def test_the_readmes_chat_talks_over_the_bundle(smoke, installed):
+    words = next(command[1:] for command in readme_commands() if command[:2] == ["stitched-llama", "chat"])
+    lines = "hello\n/sizes\n/size 1M\n/size 3\nagain\n/quit\nnever\n"
+    done = subprocess.run(
+        [sys.executable, "-m", "stitched_llama", *words, "--max-new-tokens", "5"], input=lines, capture_output=True, text=True,
+        cwd=smoke[0].parents[1], env={**os.environ, "PYTHONPATH": str(installed)}, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    told = done.stdout.splitlines()
+    assert "/size 12B" in told[0]
+    assert any(line.startswith("-> ") for line in told)
+    assert sum(" parameters, stitch " in line for line in told) == 2
+    assert any("too small" in line for line in told)
+
+
+def test_a_command_says_its_version_and_what_it_does(capsys):
+    for arguments in (
+        ["--version"],
+        ["--help"],
+        *([name, "--help"] for name in ("space", "bundle", "chat", *COMMANDS)),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        assert not ended.value.code
+        told = capsys.readouterr().out
+        if arguments == ["--version"]:
+            assert told == f"stitched-llama {stitched_llama.__version__}\n"
+        elif len(arguments) > 1:
+            assert "0[0:26]>1[33:40] runs blocks 0 to 25 of anchor 0" in " ".join(told.split()), arguments
+            assert len(told.split("\n\n")[1]) > 40, "no description"
+    assert {f"{module}.py" for module, _ in COMMANDS.values()} == set(RECIPES)
+
+
+def test_an_option_that_a_recipe_cannot_read_is_one_line(capsys):
+    for words, named in (
+        (["finetune", "--banana", "3"], "error: unknown arguments: --banana 3"),
+        (["finetune", "--eta", "2", "--use_cpu"], "error: eta is 2.0; a moving average needs"),
+        (["baseline-vision", "--data", "x"], "error: the following arguments are required: --anchors"),
+    ):
+        before = list(sys.argv)
+        with pytest.raises(SystemExit) as ended:
+            main(words)
+        assert ended.value.code == 2
+        assert named in capsys.readouterr().err.splitlines()[-1]
+        assert sys.argv == before
+    assert main(["baseline", "--anchors", "a", "--data", "none.json", "--use_cpu"]) == 2
+    assert "stitched-llama: " in capsys.readouterr().err
+
+
+def test_a_librarys_error_in_a_recipe_keeps_its_traceback(monkeypatch):
+    def fails(*given, **how):
+        json.loads("{")
+
+    monkeypatch.setattr(runpy, "run_module", fails)
+    with pytest.raises(json.JSONDecodeError):
+        main(["finetune"])
 
 
 def test_smoke_leaves_bundle_plot_table_and_row(smoke):
@@ -130,20 +239,6 @@ def test_smoke_is_written_by_one_process_of_a_node_and_others_wait(tmp_path, mon
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
-def test_chat_recipe_talks_over_the_bundle(smoke):
-    lines = "hello\n/sizes\n/size 1M\n/size 3\nagain\n/quit\nnever\n"
-    done = subprocess.run(
-        [sys.executable, "recipes/chat.py", str(smoke[0] / "bundle"), "--max-new-tokens", "5"],
-        input=lines, capture_output=True, text=True, cwd=ROOT, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    told = done.stdout.splitlines()
-    assert "/size 12B" in told[0]
-    assert any(line.startswith("-> ") for line in told)
-    assert sum(" parameters, stitch " in line for line in told) == 2
-    assert any("too small" in line for line in told)
-
-
 @pytest.mark.filterwarnings("ignore:.*junctions do not fit", "ignore:.*the ridge decides")
 def test_what_the_readme_does_by_hand_works(anchors, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -165,6 +260,10 @@ def test_what_the_readme_does_by_hand_works(anchors, tmp_path, monkeypatch):
     assert scope["small"].keys == [scope["model"].choose("9B").key]
 
 
+def test_the_recipes_of_a_checkout_are_those_of_the_package():
+    assert (ROOT / "recipes").samefile(ROOT / "stitched_llama" / "recipes")
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_refuses_to_be_imported(name):
     with pytest.raises(ImportError, match="run or copied, not imported"):
@@ -178,21 +277,19 @@ def test_a_recipe_is_short_and_opens_with_its_command(name):
     assert f"recipes/{name}" in text.split('"""')[1]
 
 
-def test_the_recipe_says_that_4_bits_need_a_gpu(tmp_path):
-    done = python(
-        "recipes/finetune_alpaca.py", "--smoke", "--load_in_4bit", "--use_cpu", "--output_dir", tmp_path, check=False
-    )
-    assert done.returncode != 0
-    assert done.stderr.splitlines()[-1].startswith("--load_in_4bit needs a GPU to train")
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--load_in_4bit"], "^--load_in_4bit needs a GPU to train"),
+        (["--full"], "which 8 or 4 bits cannot: add --no_load_in_8bit$"),
+    ],
+)
+def test_the_recipe_says_what_it_cannot_train(options, named, tmp_path):
+    with pytest.raises(SystemExit, match=named):
+        main(["finetune", "--smoke", *options, "--use_cpu", "--output_dir", str(tmp_path)])
 
 
-def test_the_recipe_says_that_quantised_anchors_do_not_train_whole(tmp_path):
-    done = python("recipes/finetune_alpaca.py", "--smoke", "--full", "--use_cpu", "--output_dir", tmp_path, check=False)
-    assert done.returncode != 0
-    assert done.stderr.splitlines()[-1].endswith("which 8 or 4 bits cannot: add --no_load_in_8bit")
-
-
-def test_the_recipe_says_that_it_needs_two_anchors(tmp_path):
+def test_a_checkouts_recipe_says_that_it_needs_two_anchors(tmp_path):
     done = python("recipes/finetune_alpaca.py", "--anchors", "one", "--output_dir", tmp_path, check=False)
     assert done.returncode != 0
     assert "--anchors SMALL LARGE is needed: two or more" in done.stderr

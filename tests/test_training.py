@@ -1,5 +1,7 @@
 """Whole runs: accumulation, resume, ranks, checkpoints, logs, and every option once."""
 
+import contextlib
+import io
 import json
 import shutil
 from collections import Counter
@@ -15,11 +17,13 @@ from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
 from stitched_llama import PSTConfig, StitchTrainer, StitchTrainingArguments
 from stitched_llama.bundles import Bundle
+from stitched_llama.cli import main
 from stitched_llama.sampling import SCHEMES, SCORES, Importance, StepSignals, StitchSampler
 from stitched_llama.training import (
     Collator,
     ImageTrainingArguments,
-    check_data_settings,
+    check_arguments,
+    check_settings,
     find_checkpoint,
     pico_anchor,
     plot_stitches,
@@ -289,17 +293,17 @@ def test_what_decides_the_held_out_rows_lies_in_each_checkpoint(anchors, tmp_pat
     first.train()
     checkpoint = find_checkpoint("auto", str(tmp_path))
     second = trainer(model, tmp_path, data_settings=other, **options)
-    check_data_settings(checkpoint, settings)
-    check_data_settings(None, other)
-    named = "checkpoint-1 began with --seed 0, this run has 1: held-out rows"
+    check_settings(checkpoint, settings)
+    check_settings(None, other)
+    named = "checkpoint-1 began with other settings: --seed 0 there, 1 here. Resume with the same"
     with pytest.raises(ValueError, match=named):
-        check_data_settings(checkpoint, other)
+        check_settings(checkpoint, other)
     with pytest.raises(ValueError, match=named):
         second.train(resume_from_checkpoint=checkpoint)
     second.train()  # over the first one's checkpoint
-    check_data_settings(checkpoint, other)
-    with pytest.raises(ValueError, match="began with --seed 1, this run has 0"):
-        check_data_settings(checkpoint, settings)
+    check_settings(checkpoint, other)
+    with pytest.raises(ValueError, match="--seed 1 there, 0 here"):
+        check_settings(checkpoint, settings)
 
 
 def test_a_checkpoint_saved_over_another_is_none_until_it_is_whole(whole, anchors, tmp_path, monkeypatch):
@@ -414,17 +418,49 @@ def test_ways_to_spread_a_run_that_are_not_supported_are_refused(anchors):
         "label_smoothing_factor": 0,
         "neftune_noise_alpha": None,
         "push_to_hub": False,
+        "enable_jit_checkpoint": False,
+        **dict.fromkeys(["fsdp", "fsdp_config", "deepspeed", "parallelism_config"]),
     }
     for args, flags, named in (
         ({"n_gpu": 2}, {}, "2 GPUs in one process: start with `accelerate launch`"),
-        ({}, {"is_fsdp_enabled": True}, "FSDP and DeepSpeed are not supported"),
-        ({}, {"is_deepspeed_enabled": True}, "FSDP and DeepSpeed are not supported"),
+        ({}, {"is_fsdp_enabled": True}, "FSDP, DeepSpeed and other ways .* are not supported"),
+        ({}, {"is_deepspeed_enabled": True}, "FSDP, DeepSpeed and other ways .* are not supported"),
+        ({"parallelism_config": object()}, {}, "parallelism_config is asked for: FSDP, DeepSpeed"),
+        ({"enable_jit_checkpoint": True}, {}, "enable_jit_checkpoint is not needed, SIGTERM"),
         ({"world_size": 2, "average_tokens_across_devices": False}, {}, "average_tokens_across_devices is off"),
     ):
         how = dict.fromkeys(["compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"])
         how |= {"is_fsdp_enabled": False, "is_deepspeed_enabled": False} | flags
         with pytest.raises(ValueError, match=named):
             check_run(SimpleNamespace(args=SimpleNamespace(**one | args), model=model, **how), None)
+
+
+def test_fsdp_is_refused_where_accelerate_would_leave_it_out(anchors, tmp_path, monkeypatch):
+    """On a CPU it makes plain DDP of it without a word."""
+    for options in ({"fsdp": "full_shard"}, {"fsdp": True}, {"fsdp_config": {"version": 2}}):
+        arguments = StitchTrainingArguments(**{**DEFAULTS, "output_dir": str(tmp_path), **options})
+        with pytest.raises(ValueError, match="fsdp.* is asked for: FSDP, DeepSpeed and other ways .* use plain DDP"):
+            check_arguments(arguments)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="FSDP by `accelerate launch` is asked for"):
+        trainer(stitched_model(anchors["unequal"]), tmp_path)
+    for recipe in ("finetune", "finetune-vision", "baseline", "baseline-vision"):
+        words = [
+            "--anchors",
+            "a",
+            "b",
+            "--data",
+            "d",
+            "--use_cpu",
+            "--output_dir",
+            str(tmp_path),
+            "--report_to",
+            "none",
+        ]
+        told = io.StringIO()
+        with contextlib.redirect_stderr(told):
+            assert main([recipe, *words]) == 2
+        assert told.getvalue().startswith("stitched-llama: FSDP by `accelerate launch` is asked for"), recipe
 
 
 @pytest.mark.parametrize("bits", [8, 4])

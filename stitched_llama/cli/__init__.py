@@ -1,8 +1,9 @@
 """The command `stitched-llama`.
 
-space   list the stitches of anchors and their costs, from config.json alone
-bundle  show or verify a bundle
-chat    talk to a bundle at any size
+space    list the stitches of anchors and their costs, from config.json alone
+bundle   show or verify a bundle
+chat     talk to a bundle at any size
+recipes  finetune, finetune-vision, shrink, baseline, baseline-vision
 """
 
 import argparse
@@ -10,14 +11,20 @@ import os
 import sys
 from collections.abc import Sequence
 
-from . import bundle, chat, space
+from stitched_llama import __version__
+
+from . import bundle, chat, recipes, space
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="stitched-llama", description="One fine-tune of two or more frozen models, every size between them."
+        prog="stitched-llama",
+        description="One fine-tune of two or more frozen models, every size between them.",
+        epilog="`stitched-llama COMMAND --help` says what a command does and lists its options.",
     )
+    parser.add_argument("--version", action="version", version=f"stitched-llama {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    recipes.add_parsers(commands)
     for module in (space, bundle, chat):
         module.add_parser(commands)
     return parser
@@ -25,15 +32,22 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns 2 and one line on stderr where the user can mend something."""
-    options = build_parser().parse_args(arguments)
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    is_recipe = arguments[:1] and arguments[0] in recipes.RECIPES
     try:
-        done = options.run(options)
+        if is_recipe:
+            done = recipes.run(arguments[0], arguments[1:])
+        else:
+            options = build_parser().parse_args(arguments)
+            done = options.run(options)
         sys.stdout.flush()
         return done
     except BrokenPipeError:  # the reader of our output left, `| head` say
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, OSError) as error:
+        if is_recipe and not (isinstance(error, OSError) or recipes.is_refusal(error)):
+            raise  # a library's, in the middle of a run: the traceback is needed
         print(f"stitched-llama: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

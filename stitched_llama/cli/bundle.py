@@ -3,17 +3,25 @@
 import argparse
 import json
 
-from stitched_llama.space import format_bytes, format_count
+from stitched_llama.space import KEYS, format_bytes, format_count
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("bundle", help="show or verify a bundle")
+    does = "show what a bundle holds, or verify that it is whole"
+    parser = commands.add_parser("bundle", help=does, description=f"{does[0].upper()}{does[1:]}.", epilog=KEYS)
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    show = actions.add_parser("show", help="anchors, sizes, metrics")
+    show = actions.add_parser(
+        "show",
+        help="anchors, sizes, metrics",
+        description="Lists the anchors a bundle was trained on and its stitches, with parameters, metrics and whether a budget "
+        "may choose them; nothing is loaded.",
+        epilog=KEYS,
+    )
     show.add_argument("path", help="folder of a bundle")
     show.add_argument("--json", action="store_true", help="stitches.json as it is")
     show.set_defaults(run=run_show)
-    verify = actions.add_parser("verify", help="files whole, digests right, anchors unchanged, every tensor there")
+    checks = "files whole, digests right, anchors unchanged, every tensor there"
+    verify = actions.add_parser("verify", help=checks, description=f"Checks a bundle: {checks}.")
     verify.add_argument("path", help="folder of a bundle")
     verify.add_argument("--no-anchors", action="store_true", help="do not load the anchors it was trained on")
     verify.add_argument("--anchors", nargs="+", metavar="ANCHOR", help="where the anchors lie now, small to large")

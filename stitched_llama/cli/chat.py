@@ -6,14 +6,19 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-from stitched_llama.space import Stitch, format_count
+from stitched_llama.space import KEYS, Stitch, format_count
 
 PAPER = {"num_beams": 4, "do_sample": True, "top_p": 0.75}  # ESTA section 5.2
 HELP = "/size 12B or /size #3 changes the size, /sizes lists them, /reset forgets, /quit leaves"
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("chat", help="talk to a bundle at any size")
+    parser = commands.add_parser(
+        "chat",
+        help="talk to a bundle at any size",
+        description=f"A conversation with a bundle, streamed, at any of its sizes: {HELP}.",
+        epilog=KEYS,
+    )
     add_arguments(parser)
     parser.set_defaults(run=run)
 

@@ -7,6 +7,7 @@ from stitched_llama.space import (
     ADAPTER_NORMS,
     ADAPTERS,
     DIRECTIONS,
+    KEYS,
     PAIRS,
     RESCALES,
     SPACE_OPTIONS,
@@ -20,7 +21,13 @@ from stitched_llama.space.cost import BYTES_PER_NUMBER
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("space", help="list the stitches of anchors, from their config.json alone")
+    does = "list the stitches of anchors and their costs, from their config.json alone"
+    parser = commands.add_parser(
+        "space",
+        help=does,
+        description=f"{does[0].upper()}{does[1:]}: one line a stitch, ascending in parameters; no weights are read.",
+        epilog=KEYS,
+    )
     parser.add_argument("anchors", nargs="+", metavar="ANCHOR", help="folders or Hub ids, small to large; two or more")
     parser.add_argument("--kernel-size", type=int, default=1, help="blocks of the sliding window (default 1)")
     parser.add_argument("--stride", type=int, default=1, help="its stride (default 1)")

@@ -1,4 +1,4 @@
-"""Hugging Face names: configurations and models, registered with the Auto classes on import.
+"""Hugging Face names: configurations, known to AutoConfig by name, and models, registered with the Auto classes on import.
 
 configuration   what every stitched configuration holds
 modeling_base   what every stitched model is
@@ -20,7 +20,7 @@ vit, dinov2, swin, convnext, resnet, mobilenet_v2, mixed   one image family each
 
 from collections.abc import Iterable
 
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification
+from transformers import AutoModelForCausalLM, AutoModelForImageClassification
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .calibration import Calibration
@@ -51,9 +51,7 @@ CLASSES = {model_class.config_class.model_type: model_class for _, model_class i
 # Trainer shifts labels for these alone where it smooths them
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[StitchedLlamaConfig.model_type] = StitchedLlamaForCausalLM.__name__
 for auto_class, model_class in _CLASSES:
-    config_class = model_class.config_class
-    AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
-    auto_class.register(config_class, model_class, exist_ok=True)
+    auto_class.register(model_class.config_class, model_class, exist_ok=True)
 
 
 def image_class(families: Iterable[str]) -> type[StitchedForImageClassification]:

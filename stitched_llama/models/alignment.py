@@ -34,6 +34,9 @@ def align(
         batches: as `calibrate` takes them.
         steps: optimiser steps; each costs a forward of the tail's anchor, and a forward and backward of the stitch.
 
+    Raises:
+        ValueError: a loss that is not finite.
+
     Of little use where the heads of image classifiers are new: what they say is noise.
 
     Source: a remedy of ours; in the papers least squares is all.
@@ -63,7 +66,13 @@ def align(
             optimizer.zero_grad()
             with torch.enable_grad():
                 own = [p for layer in stitch.layers for p in model.stitching_layers[layer].parameters()]
-                _divergence(model, stitch, batch).backward(inputs=own)
+                loss = _divergence(model, stitch, batch)
+                if not loss.isfinite():
+                    raise ValueError(
+                        f"step {step + 1} of the alignment: the loss of stitch {stitch.stitch_id} ({stitch.key}) is {loss.item()}: "
+                        "look at that batch and the anchors, or leave the alignment out"
+                    )
+                loss.backward(inputs=own)
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             schedule.step()

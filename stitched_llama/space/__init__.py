@@ -29,7 +29,7 @@ from .palette import palette_gain, palette_gains
 from .rules import parse_junctions
 from .space import DIRECTIONS, PAIRS, SPACE_OPTIONS, StitchSpace
 from .spec import AnchorSpec, Feature, Part
-from .stitch import Junction, Segment, Stitch
+from .stitch import KEYS, Junction, Segment, Stitch
 from .table import StitchTable, higher_is_better
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "DIRECTIONS",
     "Feature",
     "Junction",
+    "KEYS",
     "LLAMA_LIKE",
     "PAIRS",
     "Part",

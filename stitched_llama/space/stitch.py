@@ -3,6 +3,11 @@
 from dataclasses import dataclass
 from typing import Any
 
+KEYS = (
+    "A key names a stitch by its route: 0[0:26]>1[33:40] runs blocks 0 to 25 of anchor 0, the smallest, then, through a stitching "
+    "layer, blocks 33 to 39 of anchor 1; 1[0:40] is anchor 1 alone. An id numbers the stitches from 0, ascending in parameters."
+)
+
 
 @dataclass(frozen=True)
 class Segment:

@@ -4,12 +4,16 @@ prompts     templates, also as chat templates
 data        rows in Alpaca's schema to labelled batches
 images      labelled images to batches
 arguments   training arguments
-checks      what is known to be wrong before a run starts
+checks      what is known to be wrong before a run starts, or with a batch
+finite      losses, gradients and weights that are no numbers end a run
+interruption   SIGTERM ends it with a checkpoint
 trainer     one route a step, the largest anchor as teacher; image_trainer is the same for pictures
+reports     what a trainer logs and evaluates in the middle of a run
 evaluation  loss and exact match of every stitch
 teaching    what a teacher says and what a student makes of it
 rates       the anchors' own learning rate
 checkpoints which checkpoint to resume from
+settings    what a resumed run must have in common with its checkpoint, and what may change
 plots       the picture and the table of a run
 record      where a result comes from
 samples     the same prompts at several sizes
@@ -23,8 +27,9 @@ from .arguments import (
     PSTArguments,
     SpaceArguments,
     StitchTrainingArguments,
+    recipe_parser,
 )
-from .checkpoints import check_data_settings, find_checkpoint
+from .checkpoints import find_checkpoint, is_published
 from .checks import check_arguments
 from .data import Collator, InstructionDataset, Row, batches, drawn, encode_prompt, pad_token_id, read_rows, split_rows
 from .evaluation import evaluate_plain, evaluate_stitches, image_scores, response_scores, spearman
@@ -34,6 +39,7 @@ from .plots import format_table, plot_stitches, read_baselines
 from .prompts import TEMPLATES, Template, template
 from .record import dump_record, provenance
 from .samples import sample_budgets
+from .settings import check_settings, run_settings
 from .smoke import byte_tokenizer, pico_anchor, smoke_anchors
 from .trainer import StitchTrainer
 
@@ -57,7 +63,7 @@ __all__ = [
     "batches",
     "byte_tokenizer",
     "check_arguments",
-    "check_data_settings",
+    "check_settings",
     "collate_images",
     "dump_record",
     "evaluate_plain",
@@ -70,12 +76,15 @@ __all__ = [
     "pad_token_id",
     "pico_anchor",
     "image_scores",
+    "is_published",
     "plot_stitches",
     "provenance",
     "read_baselines",
     "read_images",
     "read_rows",
+    "recipe_parser",
     "response_scores",
+    "run_settings",
     "sample_budgets",
     "smoke_anchors",
     "spearman",

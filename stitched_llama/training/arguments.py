@@ -1,16 +1,46 @@
 """Arguments of a stitched fine-tune, on top of Transformers' own."""
 
+from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from typing import Any
 
-from transformers import TrainingArguments
+from transformers import HfArgumentParser, TrainingArguments
 
 from stitched_llama.pst import PSTConfig
 from stitched_llama.sampling import SCHEMES, SCORES, Importance
-from stitched_llama.space import ADAPTER_NORMS, ADAPTERS, DIRECTIONS, PAIRS, RESCALES
+from stitched_llama.space import ADAPTER_NORMS, ADAPTERS, DIRECTIONS, KEYS, PAIRS, RESCALES
 
 DISTILLATIONS = ("hard", "soft", "none")
 ANCHOR_SHARE = 0.67
+
+
+class _Help(RawDescriptionHelpFormatter, ArgumentDefaultsHelpFormatter):
+    """The description as it stands, defaults behind each option."""
+
+
+class _RecipeParser(HfArgumentParser):
+    def parse_args_into_dataclasses(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """As Transformers has it; unknown options and what the arguments themselves refuse are errors of the command line."""
+        try:
+            *found, unknown = super().parse_args_into_dataclasses(*args, **kwargs, return_remaining_strings=True)
+        except ValueError as error:
+            self.error(str(error))
+        if unknown:
+            self.error(f"unknown arguments: {' '.join(unknown)}")
+        return tuple(found)
+
+
+def recipe_parser(arguments: Sequence[type], description: str) -> HfArgumentParser:
+    """The parser of a recipe's command line; `--help` begins with the description."""
+    return _RecipeParser(
+        arguments,
+        usage="%(prog)s --anchors ANCHOR [ANCHOR ...] [options]",
+        description=description,
+        epilog=KEYS,
+        formatter_class=_Help,
+    )
 
 
 @dataclass

@@ -1,91 +1,179 @@
-"""A trainer's checkpoints: each a bundle that says which rows its run trained on."""
+"""A trainer's checkpoints: each a bundle that says what its run was started with, whole once its digests are written."""
 
 import json
-from collections.abc import Mapping
+import logging
+import math
+import os
+import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers import TrainerState
+from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
-from stitched_llama.bundles import Bundle, write_atomically
+from stitched_llama.bundles import DIGESTS, WEIGHTS, Bundle, read_digests, sha256, verify_digests, write_digests
 from stitched_llama.space import StitchTable
 
 from .checks import check_checkpoint
+from .finite import check_weights
+from .settings import SETTINGS, check_settings, run_settings, write_settings
 
-_STATE, _SETTINGS = "trainer_state.json", "data.json"
+logger = logging.getLogger(__name__)
+_STATE, _RESULT = "trainer_state.json", "result.json"
+_WITHOUT = "it was saved without"
+_NEEDED = (SETTINGS, _STATE, "optimizer.pt", "scheduler.pt")
 
 
-def find_checkpoint(resume: str | None, output_dir: str) -> str | None:
+def find_checkpoint(resume: str | None, output_dir: str, settings: Mapping[str, Any] | None = None) -> str | None:
     """The checkpoint to resume from: `auto` is the newest whole one in `output_dir`, if any; else a path.
 
+    It says which one it takes and why it passed others over.
+
+    Args:
+        settings: of this run, as `run_settings` gives them; the checkpoint's must be the same.
+
     Raises:
-        ValueError: the path holds no whole checkpoint.
+        ValueError: the path holds no whole checkpoint, or one of other settings, or `output_dir` holds checkpoints of models alone
+            and none to resume from.
     """
     if resume in (None, "", "no"):
         return None
-    if resume == "auto":
-        found = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.split("-")[-1].isdecimal()]
-        whole = [path for path in found if _is_whole(path)]
-        return str(max(whole, key=lambda path: int(path.name.split("-")[-1]))) if whole else None
-    if not _is_whole(Path(resume)):
+    checkpoint = _newest(output_dir) if resume == "auto" else resume
+    if resume != "auto" and (reason := why_not_whole(Path(resume))) is not None:
+        raise ValueError(f"{resume} holds no whole checkpoint: {reason}; name another, or 'auto'")
+    check_settings(checkpoint, settings or {})
+    return checkpoint
+
+
+def _newest(output_dir: str) -> str | None:
+    found = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.split("-")[-1].isdecimal()]
+    passed = []
+    for path in sorted(found, key=lambda path: int(path.name.split("-")[-1]), reverse=True):
+        if (reason := why_not_whole(path)) is None:
+            _tell(f"resume: {path} is taken" + "".join(f"; {other} is passed over: {why}" for other, why in passed))
+            return str(path)
+        passed.append((path, reason))
+    told = "; ".join(f"{path}: {why}" for path, why in passed)
+    if any(why.startswith(_WITHOUT) for _, why in passed):
         raise ValueError(
-            f"{resume} holds no whole checkpoint (a bundle and trainer_state.json): name another, or 'auto'"
+            f"none of the checkpoints in {output_dir} can be resumed, and a run from the beginning would write over them: {told}; "
+            "begin in another output_dir, or resume 'no' to write over them"
         )
-    return resume
+    _tell(f"resume: no whole checkpoint in {output_dir}, the run begins with step 1" + (f"; {told}" if told else ""))
+    return None
 
 
-def begin_checkpoint(folder: Path, settings: Mapping[str, Any] | None) -> None:
-    """Prepares the folder of a checkpoint about to be saved: it holds no whole one until the last file is there, and from the
-    start what decides which rows train and which are held out.
-    """
-    (folder / _STATE).unlink(missing_ok=True)  # of another run
-    (folder / _SETTINGS).unlink(missing_ok=True)
-    if settings is not None:
-        write_atomically(
-            folder / _SETTINGS, lambda temporary: temporary.write_text(json.dumps(dict(settings), indent=1) + "\n")
-        )
-
-
-def check_data_settings(checkpoint: str | None, settings: Mapping[str, Any] | None) -> None:
-    """Refuses to go on from a checkpoint of other rows: the run would be judged on some that it has trained on.
-
-    Raises:
-        ValueError: the run that left `checkpoint` had other settings; names the first.
-    """
-    if checkpoint is None or settings is None or not (path := Path(checkpoint) / _SETTINGS).is_file():
-        return
-    began = json.loads(path.read_text(encoding="utf-8"))
-    for name, value in settings.items():
-        if began.get(name) != value:
-            raise ValueError(
-                f"{checkpoint} began with --{name} {began.get(name)}, this run has {value}: held-out rows would be others; "
-                "resume with the same, or in another output_dir"
-            )
-
-
-def _is_whole(path: Path) -> bool:
+def why_not_whole(path: Path) -> str | None:
+    """Why a run cannot go on from there; None where it can. Reads all of it once."""
+    if not path.is_dir():
+        return "it is no folder"
+    if _is_unfinished(path):
+        return "its save was cut short"
     try:
+        verify_digests(path)
+        recorded = read_digests(path)
+        missing = [name for name in _NEEDED if name not in recorded]
+        missing += [] if any(name.startswith("rng_state") for name in recorded) else ["rng_state.pth"]
+        if missing:
+            return f"{_WITHOUT} {', '.join(missing)} (save_only_model)"
+        int(json.loads((path / _STATE).read_text(encoding="utf-8"))["global_step"])
         Bundle.open(path)
-    except (ValueError, OSError):
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        return str(error).split(";")[0]
+    return None
+
+
+def _is_unfinished(path: Path) -> bool:
+    """Whether a save was cut short there: nothing of it was ever whole. The bundle alone may have its digests."""
+    try:
+        recorded = read_digests(path) if (path / DIGESTS).is_file() else {}
+    except ValueError:
+        return False  # damaged: they are written in one step
+    return _STATE not in recorded and ((path / SETTINGS).is_file() or not (path / _STATE).is_file())
+
+
+def _tell(text: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        logger.warning("%s", text)
+
+
+def is_published(checkpoint: str | None, output: Path, anchors: Sequence[str]) -> bool:
+    """Whether a recipe left its bundle and result in `output` already, of these anchors and this checkpoint, the end of its run."""
+    bundle, result = output / "bundle" / WEIGHTS, output / _RESULT
+    if checkpoint is None or not _is_finished(_state(checkpoint)) or not (bundle.is_file() and result.is_file()):
         return False
-    return (path / _STATE).is_file() and (path / "optimizer.pt").is_file()
+    if result.stat().st_mtime_ns < bundle.stat().st_mtime_ns or sha256(bundle) != sha256(Path(checkpoint) / WEIGHTS):
+        return False
+    if json.loads(result.read_text(encoding="utf-8")).get("anchors") != list(anchors):
+        return False
+    _tell(f"{checkpoint} is the end of its run, {bundle.parent} and {result} are of it: nothing to do")
+    return True
+
+
+def _state(checkpoint: str) -> TrainerState:
+    return TrainerState.load_from_json(os.path.join(checkpoint, _STATE))
+
+
+def _is_finished(state: TrainerState) -> bool:
+    return 0 < state.max_steps <= state.global_step
+
+
+def begin_checkpoint(folder: Path, settings: Mapping[str, Any]) -> None:
+    """An empty folder for a checkpoint about to be saved, but for what its run was started with; not whole before its digests."""
+    for name in (DIGESTS, _STATE):  # of another run, and the first to go
+        (folder / name).unlink(missing_ok=True)
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    write_settings(folder, settings)
 
 
 class CheckpointMixin:
     """How a `Trainer` saves and loads bundles."""
 
+    def settings(self) -> dict[str, Any]:
+        """What decides rows and steps, as each checkpoint holds it."""
+        rows = len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else None
+        own = {"training_rows": rows, "rows_digest": getattr(self.train_dataset, "digest", None)}
+        own["anchor_dtypes"] = [
+            f"{a.dtype}{' 8bit' * bool(getattr(a, 'is_loaded_in_8bit', False))}" for a in self.model.anchors
+        ]
+        return run_settings(self.args, own, self.data_settings or {})
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Saves a bundle, with the importance averages that resuming needs."""
+        """Saves a bundle, with the importance averages that resuming needs.
+
+        Raises:
+            ValueError: a weight is not finite.
+        """
+        check_weights(self.model, self.state.global_step)
         self.save_importance()
         super().save_model(output_dir, _internal_call)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """As Transformers has it, with `data_settings`."""
-        if self.args.should_save:
-            folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-            begin_checkpoint(folder, self.data_settings)
-        super()._save_checkpoint(model, trial)
+        """As Transformers has it, with `settings`, and digests of all files once they are there; only then older ones go."""
+        check_weights(self.model, self.state.global_step)
+        home = self._get_output_dir(trial)
+        folder, chief, limit = (
+            Path(home) / f"checkpoint-{self.state.global_step}",
+            self.args.should_save,
+            self.args.save_total_limit,
+        )
+        if chief:
+            begin_checkpoint(folder, self.settings())
+        self.accelerator.wait_for_everyone()
+        self.args.save_total_limit = None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()  # each rank has a file there
+        if chief:
+            write_digests(folder, [path.name for path in folder.iterdir() if path.is_file() and path.name != DIGESTS])
+            rotate_checkpoints(home, limit, self.state.best_model_checkpoint, use_mtime=True)
 
     def save_importance(self) -> None:
         """Writes the importance averages into the model's table."""
@@ -97,11 +185,44 @@ class CheckpointMixin:
             interval_count=self.args.interval_count,
         )
 
+    def _checkpoint_of(self, resume: str | bool | None) -> str | None:
+        """The whole checkpoint that `train` was told of, by path or as the newest in `output_dir`.
+
+        Raises:
+            ValueError: there is none, it is of another run, or its rows come in an order that is drawn anew.
+        """
+        if not resume:
+            return None
+        resume = "auto" if resume is True else os.fspath(resume)
+        checkpoint = find_checkpoint(resume, self.args.output_dir, self.settings())
+        if checkpoint is None:
+            raise ValueError(f"there is no checkpoint to resume from in {self.args.output_dir}: begin without")
+        if (
+            self.args.train_sampling_strategy == "group_by_length"
+            or not self.args.accelerator_config.use_seedable_sampler
+        ):
+            raise ValueError(
+                "rows grouped by length (train_sampling_strategy), or drawn without use_seedable_sampler, come in another order "
+                "after a resume: begin anew, or use train_sampling_strategy random"
+            )
+        return checkpoint
+
+    def _finished(self, checkpoint: str | None) -> TrainOutput | None:
+        """The end of a run that has taken all of its steps, with nothing trained or saved; None where steps are left."""
+        if checkpoint is None or not _is_finished(state := _state(checkpoint)):
+            return None
+        _tell(f"{checkpoint} is the end of its run of {state.max_steps} steps: nothing is left to train")
+        self._load_from_checkpoint(checkpoint)
+        self.state = state
+        if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self._load_best_model()
+        losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+        return TrainOutput(state.global_step, losses[-1] if losses else math.nan, {"train_runtime": 0.0})
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """A checkpoint is a bundle: its tensors, and the importance averages, come back whole or not at all."""
         bundle = Bundle.open(resume_from_checkpoint)
         check_checkpoint(bundle, resume_from_checkpoint, self.model, self.rating)
-        check_data_settings(resume_from_checkpoint, self.data_settings)
         self.model.load_bundle(bundle)
         table = StitchTable.from_dict(bundle.table)
         self.importance.averages, self.importance.visits = dict(table.importance), dict(table.visits)

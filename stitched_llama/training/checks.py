@@ -1,10 +1,29 @@
-"""What is known to be wrong before a run starts."""
+"""What is known to be wrong before a run starts, or with a batch."""
 
+from collections.abc import Mapping
+from itertools import chain
 from typing import Any
+
+import torch
+from accelerate.utils import parse_flag_from_env
 
 from stitched_llama.bundles import Bundle
 from stitched_llama.pst import PSTConfig
 from stitched_llama.space import SPACE_OPTIONS, StitchSpace
+
+from .data import IGNORED, batches
+
+# Ways to spread a run as `accelerate launch` asks for them; on a CPU Accelerate leaves them out without a word.
+_SPREADS = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "parallelism_config",
+}
+_PLAIN_DDP = (
+    "FSDP, DeepSpeed and other ways to split a model are not supported, the trained parts are small: leave it off and use plain "
+    "DDP (`accelerate launch --multi_gpu`)"
+)
 
 
 def check_arguments(args: Any) -> None:
@@ -18,6 +37,14 @@ def check_arguments(args: Any) -> None:
     if args.world_size > 1 and not args.average_tokens_across_devices:
         raise ValueError(
             "average_tokens_across_devices is off: ranks would weigh their tokens differently, switch it on"
+        )
+    asked = [name for name in ("fsdp", "fsdp_config", "deepspeed", "parallelism_config") if getattr(args, name)]
+    asked += [f"{name} by `accelerate launch`" for flag, name in _SPREADS.items() if parse_flag_from_env(flag)]
+    if asked:
+        raise ValueError(f"{asked[0]} is asked for: {_PLAIN_DDP}")
+    if args.enable_jit_checkpoint:
+        raise ValueError(
+            "enable_jit_checkpoint is not needed, SIGTERM ends a run with a checkpoint anyway: leave it off"
         )
     if args.train_teacher and not args.inplace_teacher:
         raise ValueError(
@@ -52,7 +79,7 @@ def check_run(trainer: Any, teacher: Any) -> None:
                 "stitches: leave it out, and score model.pinned(stitch_id) by yourself"
             )
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        raise ValueError("FSDP and DeepSpeed are not supported: the trained parts are small, use plain DDP")
+        raise ValueError(_PLAIN_DDP)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(
             "nothing of this model trains: call model.attach_pst(PSTConfig(...)) before you make a trainer"
@@ -67,8 +94,85 @@ def check_run(trainer: Any, teacher: Any) -> None:
         raise ValueError(
             f"anchor_lr_scale {args.anchor_lr_scale} is for anchors that train whole (PSTConfig(full=True)); these are frozen"
         )
+    kind = getattr(model.config, "problem_type", None)
+    if kind is None and model.main_input_name == "pixel_values" and model.config.num_labels == 1:
+        kind = "regression"  # what Transformers makes of it
+    if kind not in (None, "single_label_classification"):
+        raise ValueError(
+            f"problem_type is {kind!r}: only one class an image is trained here; for other targets take transformers.Trainer, "
+            "which uses the model's own loss"
+        )
+    evaluated = (
+        trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"eval_dataset": trainer.eval_dataset}
+    )
+    for name, dataset in evaluated.items():
+        if dataset is not None:
+            check_set_to_evaluate(dataset, name)
     if teacher is not None:
         check_teacher(model.config, teacher.config, args)
+
+
+def check_batch(batch: Mapping[str, Any], images: bool) -> None:
+    """Refuses a batch that cannot be trained or evaluated on.
+
+    Raises:
+        ValueError: a column that is no tensor, no labels, or labels that are not one class a token or image.
+    """
+    for name, value in batch.items():
+        if not isinstance(value, torch.Tensor):
+            raise ValueError(
+                f"a batch has the column {name!r}, a {type(value).__name__}: leave it out of the rows or in the data collator, "
+                "a model takes tensors"
+            )
+    labels = batch.get("labels")
+    if labels is None:
+        raise ValueError(f"no labels in a batch: it holds {', '.join(batch)} only")
+    shape = [len(next(iter(batch.values())))] if images else list(batch.get("input_ids", labels).shape)
+    if labels.is_floating_point() or labels.dtype == torch.bool or list(labels.shape) != shape:
+        raise ValueError(
+            f"labels are {str(labels.dtype).removeprefix('torch.')} {list(labels.shape)}: integers {shape}, one class "
+            f"{'an image' if images else 'a token'}, are what is trained on here; for targets of several classes (multi-label, "
+            "mixup) take transformers.Trainer, which uses the model's own loss"
+        )
+
+
+def check_set_to_evaluate(dataset: Any, name: str = "eval_dataset") -> None:
+    """Refuses a stream: every stitch is evaluated on all of a set.
+
+    Raises:
+        ValueError: the set has no length, or no rows by number.
+    """
+    if isinstance(dataset, torch.utils.data.IterableDataset) or not hasattr(dataset, "__len__"):
+        raise ValueError(
+            f"{name} is a {type(dataset).__name__}, a stream: every stitch is evaluated on all of it, so pass a part of it that has "
+            "a length, such as list(stream.take(500))"
+        )
+
+
+def check_sets(trainer: Any) -> None:
+    """Looks at the first batch of each set, and for one label to learn.
+
+    Raises:
+        ValueError: as `check_batch`, or all labels of the training set are masked.
+    """
+    images = trainer.model.main_input_name == "pixel_values"
+    collator = trainer._get_collator_with_removed_columns(trainer.data_collator)
+    train, size = trainer.train_dataset, trainer.args.per_device_train_batch_size
+    if train is not None and hasattr(train, "__len__") and not isinstance(train, torch.utils.data.IterableDataset):
+        parts = iter(batches(train, collator, size))
+        if (first := next(parts, None)) is None:
+            raise ValueError("the training set is empty")
+        check_batch(first, images)
+        labelled = (part["labels"] if images else part["labels"][:, 1:] for part in chain([first], parts))
+        if not any((labels != IGNORED).any() for labels in labelled):
+            raise ValueError(
+                f"no label of the {len(train)} training rows is one to learn, all are {IGNORED} (masked): the data collator or the "
+                "tokenisation leaves no response"
+            )
+    evaluated = trainer.eval_dataset if trainer.args.eval_strategy != "no" else None
+    for dataset in evaluated.values() if isinstance(evaluated, dict) else [evaluated]:
+        if dataset is not None:
+            check_batch(next(iter(batches(dataset, collator, trainer.args.per_device_eval_batch_size))), images)
 
 
 def check_teacher(student: Any, teacher: Any, args: Any) -> None:

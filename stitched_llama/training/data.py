@@ -1,11 +1,13 @@
 """Instruction rows in Alpaca's schema: read, check, split, tokenise, batch."""
 
+import hashlib
 import json
 import logging
 import random
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +182,11 @@ class InstructionDataset(Dataset):
             prompt = bos + (prompt[len(bos) :][-room:])
         labels = (prompt if train_on_prompt else [IGNORED] * len(prompt)) + response
         return {"input_ids": prompt + response, "labels": labels}
+
+    @cached_property
+    def digest(self) -> str:
+        """Of all rows as they are tokenised: a resumed run has the same."""
+        return hashlib.sha256(json.dumps(self.examples).encode()).hexdigest()[:16]
 
     def __len__(self) -> int:
         return len(self.examples)

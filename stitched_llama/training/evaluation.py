@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 
 from stitched_llama.models.images import check_labels
 
+from .checks import check_batch
 from .data import IGNORED
 
 
@@ -60,7 +61,7 @@ def evaluate_stitches(
         rank, world_size: each rank takes every `world_size`-th stitch; all ranks get all results.
 
     Raises:
-        ValueError: there are no batches, or no labels in them.
+        ValueError: there are no batches, no labels in them, or a loss that is not finite.
     """
     batches = list(batches) if isinstance(batches, Iterator) else batches
     if not any("labels" in batch and (batch["labels"] != IGNORED).any() for batch in batches):
@@ -93,12 +94,19 @@ def evaluate_plain(model: Any, batches: Iterable[dict[str, Tensor]], split: bool
 def _evaluate(model: Any, batches: Iterable[dict[str, Tensor]], split: bool, **how: Any) -> dict[str, float]:
     images, rows = model.main_input_name == "pixel_values", 0
     totals = torch.zeros(2, 4, dtype=torch.float64)  # of even and odd rows: loss, labels, right rows, rows
+    who = f"stitch {how['stitch_id']}" if how else "the model"
     for batch in batches:
+        check_batch(batch, images)
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        if (labels := batch.pop("labels", None)) is None:
-            raise ValueError(f"no labels to evaluate on: a batch holds {', '.join(batch)} only")
+        labels = batch.pop("labels").long()
         logits = model(**batch, **how, **({} if images else {"use_cache": False})).logits
         scores = (image_scores if images else response_scores)(logits, labels.to(logits.device))
+        if not (finite := scores[0].isfinite()).all():
+            row = int(finite.logical_not().nonzero()[0])
+            raise ValueError(
+                f"{who} has the loss {float(scores[0][row])} on row {rows + row} of those it is evaluated on: its weights or that "
+                "row are damaged, or the dtype is too narrow"
+            )
         values = torch.stack(
             [*(score.double().cpu() for score in scores), torch.ones(len(labels), dtype=torch.float64)], 1
         )
@@ -116,22 +124,9 @@ def _evaluate(model: Any, batches: Iterable[dict[str, Tensor]], split: bool, **h
 
 
 def spearman(first: Sequence[float], second: Sequence[float]) -> float:
-    """Rank correlation, ties averaged; NaN when one side is constant."""
+    """Rank correlation, ties averaged; NaN when one side is constant or holds a NaN."""
+    from scipy.stats import spearmanr
 
-    def ranks(values: Sequence[float]) -> list[float]:
-        order = sorted(range(len(values)), key=values.__getitem__)
-        result = [0.0] * len(values)
-        start = 0
-        while start < len(order):
-            stop = start
-            while stop < len(order) and values[order[stop]] == values[order[start]]:
-                stop += 1
-            for index in order[start:stop]:
-                result[index] = (start + stop - 1) / 2
-            start = stop
-        return result
-
-    a, b = ranks(first), ranks(second)
-    mean = (len(a) - 1) / 2
-    spread = math.sqrt(sum((x - mean) ** 2 for x in a) * sum((y - mean) ** 2 for y in b))
-    return sum((x - mean) * (y - mean) for x, y in zip(a, b)) / spread if spread else math.nan
+    if len(set(first)) < 2 or len(set(second)) < 2:
+        return math.nan
+    return float(spearmanr(first, second).statistic)

@@ -1,6 +1,7 @@
 """`transformers.Trainer` that trains one stitch a step, taught by the largest anchor."""
 
 import contextlib
+import logging
 from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
@@ -15,16 +16,19 @@ from stitched_llama.space import Stitch, intervals
 
 from .arguments import StitchTrainingArguments
 from .checkpoints import CheckpointMixin
-from .checks import check_arguments, check_run
-from .data import IGNORED, batches
-from .evaluation import evaluate_stitches
+from .checks import check_arguments, check_batch, check_run, check_sets
+from .data import IGNORED
+from .finite import check_step, check_weights, describe_rows, note_fault
+from .interruption import EXIT_CODE, Interruption
 from .rates import slow_down_anchors
+from .reports import ReportMixin
 from .teaching import distil, in_dtype_of, speaking, word_of
 
+logger = logging.getLogger(__name__)
 Gradients = dict[nn.Parameter, Tensor]
 
 
-class StitchTrainer(CheckpointMixin, Trainer):
+class StitchTrainer(CheckpointMixin, ReportMixin, Trainer):
     """One-stage fine-tuning of every stitch (ESTA section 4.2).
 
     An optimiser step draws one stitch, the student, equal on all ranks and over all its accumulated batches. Two steps of
@@ -41,8 +45,8 @@ class StitchTrainer(CheckpointMixin, Trainer):
     Args:
         teacher: a plain model of Transformers that teaches in the largest anchor's stead; frozen. Where that one speaks no
             more (`inplace_teacher` off) it teaches anchors as well.
-        data_settings: what decides which rows train and which are held out, by the names of options; it lies in every
-            checkpoint, and one of others is not resumed.
+        data_settings: what decides which rows train and which are held out, by the names of options; with what else decides a
+            run (`settings`) it lies in every checkpoint, and one of others is not resumed.
         args, kwargs: as `transformers.Trainer` has them.
 
     Raises:
@@ -71,9 +75,11 @@ class StitchTrainer(CheckpointMixin, Trainer):
             self.importance.averages.update({key: old.importance[key] for key in rated if key in old.importance})
             self.importance.visits.update({key: old.visits[key] for key in rated if key in old.visits})
         self.teacher = None if teacher is None else teacher.requires_grad_(False).eval().to(self.args.device)
+        self.interruption = Interruption()
+        self.add_callback(self.interruption)
         self._sampler: StitchSampler | None = None
         self._kept: dict[str, Gradients]
-        self._step_losses: list[float]
+        self.step_losses: list[float]
         self._forget_step()
         self._trained = list[nn.Parameter]()
         self._macs = 0  # of the passes of a step, a token or image
@@ -108,11 +114,29 @@ class StitchTrainer(CheckpointMixin, Trainer):
 
     # ---- one step
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As Transformers has it."""
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As Transformers has it. SIGTERM ends it with a checkpoint at the end of the running step, and the process with 143.
+        The end of a finished run is resumed by training nothing.
+
+        Raises:
+            ValueError: a data set or batch that cannot be trained on; a loss, gradient or weight that is not finite (names stitch,
+                step and rows; what was saved before stands); a checkpoint that is not whole, or of a run of other settings.
+        """
+        check_sets(self)
+        checkpoint = self._checkpoint_of(resume_from_checkpoint)
+        if (finished := self._finished(checkpoint)) is not None:
+            return finished
         self.model.train()  # also where it was in training mode before PST came: which norms train is decided here
         self._trained = []
-        return super().train(*args, **kwargs)
+        with self.interruption.awaited():
+            done = super().train(checkpoint, *args, **kwargs)
+        check_weights(self.model, self.state.global_step)
+        if self.interruption.agreed and self.args.process_index == 0:
+            step, folder = self.state.global_step, self.args.output_dir
+            logger.warning("SIGTERM: checkpoint-%d is saved in %s; go on with --resume auto", step, folder)
+        if self.interruption.agreed or self.interruption.came:
+            raise SystemExit(EXIT_CODE)
+        return done
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         """As Transformers has it, which starts anew with smaller batches after one did not fit: nothing of that step counts, and
@@ -124,16 +148,24 @@ class StitchTrainer(CheckpointMixin, Trainer):
 
     def _forget_step(self) -> None:
         self._kept = {"teacher": {}, "student": {}}
-        self._step_losses = [0.0, 0.0]  # the student's and the teacher's, on labels
+        self.step_losses = [0.0, 0.0]  # the student's and the teacher's, on labels
+        self.batches_of_step = 0  # so far
+        self.faults = list[str]()  # losses of this rank that are not finite
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """The teacher's word, then the student's forward and backward, on one batch; returns the student's loss for logging."""
         if not model.training:
             model.train()
         inputs = self._prepare_inputs(inputs)
-        labels = inputs.pop("labels")
+        check_batch(inputs, self.model.main_input_name == "pixel_values")
+        labels = inputs.pop("labels").long()
         if num_items_in_batch is None:
             num_items_in_batch = self._label_count(labels) * self.current_gradient_accumulation_steps
+        if not num_items_in_batch:
+            raise ValueError(
+                f"step {self.state.global_step + 1} has no label to learn, all are {IGNORED} (masked): leave such rows out; the last "
+                f"of them are {describe_rows(self, self.batches_of_step)}"
+            )
         student, word = self.draw(self.state.global_step), None
         self._macs = 3 * student.macs * self._has_own_gradients(student)
         with self._unreduced(model):
@@ -144,7 +176,7 @@ class StitchTrainer(CheckpointMixin, Trainer):
                     loss = F.cross_entropy(logits, wanted, reduction="sum") / num_items_in_batch
                 self._backward("teacher", loss)
                 label_loss = student_loss = loss.detach()
-                self._step_losses[1] += float(label_loss)
+                self.step_losses[1] += float(label_loss)
                 word = word_of(self.args.distillation, logits)
                 del logits, loss
             if self.teacher is not None and self._is_rated(student):
@@ -153,13 +185,15 @@ class StitchTrainer(CheckpointMixin, Trainer):
                     logits, wanted = self._response_logits(self.teacher, inputs_there, labels)
                 if not self.args.inplace_teacher:  # what the student's loss is rated against
                     loss = F.cross_entropy(logits, wanted, reduction="sum") / num_items_in_batch
-                    self._step_losses[1] += float(loss)
+                    self.step_losses[1] += float(loss)
                 word = word_of(self.args.distillation, logits)
                 del logits
             batch = (inputs, labels, word, num_items_in_batch)
             if self._has_own_gradients(student):
                 label_loss, student_loss = self._learn(model, student, *batch)
-        self._step_losses[0] += float(label_loss)
+        self.step_losses[0] += float(label_loss)
+        note_fault(self, student, float(student_loss), inputs, labels)
+        self.batches_of_step += 1
         if self.accelerator.sync_gradients:
             self._complete_step(student)
         return student_loss * self.accelerator.num_processes  # the log averages over ranks
@@ -217,12 +251,16 @@ class StitchTrainer(CheckpointMixin, Trainer):
 
     def _complete_step(self, student: Stitch) -> None:
         """Sums all roles' gradients over ranks, reads the student's importance, and hands their sum to the optimiser."""
-        losses = torch.tensor(self._step_losses, device=self.args.device, dtype=torch.float64)
+        told = [*self.step_losses, float(self.interruption.came)]
+        losses = torch.tensor(told, device=self.args.device, dtype=torch.float64)
         self._sum_over_ranks([*(g for kept in self._kept.values() for g in kept.values()), losses])
         statistics = [tensor for tensor in self.model.stitching_layers.buffers() if tensor.is_floating_point()]
         self._sum_over_ranks(statistics, share=1 / self.accelerator.num_processes)
+        *step_losses, interrupted = losses.tolist()
+        check_step(self, student, step_losses, [g for kept in self._kept.values() for g in kept.values()])
+        self.interruption.agreed = interrupted > 0
         own = self._kept["student" if self._has_own_gradients(student) else "teacher"]
-        signals = self._signals(own, *losses.tolist())
+        signals = self._signals(own, *step_losses)
         if self._is_rated(student):
             self.importance.update(student.key, signals)
         if self._is_taught(student):
@@ -254,57 +292,6 @@ class StitchTrainer(CheckpointMixin, Trainer):
         if made and self.args.anchor_lr_scale != 1:
             slow_down_anchors(self.model, optimizer, self.args.anchor_lr_scale)
         return optimizer
-
-    # ---- logging, evaluation, checkpoints
-
-    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Of the stitches that ran: three forwards where they trained, as Transformers counts a step, one where they taught."""
-        name = self.model.main_input_name
-        units = inputs[name].numel() if name == "input_ids" else len(inputs[name])
-        return 2 * units * self._macs
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the mean loss of the teacher and of each interval's students since the last log."""
-        if "loss" in logs:
-            logs |= {name: sum(values) / len(values) for name, values in sorted(self._logged.items())}
-            self._logged.clear()
-        super().log(logs, start_time)
-
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval", keys: Any = None
-    ):
-        """Loss and exact match of the anchors and the middle stitch of each interval, or of `keys`.
-
-        Returns `eval_loss` (mean over those stitches) and one entry a stitch and metric; of several data sets by name, as
-        Transformers takes them, `eval_{name}_loss` and so on.
-
-        Raises:
-            ValueError: no data set is given, here or to the trainer.
-        """
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        if isinstance(dataset, dict):
-            parts = [self.evaluate(d, ignore_keys, f"{metric_key_prefix}_{name}", keys) for name, d in dataset.items()]
-            return {name: value for part in parts for name, value in part.items()}
-        dataset = self.eval_dataset[dataset] if isinstance(dataset, str) else dataset
-        if dataset is None:
-            raise ValueError("nothing to evaluate on: pass eval_dataset, here or to the trainer")
-        if keys is None:
-            keys = [stitch.key for stitch in self.stitches if stitch.is_anchor or stitch.key in self._middles]
-        found = evaluate_stitches(
-            self.model,
-            batches(dataset, self.data_collator, self.args.per_device_eval_batch_size),
-            keys,
-            progress=not self.args.disable_tqdm,
-            rank=self.args.process_index,
-            world_size=self.args.world_size,
-        )
-        metrics = {f"{metric_key_prefix}_loss": sum(found["loss"].values()) / len(keys)}
-        for name, values in found.items():
-            for key, value in values.items():
-                metrics[f"{metric_key_prefix}_{name}_stitch_{self.model.space[key].stitch_id}"] = value
-        self.log(dict(metrics))
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
 
     def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
         """As Transformers has it; what is refused is refused before a repository is made."""

@@ -1,7 +1,8 @@
 """Fine-tune each anchor alone with plain PEFT LoRA (Alpaca-LoRA): the peers that every stitched run is set beside.
 
-    python recipes/lora_baseline.py --anchors data/anchors/small data/anchors/large --data train.json ...
+    stitched-llama baseline --anchors data/anchors/small data/anchors/large --data train.json ...
 
+That is this file, `recipes/lora_baseline.py` of a checkout.
 Same rows, template and optimiser as `finetune_alpaca.py`, anchors as they are stored; nothing of `stitched_llama.models` is used.
 `--save` leaves the tuned models, LoRA merged, as plain checkpoints; named as that recipe's `--anchors` they are adapt-then-stitch.
 Writes `{key of the anchor: {"loss", "exact_match", "loss_before", "exact_match_before", "seconds"}}`.
@@ -14,17 +15,19 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, Trainer, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, set_seed
 
 from stitched_llama import StitchTrainingArguments
 from stitched_llama.training import (
     Collator,
     InstructionDataset,
     batches,
+    check_arguments,
     drawn,
     evaluate_plain,
     pad_token_id,
     read_rows,
+    recipe_parser,
     split_rows,
     template,
 )
@@ -48,7 +51,8 @@ class Arguments:
 
 
 def main() -> None:
-    args, training = HfArgumentParser((Arguments, StitchTrainingArguments)).parse_args_into_dataclasses()
+    args, training = recipe_parser((Arguments, StitchTrainingArguments), __doc__).parse_args_into_dataclasses()
+    check_arguments(training)
     prompt, found = template(args.template), {}
     tokenizer = AutoTokenizer.from_pretrained(args.anchors[0])
     rows = read_rows(args.data, args.on_bad_row)
@@ -86,5 +90,5 @@ def main() -> None:
 if __name__ == "__main__":
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
     main()
-else:
+elif __name__ != "__mp_main__":  # a data loader's worker reads its script again
     raise ImportError("a recipe is run or copied, not imported")

@@ -1,8 +1,9 @@
 """Tune each image classifier alone, by plain PEFT LoRA or whole: the peers that every stitched run is set beside.
 
-    python recipes/vision_baseline.py --anchors TINY SMALL BASE --data cifar100 --rank 32 16 8 --rows baselines.json
-    python recipes/vision_baseline.py --anchors TINY SMALL BASE --data cifar100 --full --save runs/adapted
+    stitched-llama baseline-vision --anchors TINY SMALL BASE --data cifar100 --rank 32 16 8 --rows baselines.json
+    stitched-llama baseline-vision --anchors TINY SMALL BASE --data cifar100 --full --save runs/adapted
 
+That is this file, `recipes/vision_baseline.py` of a checkout.
 Same pictures, augmentation, optimiser and steps as `finetune_vision.py`; nothing of `stitched_llama.models` is used. `--save`
 leaves the tuned models as plain checkpoints; named as that recipe's `--anchors` they are adapt-then-stitch, SN-Net's first stage.
 Writes `{key of the anchor: {"loss", "accuracy", "seconds"}}`.
@@ -15,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from peft import LoraConfig, get_peft_model
-from transformers import AutoImageProcessor, AutoModelForImageClassification, HfArgumentParser, Trainer, set_seed
+from transformers import AutoImageProcessor, AutoModelForImageClassification, Trainer, set_seed
 
 from stitched_llama.pst import show_convolutions
 from stitched_llama.space import anchor_spec
@@ -25,10 +26,12 @@ from stitched_llama.training import (
     ImageSet,
     ImageTrainingArguments,
     batches,
+    check_arguments,
     collate_images,
     evaluate_plain,
     few_shot,
     read_images,
+    recipe_parser,
     some_of,
 )
 
@@ -44,7 +47,8 @@ class Arguments(ImageDataArguments):
 
 
 def main() -> None:
-    args, training = HfArgumentParser((Arguments, ImageTrainingArguments)).parse_args_into_dataclasses()
+    args, training = recipe_parser((Arguments, ImageTrainingArguments), __doc__).parse_args_into_dataclasses()
+    check_arguments(training)
     ranks = args.rank * len(args.anchors) if len(args.rank) == 1 else args.rank
     if len(ranks) != len(args.anchors):
         raise SystemExit(f"{len(ranks)} ranks for {len(args.anchors)} anchors: give one --rank, or one for each anchor")
@@ -92,5 +96,5 @@ def main() -> None:
 if __name__ == "__main__":
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
     main()
-else:
+elif __name__ != "__mp_main__":  # a data loader's worker reads its script again
     raise ImportError("a recipe is run or copied, not imported")

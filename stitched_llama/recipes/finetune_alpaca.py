@@ -1,9 +1,9 @@
 """Fine-tune every size between two or more LLaMA anchors on an instruction set, in one run (ESTA section 5.2).
 
-    accelerate launch recipes/finetune_alpaca.py --anchors huggyllama/llama-7b huggyllama/llama-13b
+    accelerate launch -m stitched_llama finetune --anchors huggyllama/llama-7b huggyllama/llama-13b
 
-Both anchors stay resident: about 20 GB in 8 bits for 7B/13B, with activations 24 to 32 GB, and 10 GB more while
-calibrating. Not measured at that size.
+That is this file, `recipes/finetune_alpaca.py` of a checkout, which `accelerate launch` takes as well. Both anchors stay resident:
+about 20 GB in 8 bits for 7B/13B, with activations 24 to 32 GB, and 10 GB more while calibrating. Not measured at that size.
 `--smoke` does all of it on pico anchors in under a minute; `make demo` runs it on the anchors in `data/`.
 """
 
@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, BitsAndBytesConfig, HfArgumentParser, set_seed
+from transformers import AutoTokenizer, BitsAndBytesConfig, set_seed
 
 from stitched_llama import (
     Budget,
@@ -30,17 +30,19 @@ from stitched_llama.training import (
     SpaceArguments,
     batches,
     check_arguments,
-    check_data_settings,
     drawn,
     dump_record,
     evaluate_stitches,
     find_checkpoint,
     format_table,
+    is_published,
     pad_token_id,
     plot_stitches,
     provenance,
     read_baselines,
     read_rows,
+    recipe_parser,
+    run_settings,
     sample_budgets,
     smoke_anchors,
     spearman,
@@ -79,7 +81,7 @@ class Arguments:
 
 def main() -> None:
     start = time.time()
-    parser = HfArgumentParser((Arguments, SpaceArguments, PSTArguments, StitchTrainingArguments))
+    parser = recipe_parser((Arguments, SpaceArguments, PSTArguments, StitchTrainingArguments), __doc__)
     args, options, pst, training = parser.parse_args_into_dataclasses()
     output = Path(training.output_dir)
     if args.smoke:
@@ -95,9 +97,10 @@ def main() -> None:
         raise SystemExit("--load_in_4bit needs a GPU to train (bitsandbytes): use --load_in_8bit or neither here")
     if pst.full and (args.load_in_8bit or args.load_in_4bit):
         raise SystemExit("--full trains the anchors' own weights, which 8 or 4 bits cannot: add --no_load_in_8bit")
-    checkpoint = find_checkpoint(args.resume, training.output_dir)
-    data = {"data": args.data, "eval_data": args.eval_data, "eval_size": args.eval_size, "seed": training.seed}
-    check_data_settings(checkpoint, data)
+    settings = run_settings(training, args, options, pst)
+    checkpoint = find_checkpoint(args.resume, training.output_dir, settings)
+    if is_published(checkpoint, output, args.anchors):
+        return
     space = StitchSpace.from_configs(args.anchors, **asdict(options))
     pst.settings().trainable_params(space)
     baselines = read_baselines(args.baselines, space)
@@ -152,7 +155,7 @@ def main() -> None:
         model.table = model.table.with_metrics(f"{name}_before", values)
     trainer = StitchTrainer(
         model=model, args=training, train_dataset=train_set, eval_dataset=eval_set, data_collator=collator,
-        processing_class=tokenizer, data_settings=data,
+        processing_class=tokenizer, data_settings=settings,
     )  # fmt: skip
     trained = trainer.train(resume_from_checkpoint=checkpoint)
     after = evaluate_stitches(model, held_out_batches, progress=chief, **ranks)
@@ -191,5 +194,5 @@ def main() -> None:
 if __name__ == "__main__":
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
     main()
-else:
+elif __name__ != "__mp_main__":  # a data loader's worker reads its script again
     raise ImportError("a recipe is run or copied, not imported")

@@ -1,13 +1,15 @@
 """Fine-tune every size between two or more image classifiers on a new task, in one run (ESTA section 5.1, appendix A).
 
-    accelerate launch recipes/finetune_vision.py --data cifar100 \\
-        --anchors WinKawaks/vit-tiny-patch16-224 WinKawaks/vit-small-patch16-224 google/vit-base-patch16-224 --rank 32 16 8
+    accelerate launch -m stitched_llama finetune-vision --data cifar100 --rank 32 16 8 \\
+        --anchors WinKawaks/vit-tiny-patch16-224 WinKawaks/vit-small-patch16-224 google/vit-base-patch16-224
+
+That is this file, `recipes/finetune_vision.py` of a checkout, which `accelerate launch` takes as well.
 
 ESTA's settings are the defaults: AdamW, cosine, 10 % warm-up, rate `base_lr * batch / 256`, 15 intervals, kernel 2, stride 1; its ranks
 32 16 8 are for its three anchors and are given, as one rank for all (16) is the default.
 Its steps and draws are `--train_teacher --sampling esta --importance snip`. SN-Net's own procedure is the same recipe with other settings:
 `--full --sampling uniform --no_inplace_teacher`, `--teacher NAME` for an external teacher, `--anchor_lr_scale 0.1` for staged
-families, `--shared mean`; it adapts then stitches where `--anchors` names what `vision_baseline.py --full --save FOLDER` left.
+families, `--shared mean`; it adapts then stitches where `--anchors` names what `stitched-llama baseline-vision --full --save FOLDER` left.
 `--adapter bottleneck --rescale bilinear --across_stages` joins stages of different resolution (Traft and Cheney).
 """
 
@@ -22,7 +24,6 @@ from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoModelForImageClassification,
-    HfArgumentParser,
     set_seed,
 )
 
@@ -36,17 +37,19 @@ from stitched_llama.training import (
     SpaceArguments,
     batches,
     check_arguments,
-    check_data_settings,
     collate_images,
     dump_record,
     evaluate_stitches,
     few_shot,
     find_checkpoint,
     format_table,
+    is_published,
     plot_stitches,
     provenance,
     read_baselines,
     read_images,
+    recipe_parser,
+    run_settings,
     some_of,
     spearman,
 )
@@ -77,7 +80,7 @@ class VisionSpaceArguments(SpaceArguments):
 
 def main() -> None:
     start = time.time()
-    parser = HfArgumentParser((Arguments, VisionSpaceArguments, PSTArguments, ImageTrainingArguments))
+    parser = recipe_parser((Arguments, VisionSpaceArguments, PSTArguments, ImageTrainingArguments), __doc__)
     args, space, pst, training = parser.parse_args_into_dataclasses()
     output = Path(training.output_dir)
     if args.init not in ("least_squares", "kaiming", "identity"):
@@ -85,10 +88,10 @@ def main() -> None:
     check_arguments(training)
     set_seed(training.seed)
     chief = training.process_index == 0
-    checkpoint = find_checkpoint(args.resume, training.output_dir)
-    names = ("data", "train_split", "eval_split", "eval_size", "shots")
-    data = {name: getattr(args, name) for name in names} | {"seed": training.seed}
-    check_data_settings(checkpoint, data)
+    settings = run_settings(training, args, space, pst)
+    checkpoint = find_checkpoint(args.resume, training.output_dir, settings)
+    if is_published(checkpoint, output, args.anchors):
+        return
 
     # Data: pictures, a few of each class where asked, prepared by the anchors' own processor
     images = read_images(args.data, args.train_split)
@@ -129,7 +132,7 @@ def main() -> None:
     teacher = None if args.teacher is None else AutoModelForImageClassification.from_pretrained(args.teacher)
     trainer = sl.StitchImageTrainer(
         model=model, args=training, train_dataset=train_set, eval_dataset=eval_set, data_collator=collate_images,
-        teacher=teacher, data_settings=data,
+        teacher=teacher, data_settings=settings,
     )  # fmt: skip
     trained = trainer.train(resume_from_checkpoint=checkpoint)
     ranks = {"rank": training.process_index, "world_size": training.world_size}
@@ -174,5 +177,5 @@ def _pictures(images: ImageSet, count: int) -> Iterator[dict[str, torch.Tensor]]
 if __name__ == "__main__":
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
     main()
-else:
+elif __name__ != "__mp_main__":  # a data loader's worker reads its script again
     raise ImportError("a recipe is run or copied, not imported")

@@ -1,7 +1,9 @@
 """Cut a small anchor out of a large model and distil it so that the two can be stitched.
 
     accelerate launch recipes/shrink.py --large HuggingFaceTB/SmolLM2-135M-Instruct --depth 16 \
-        --data tatsu-lab/alpaca book.txt --output_dir runs/smollm2-16
+        --data tatsu-lab/alpaca book.txt --max_steps 2000 --output_dir runs/smollm2-16
+
+`stitched-llama shrink LARGE OUT --depth 16 --data ... --steps 2000` is the same.
 
 The student starts from every second block (or narrower, `--width`), keeps the teacher's frozen embedding at equal width, and
 learns from the teacher's logits and block outputs; no labels are needed. What comes out is a plain Transformers folder whose
@@ -82,8 +84,8 @@ def main() -> None:
     if training.process_index:
         return
     tokens = trained.global_step * rows * args.block_size
-    save_shrunk(model, output / "small", args.large, tokens=tokens)
-    tokenizer.save_pretrained(output / "small")
+    save_shrunk(model, output, args.large, tokens=tokens)
+    tokenizer.save_pretrained(output)
     row = provenance() | {
         "large": args.large, "data": args.data, "depth": args.depth, "width": args.width, "steps": trained.global_step,
         "tokens": tokens, "seconds": round(time.time() - start, 1), "parameters": cut.model.num_parameters(),
@@ -94,7 +96,7 @@ def main() -> None:
     print(
         f"divergence of the small model's logits {before['eval_divergence']:.3f} -> {after['eval_divergence']:.3f} nats"
     )
-    print(f"{output / 'small'}: the small anchor; {output / 'shrink.json'}: all figures")
+    print(f"{output}: the small anchor; {output / 'shrink.json'}: all figures")
 
 
 if __name__ == "__main__":

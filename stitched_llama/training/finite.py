@@ -1,0 +1,116 @@
+"""Stops a run at the first loss, gradient or weight that is not finite, and says whose it is and on which rows."""
+
+import math
+from collections.abc import Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+from accelerate.data_loader import SeedableRandomSampler
+from torch import Tensor, nn
+from torch.utils.data import SequentialSampler
+
+from stitched_llama.space import Stitch
+
+_SHOWN = 16
+
+
+def rows_of_batch(trainer: Any, number: int) -> list[int] | None:
+    """Indices in the training set of batch `number` of the running step, on this rank; None where the order is not known."""
+    loader = trainer.callback_handler.train_dataloader
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    inner = getattr(batch_sampler, "batch_sampler", batch_sampler)
+    if not isinstance(getattr(inner, "sampler", None), (SeedableRandomSampler, SequentialSampler)):
+        return None
+    batches = trainer.args.gradient_accumulation_steps
+    epoch, step = divmod(trainer.state.global_step, math.ceil(len(loader) / batches))
+    if isinstance(inner.sampler, SeedableRandomSampler):
+        inner.sampler.set_epoch(epoch)
+    return next(islice(iter(batch_sampler), step * batches + number, None), None)
+
+
+@torch.no_grad()
+def rows_without_loss(trainer: Any, key: str, inputs: dict[str, Tensor], labels: Tensor) -> list[int]:
+    """Positions in the batch of the rows whose own loss is not finite."""
+    stitch = trainer.model.space[key]
+
+    def loss(row: slice) -> Tensor:
+        part = {name: tensor[row] for name, tensor in inputs.items()}
+        logits, wanted = trainer._response_logits(trainer.model, part, labels[row], stitch)
+        return nn.functional.cross_entropy(logits, wanted, reduction="sum")
+
+    return [i for i in range(len(labels)) if not loss(slice(i, i + 1)).isfinite()]
+
+
+def describe_rows(trainer: Any, number: int, positions: Sequence[int] | None = None) -> str:
+    """Which rows a batch of the running step holds, or those at `positions` of it."""
+    rows = rows_of_batch(trainer, number)
+    where = f"batch {number} of the step on rank {trainer.args.process_index}"
+    if rows is None:
+        return f"{where}" + (f", its rows {_some(positions)}" if positions else "")
+    return f"rows {_some(rows if not positions else [rows[i] for i in positions])} of the training set ({where})"
+
+
+def _some(rows: Sequence[int]) -> str:
+    return ", ".join(map(str, rows[:_SHOWN])) + (f" and {len(rows) - _SHOWN} more" if len(rows) > _SHOWN else "")
+
+
+def note_fault(trainer: Any, student: Stitch, loss: float, inputs: dict[str, Tensor], labels: Tensor) -> None:
+    """Notes the first loss of the running step that is not finite, the student's or the teacher's, and on which rows."""
+    if trainer.faults or (math.isfinite(loss) and math.isfinite(trainer.step_losses[1])):
+        return
+    who, alone = student, list[int]()
+    if math.isfinite(loss):
+        who, loss = trainer.largest, trainer.step_losses[1]
+    if who is student or trainer.args.inplace_teacher:
+        name, alone = f"stitch {who.stitch_id} ({who.key})", rows_without_loss(trainer, who.key, inputs, labels)
+    else:
+        name = "the teacher"
+    rows = describe_rows(trainer, trainer.batches_of_step, alone if len(alone) < len(labels) else None)
+    trainer.faults.append(f"the loss of {name} is {loss} on {rows}")
+
+
+def check_step(trainer: Any, student: Stitch, losses: Sequence[float], gradients: Sequence[Tensor]) -> None:
+    """Refuses a step whose losses or gradients are not finite, on all ranks alike; under float16 gradients overflow at times,
+    which is for the scaler to skip.
+
+    Args:
+        losses, gradients: summed over ranks.
+
+    Raises:
+        ValueError: names stitch, step and rows.
+    """
+    scaler = trainer.accelerator.scaler
+    skips = scaler is not None and scaler.get_scale() >= 1
+    if all(map(math.isfinite, losses)) and (skips or _are_finite(gradients)):
+        return
+    faults: list[Any] = [trainer.faults]
+    if trainer.accelerator.num_processes > 1:
+        faults = [None] * trainer.accelerator.num_processes
+        torch.distributed.all_gather_object(faults, trainer.faults)
+    told = [fault for of_rank in faults for fault in of_rank]
+    if not told:
+        rows = "; ".join(describe_rows(trainer, number) for number in range(trainer.batches_of_step))
+        told = [f"the gradient of stitch {student.stitch_id} ({student.key}) is not finite on {rows}"]
+    raise ValueError(
+        f"step {trainer.state.global_step + 1}: {'; '.join(told)}. Nothing of this step is kept, checkpoints saved before stand: "
+        "mend or leave out those rows, or begin anew with a lower learning_rate"
+    )
+
+
+def _are_finite(gradients: Sequence[Tensor]) -> bool:
+    return not gradients or bool(torch.nn.utils.get_total_norm(gradients).isfinite())
+
+
+def check_weights(model: nn.Module, step: int) -> None:
+    """Refuses to save or publish what trained to no number.
+
+    Raises:
+        ValueError: names the tensor.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not parameter.isfinite().all():
+            raise ValueError(
+                f"{name} is not finite after step {step}: nothing is saved of it; the last checkpoint stands, begin anew with a "
+                "lower learning_rate"
+            )
