@@ -210,7 +210,7 @@ def test_a_column_that_is_no_tensor_is_refused_by_name(anchors, tmp_path):
     def unlabelled(rows):
         return {name: tensor for name, tensor in Collator(0)(rows).items() if name != "labels"}
 
-    with pytest.raises(ValueError, match="no labels in a batch: it holds input_ids, attention_mask only"):
+    with pytest.raises(ValueError, match="no labels: a batch holds input_ids, attention_mask only"):
         made_with(model, tmp_path, dataset(), unlabelled).train()
 
 
