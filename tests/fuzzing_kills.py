@@ -19,6 +19,7 @@ from tiny_runs import stitched_model, trained, trainer
 from stitched_llama.training import find_checkpoint
 
 FULL = 40
+SHORT = False  # not for the short fuzz test: test_resume.py runs two cases
 STEPS, SECONDS = 6, 100
 _PROCESSES = get_context("forkserver")
 _PROCESSES.set_forkserver_preload(["fuzzing_kills"])

@@ -59,17 +59,20 @@ def readme_commands():
     return [command for command in words if command and command[0] not in ("make", "pip")]
 
 
-@pytest.fixture(scope="module")
-def smoke(installed, tmp_path_factory):
-    """README's fine-tune as a smoke run on a CPU, from the installed package, in an empty folder."""
-    empty = tmp_path_factory.mktemp("empty")
+def readme_finetune():
+    """README's fine-tune as a smoke run on a CPU."""
     command = next(
         words for words in readme_commands() if words[:4] == ["accelerate", "launch", "-m", "stitched_llama"]
     )
-    done = python(
-        "-m", "accelerate.commands.launch", *command[2:], "--smoke", "--use_cpu", "--rank", 4, "--stitching_rank", 6,
-        cwd=empty, PYTHONPATH=str(installed),
-    )  # fmt: skip
+    return [*command[3:], "--smoke", "--use_cpu", "--rank", "4", "--stitching_rank", "6"]
+
+
+@pytest.fixture(scope="module")
+def smoke(installed, tmp_path_factory):
+    """That run, from the installed package, in an empty folder."""
+    empty = tmp_path_factory.mktemp("empty")
+    launch = ["-m", "accelerate.commands.launch", "-m"]
+    done = python(*launch, *readme_finetune(), cwd=empty, PYTHONPATH=str(installed))
     return empty / "runs" / "alpaca", done.stdout
 
 
@@ -148,6 +151,44 @@ def test_a_librarys_error_in_a_recipe_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr(runpy, "run_module", fails)
     with pytest.raises(json.JSONDecodeError):
         main(["finetune"])
+
+
+def contents(folder):
+    """Of all files but the pico anchors."""
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and "smoke" not in path.parts]
+    return {path.relative_to(folder): (path.stat().st_mtime_ns, path.read_bytes()) for path in paths}
+
+
+def test_a_run_that_ended_is_resumed_by_doing_nothing(smoke, monkeypatch, caplog, capsys):
+    monkeypatch.chdir(smoke[0].parents[1])
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # what --bf16 sets is undone after the test
+    before, words = contents(smoke[0]), readme_finetune()[1:]
+    assert words[0] == "finetune"
+    assert main(words) == 0
+    assert (
+        "checkpoint-12 is the end of its run, runs/alpaca/bundle and runs/alpaca/result.json are of it" in caplog.text
+    )
+    for option, value, was in (("--eta", "0.5", "0.9"), ("--kernel_size", "2", "1"), ("--rank", "8", r"[4]")):
+        assert main([*words, option, value]) == 2
+        told = capsys.readouterr().err
+        assert f"checkpoint-12 began with other settings: {option} {was} there" in told
+    assert contents(smoke[0]) == before
+
+
+def test_a_run_that_ended_before_it_was_published_trains_nothing(smoke, installed, tmp_path):
+    folder = shutil.copytree(smoke[0].parents[1], tmp_path / "copy") / "runs" / "alpaca"
+    (folder / "result.json").unlink()
+    shutil.rmtree(folder / "bundle")
+
+    def checkpoints():
+        return {path: held for path, held in contents(folder).items() if path.parts[0].startswith("checkpoint")}
+
+    before = checkpoints()
+    python("-m", *readme_finetune(), cwd=tmp_path / "copy", PYTHONPATH=str(installed))
+    assert checkpoints() == before
+    for name in ("model.safetensors", "stitches.json"):
+        assert (folder / "bundle" / name).read_bytes() == (smoke[0] / "bundle" / name).read_bytes(), name
+    assert json.loads((folder / "result.json").read_text())["steps"] == 12
 
 
 def test_smoke_leaves_bundle_plot_table_and_row(smoke):

@@ -1,17 +1,30 @@
 """A run stops where it would lie: at what is not finite, at data that cannot be trained on; and when it is told to."""
 
+import contextlib
 import os
 import signal
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import fresh, randomise
+from conftest import ROOT, fresh, randomise
 from image_anchors import vit
 from tiny_runs import DEFAULTS, ROWS, Pictures, dataset, image_trainer, stitched_model, trained, trainer
+from transformers import LlamaForCausalLM, Trainer
 
 from stitched_llama import PSTConfig, StitchedViTForImageClassification, StitchTrainer, StitchTrainingArguments
-from stitched_llama.training import Collator, collate_images, evaluate_stitches, find_checkpoint, image_scores, spearman
+from stitched_llama.training import (
+    Collator,
+    FiniteGradients,
+    collate_images,
+    evaluate_plain,
+    evaluate_stitches,
+    find_checkpoint,
+    image_scores,
+    spearman,
+)
+from stitched_llama.training.finite import check_step
 from stitched_llama.training.interruption import Interruption
 
 
@@ -92,6 +105,8 @@ def test_an_evaluation_that_is_not_finite_is_no_evaluation(anchors):
         model.anchors[0].model.norm.weight.fill_(torch.nan)
     with pytest.raises(ValueError, match=r"stitch 0\[0:3\] has the loss nan on row 0 of those it is evaluated on"):
         evaluate_stitches(model, [batch], progress=False)
+    with pytest.raises(ValueError, match="the model has the loss nan on row 0"):
+        evaluate_plain(model.anchors[0], [batch])
 
 
 def test_an_alignment_that_is_not_finite_stops(anchors):
@@ -101,6 +116,40 @@ def test_an_alignment_that_is_not_finite_stops(anchors):
         model.anchors[1].lm_head.weight.fill_(torch.nan)
     with pytest.raises(ValueError, match=r"step 1 of the alignment: the loss of stitch \d \(.*\) is nan"):
         model.calibrate([batch] * 8, align_steps=3, progress=False)
+
+
+@pytest.mark.parametrize("which", ["loss", "gradient"])
+def test_a_plain_trainer_of_the_baselines_stops_too(which, anchors, tmp_path):
+    model = LlamaForCausalLM.from_pretrained(anchors["unequal"][0])
+    arguments = StitchTrainingArguments(**{**DEFAULTS, "output_dir": str(tmp_path), "per_device_train_batch_size": 4})
+    run = Trainer(model, arguments, Collator(0), dataset(), callbacks=[FiniteGradients()])
+    model.lm_head.weight.register_hook(
+        lambda g: g * (torch.nan if which == "gradient" and run.state.global_step == 2 else 1)
+    )
+    if which == "loss":
+        with torch.no_grad():
+            model.model.norm.weight.fill_(torch.nan)
+    with pytest.raises(
+        ValueError, match=r"^step [13]: the gradient is not finite on rows \d+, .* \(batch 0 .*; rows .* \(batch 1"
+    ):
+        run.train()
+    for name in ("lora_baseline", "vision_baseline"):
+        assert "FiniteGradients()" in (ROOT / "recipes" / f"{name}.py").read_text()
+
+
+def test_gradients_that_overflow_under_float16_are_the_scalers():
+    for scale, refused in ((2.0**16, False), (0.5, True)):
+        run = SimpleNamespace(
+            accelerator=SimpleNamespace(scaler=SimpleNamespace(get_scale=lambda s=scale: s), num_processes=1)
+        )
+        run.faults, run.batches_of_step, run.describe_batch, run.state = [], 1, str, SimpleNamespace(global_step=4)
+        stitch, gradients = SimpleNamespace(stitch_id=1, key="k"), [torch.tensor([1.0, torch.inf])]
+        with (
+            pytest.raises(ValueError, match="step 5: the gradient of stitch 1") if refused else contextlib.nullcontext()
+        ):
+            check_step(run, stitch, [1.0, 0.0], gradients)
+        with pytest.raises(ValueError, match="step 5"):
+            check_step(run, stitch, [float("nan"), 0.0], gradients)
 
 
 def test_spearman_of_what_is_no_number_ends():
@@ -161,7 +210,7 @@ def test_a_column_that_is_no_tensor_is_refused_by_name(anchors, tmp_path):
     def unlabelled(rows):
         return {name: tensor for name, tensor in Collator(0)(rows).items() if name != "labels"}
 
-    with pytest.raises(ValueError, match="no labels in a batch: it holds input_ids, attention_mask only"):
+    with pytest.raises(ValueError, match="no labels: a batch holds input_ids, attention_mask only"):
         made_with(model, tmp_path, dataset(), unlabelled).train()
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import re
 import shutil
 from collections import Counter
 from itertools import cycle
@@ -503,6 +504,15 @@ def test_two_ranks_equal_one_process_on_the_same_global_batch(checkpointing, anc
     assert_close(ranks[0]["weights"], ranks[1]["weights"], atol=0, rtol=0)
     assert ranks[0]["found"] == ranks[1]["found"]
     assert ranks[0]["averages"] == ranks[1]["averages"]
+    for rank in ranks if not checkpointing else []:
+        (ended, refused), checkpoint, weights = rank["stops"]
+        assert ended == "143"
+        assert checkpoint == str(tmp_path / "stops" / "checkpoint-2")
+        assert re.match(
+            r"step 3: the loss of stitch \d .* is nan on rows .* of the training set \(batch 0 of the step on rank 1\)",
+            refused,
+        )
+        assert_close(weights, rank["weights"], atol=0, rtol=0)
 
 
 def test_one_route_trains_a_step_and_every_anchor_has_its_share(anchors, tmp_path, monkeypatch):

@@ -1,6 +1,8 @@
 """One small training run, for tests in this process and, as a script under torchrun, on several ranks."""
 
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from stitched_llama.training import (
     byte_tokenizer,
     collate_images,
     evaluate_stitches,
+    find_checkpoint,
     template,
 )
 
@@ -93,7 +96,31 @@ def main(output, folders, options):
         "averages": run.importance.averages,
         "world": run.args.world_size,
     }
+    if not isinstance(folders, dict) and not options.get("activation_checkpointing"):
+        state["stops"] = stops(folders, Path(output) / "stops", options)
     torch.save(state | {"visits": run.importance.visits}, Path(output) / f"rank{run.args.process_index}.pt")
+
+
+def stops(folders, output, options):
+    """Told of by rank 1 alone: SIGTERM in the second step, and after a resume a loss that is no number in the third."""
+    told = []
+    for fault in ("sigterm", "nan", None):
+        run = trainer(randomise(stitched_model(folders)), output, **options)
+        logits, rank = run._response_logits, run.args.process_index
+
+        def faulty(model, inputs, labels, stitch=None, fault=fault, run=run, logits=logits, rank=rank):
+            found, wanted = logits(model, inputs, labels, stitch)
+            if rank == 1 and fault == "sigterm" and run.state.global_step == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            spoilt = rank == 1 and fault == "nan" and run.state.global_step == 2
+            return found * (torch.nan if spoilt else 1), wanted
+
+        run._response_logits = faulty
+        try:
+            run.train(resume_from_checkpoint=fault != "sigterm")
+        except (SystemExit, ValueError) as error:
+            told.append(str(error))
+    return told, find_checkpoint("auto", str(output)), trained(run.model)
 
 
 class Pictures(torch.utils.data.Dataset):

@@ -71,7 +71,7 @@ class Arguments:
     calibration_size: int = field(default=512, metadata={"help": "Rows for the least-squares start."})
     align_steps: int = field(default=0, metadata={"help": "Then steps of alignment, for anchors made apart."})
     ridge: float = field(default=1e-4, metadata={"help": "Relative ridge of the least squares."})
-    resume: str | None = field(default=None, metadata={"help": "auto, or the path of a checkpoint."})
+    resume: str | None = field(default=None, metadata={"help": "auto (the newest whole one), or a checkpoint's path."})
     baselines: str | None = field(default=None, metadata={"help": "JSON rows of anchors tuned alone, for the plot."})
     budgets: list[str] = field(
         default_factory=list, metadata={"help": "Sizes that answer the samples; three by default."}

@@ -67,7 +67,7 @@ class Arguments(ImageDataArguments):
     calibration_size: int = field(default=100, metadata={"help": "Pictures for the least-squares start (SN-Net 4)."})
     ridge: float = field(default=1e-4, metadata={"help": "Relative ridge of the least squares."})
     dtype: str = field(default="auto", metadata={"help": "Of the anchors: auto, float32, bfloat16 or float16."})
-    resume: str | None = field(default=None, metadata={"help": "auto, or the path of a checkpoint."})
+    resume: str | None = field(default=None, metadata={"help": "auto (the newest whole one), or a checkpoint's path."})
     baselines: str | None = field(default=None, metadata={"help": "JSON rows of anchors tuned alone, for the plot."})
 
 

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, set_seed
 from stitched_llama import StitchTrainingArguments
 from stitched_llama.training import (
     Collator,
+    FiniteGradients,
     InstructionDataset,
     batches,
     check_arguments,
@@ -74,7 +75,8 @@ def main() -> None:
         model.print_trainable_parameters()
         start = time.time()
         quiet = replace(training, save_strategy="no")
-        Trainer(model=model, args=quiet, train_dataset=train_set, data_collator=collator).train()
+        how = {"data_collator": collator, "callbacks": [FiniteGradients()]}
+        Trainer(model=model, args=quiet, train_dataset=train_set, **how).train()
         after = evaluate_plain(model, held_out_batches, split=True)
         found[f"{index}[0:{anchor.config.num_hidden_layers}]"] = {
             **after, **{f"{metric}_before": value for metric, value in before.items()}, "seconds": round(time.time() - start, 1),

@@ -22,6 +22,7 @@ from stitched_llama.pst import show_convolutions
 from stitched_llama.space import anchor_spec
 from stitched_llama.training import (
     EpochOfAugmentation,
+    FiniteGradients,
     ImageDataArguments,
     ImageSet,
     ImageTrainingArguments,
@@ -75,7 +76,7 @@ def main() -> None:
             model.print_trainable_parameters()
         start = time.time()
         quiet = replace(training, save_strategy="no", label_names=["labels"])
-        callbacks = [EpochOfAugmentation()]
+        callbacks = [EpochOfAugmentation(), FiniteGradients()]
         Trainer(
             model=model, args=quiet, train_dataset=train_set, data_collator=collate_images, callbacks=callbacks
         ).train()

@@ -33,6 +33,7 @@ from .checkpoints import find_checkpoint, is_published
 from .checks import check_arguments
 from .data import Collator, InstructionDataset, Row, batches, drawn, encode_prompt, pad_token_id, read_rows, split_rows
 from .evaluation import evaluate_plain, evaluate_stitches, image_scores, response_scores, spearman
+from .finite import FiniteGradients
 from .image_trainer import StitchImageTrainer
 from .images import IMAGE_TASKS, EpochOfAugmentation, ImageSet, collate_images, few_shot, read_images, some_of
 from .plots import format_table, plot_stitches, read_baselines
@@ -49,6 +50,7 @@ __all__ = [
     "IMAGE_TASKS",
     "Collator",
     "EpochOfAugmentation",
+    "FiniteGradients",
     "ImageDataArguments",
     "ImageSet",
     "ImageTrainingArguments",

@@ -213,6 +213,8 @@ class CheckpointMixin:
             return None
         _tell(f"{checkpoint} is the end of its run of {state.max_steps} steps: nothing is left to train")
         self._load_from_checkpoint(checkpoint)
+        if not hasattr(self.model, "_original_forward"):  # mixed precision, in which a trained model is evaluated too
+            self.accelerator.prepare_model(self.model, evaluation_mode=True)
         self.state = state
         if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self._load_best_model()

@@ -126,7 +126,7 @@ def check_batch(batch: Mapping[str, Any], images: bool) -> None:
             )
     labels = batch.get("labels")
     if labels is None:
-        raise ValueError(f"no labels in a batch: it holds {', '.join(batch)} only")
+        raise ValueError(f"no labels: a batch holds {', '.join(batch)} only")
     shape = [len(next(iter(batch.values())))] if images else list(batch.get("input_ids", labels).shape)
     if labels.is_floating_point() or labels.dtype == torch.bool or list(labels.shape) != shape:
         raise ValueError(

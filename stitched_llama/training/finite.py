@@ -9,21 +9,25 @@ import torch
 from accelerate.data_loader import SeedableRandomSampler
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
+from transformers import TrainerCallback
 
 from stitched_llama.space import Stitch
 
 _SHOWN = 16
+_WAY_OUT = (
+    "Nothing of this step is kept, checkpoints saved before stand: mend or leave out those rows, or begin anew with a lower "
+    "learning_rate"
+)
 
 
-def rows_of_batch(trainer: Any, number: int) -> list[int] | None:
+def rows_of_batch(loader: Any, args: Any, state: Any, number: int) -> list[int] | None:
     """Indices in the training set of batch `number` of the running step, on this rank; None where the order is not known."""
-    loader = trainer.callback_handler.train_dataloader
     batch_sampler = getattr(loader, "batch_sampler", None)
     inner = getattr(batch_sampler, "batch_sampler", batch_sampler)
     if not isinstance(getattr(inner, "sampler", None), (SeedableRandomSampler, SequentialSampler)):
         return None
-    batches = trainer.args.gradient_accumulation_steps
-    epoch, step = divmod(trainer.state.global_step, math.ceil(len(loader) / batches))
+    batches = args.gradient_accumulation_steps
+    epoch, step = divmod(state.global_step, math.ceil(len(loader) / batches))
     if isinstance(inner.sampler, SeedableRandomSampler):
         inner.sampler.set_epoch(epoch)
     return next(islice(iter(batch_sampler), step * batches + number, None), None)
@@ -42,10 +46,10 @@ def rows_without_loss(trainer: Any, key: str, inputs: dict[str, Tensor], labels:
     return [i for i in range(len(labels)) if not loss(slice(i, i + 1)).isfinite()]
 
 
-def describe_rows(trainer: Any, number: int, positions: Sequence[int] | None = None) -> str:
+def describe_rows(loader: Any, args: Any, state: Any, number: int, positions: Sequence[int] | None = None) -> str:
     """Which rows a batch of the running step holds, or those at `positions` of it."""
-    rows = rows_of_batch(trainer, number)
-    where = f"batch {number} of the step on rank {trainer.args.process_index}"
+    rows = rows_of_batch(loader, args, state, number)
+    where = f"batch {number} of the step on rank {args.process_index}"
     if rows is None:
         return f"{where}" + (f", its rows {_some(positions)}" if positions else "")
     return f"rows {_some(rows if not positions else [rows[i] for i in positions])} of the training set ({where})"
@@ -66,7 +70,7 @@ def note_fault(trainer: Any, student: Stitch, loss: float, inputs: dict[str, Ten
         name, alone = f"stitch {who.stitch_id} ({who.key})", rows_without_loss(trainer, who.key, inputs, labels)
     else:
         name = "the teacher"
-    rows = describe_rows(trainer, trainer.batches_of_step, alone if len(alone) < len(labels) else None)
+    rows = trainer.describe_batch(trainer.batches_of_step, alone if len(alone) < len(labels) else None)
     trainer.faults.append(f"the loss of {name} is {loss} on {rows}")
 
 
@@ -90,16 +94,27 @@ def check_step(trainer: Any, student: Stitch, losses: Sequence[float], gradients
         torch.distributed.all_gather_object(faults, trainer.faults)
     told = [fault for of_rank in faults for fault in of_rank]
     if not told:
-        rows = "; ".join(describe_rows(trainer, number) for number in range(trainer.batches_of_step))
+        rows = "; ".join(map(trainer.describe_batch, range(trainer.batches_of_step)))
         told = [f"the gradient of stitch {student.stitch_id} ({student.key}) is not finite on {rows}"]
-    raise ValueError(
-        f"step {trainer.state.global_step + 1}: {'; '.join(told)}. Nothing of this step is kept, checkpoints saved before stand: "
-        "mend or leave out those rows, or begin anew with a lower learning_rate"
-    )
+    raise ValueError(f"step {trainer.state.global_step + 1}: {'; '.join(told)}. {_WAY_OUT}")
 
 
 def _are_finite(gradients: Sequence[Tensor]) -> bool:
     return not gradients or bool(torch.nn.utils.get_total_norm(gradients).isfinite())
+
+
+class FiniteGradients(TrainerCallback):
+    """The same for a plain `Trainer`, which would train on, and log another loss instead."""
+
+    def on_pre_optimizer_step(
+        self, args: Any, state: Any, control: Any, model: Any = None, train_dataloader: Any = None, **kwargs: Any
+    ) -> None:
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        if args.fp16 or _are_finite(gradients):  # under float16 they overflow at times
+            return
+        batches = range(args.gradient_accumulation_steps)
+        rows = "; ".join(describe_rows(train_dataloader, args, state, number) for number in batches)
+        raise ValueError(f"step {state.global_step + 1}: the gradient is not finite on {rows}. {_WAY_OUT}")
 
 
 def check_weights(model: nn.Module, step: int) -> None:

@@ -3,7 +3,7 @@
 import contextlib
 import logging
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -146,6 +146,10 @@ class StitchTrainer(CheckpointMixin, ReportMixin, Trainer):
         self._sampler = None
         return super()._inner_training_loop(*args, **kwargs)
 
+    def describe_batch(self, number: int, positions: Sequence[int] | None = None) -> str:
+        """Which rows batch `number` of the running step holds, or those at `positions` of it."""
+        return describe_rows(self.callback_handler.train_dataloader, self.args, self.state, number, positions)
+
     def _forget_step(self) -> None:
         self._kept = {"teacher": {}, "student": {}}
         self.step_losses = [0.0, 0.0]  # the student's and the teacher's, on labels
@@ -164,7 +168,7 @@ class StitchTrainer(CheckpointMixin, ReportMixin, Trainer):
         if not num_items_in_batch:
             raise ValueError(
                 f"step {self.state.global_step + 1} has no label to learn, all are {IGNORED} (masked): leave such rows out; the last "
-                f"of them are {describe_rows(self, self.batches_of_step)}"
+                f"of them are {self.describe_batch(self.batches_of_step)}"
             )
         student, word = self.draw(self.state.global_step), None
         self._macs = 3 * student.macs * self._has_own_gradients(student)
