@@ -1,19 +1,22 @@
 """The file format of bundles: JSON and safetensors, written atomically; knows no model.
 
 atomic       all of a set of files or none
+digests      tells when a file of a folder changed
 fingerprint  tells when an anchor is no longer the one trained on
 int8         stitching layers in half the bytes
 bundle       open, read, verify, write
 """
 
 from .atomic import recover, staged_files, write_atomically
-from .bundle import CARD, CONFIG, GENERATION, TABLE, WEIGHTS, Bundle, dump_json, sha256, write_bundle
+from .bundle import CARD, CONFIG, GENERATION, TABLE, WEIGHTS, Bundle, dump_json, write_bundle
+from .digests import DIGESTS, read_digests, sha256, verify_digests, write_digests
 from .fingerprint import fingerprint_files, fingerprint_tensors, part_of, read_header
 from .int8 import dequantize_rows, quantize_rows
 
 __all__ = [
     "CARD",
     "CONFIG",
+    "DIGESTS",
     "GENERATION",
     "TABLE",
     "WEIGHTS",
@@ -24,10 +27,13 @@ __all__ = [
     "fingerprint_tensors",
     "part_of",
     "quantize_rows",
+    "read_digests",
     "read_header",
     "recover",
     "sha256",
     "staged_files",
+    "verify_digests",
     "write_atomically",
     "write_bundle",
+    "write_digests",
 ]

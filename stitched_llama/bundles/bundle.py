@@ -1,6 +1,5 @@
 """The files of a bundle: read, write and verify. Knows tensors and tables, no model; JSON and safetensors only."""
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .atomic import recover, staged_files
+from .digests import sha256
 from .fingerprint import read_header
 
 CONFIG, WEIGHTS, TABLE, CARD, GENERATION = (
@@ -117,11 +117,6 @@ def write_bundle(
         (stage / TABLE).write_text(dump_json({**table, "weights_sha256": sha256(stage / WEIGHTS)}), encoding="utf-8")
         for name, text in texts.items():
             (stage / name).write_text(text, encoding="utf-8")
-
-
-def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read_json(path: Path) -> dict[str, Any]:
