@@ -10,6 +10,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+from stitched_llama.space import printable
+
 from . import bundle, chat, space
 
 
@@ -34,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, OSError) as error:
-        print(f"stitched-llama: {error}", file=sys.stderr)
+        print(f"stitched-llama: {printable(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 from stitched_llama.space import first_line
 
 
-def check_tokenizers(names: Sequence[Any], **hub: Any) -> None:
+def check_tokenizers(names: Sequence[Any], trust_remote_code: bool = False, **hub: Any) -> None:
     """Refuses anchors whose tokenizers differ; warns where an anchor has none to compare. Loaded models have none.
 
     Raises:
@@ -20,7 +20,7 @@ def check_tokenizers(names: Sequence[Any], **hub: Any) -> None:
         if not isinstance(name, str):
             continue
         try:
-            tokenizers.append((name, AutoTokenizer.from_pretrained(name, **hub)))
+            tokenizers.append((name, AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, **hub)))
         except (OSError, ValueError, TypeError, KeyError, ImportError, AttributeError) as error:
             logging.getLogger(__name__).warning(
                 "%s has no tokenizer that could be compared with the other anchors' (%s): make sure they are one",

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from typing import Any
 
 from transformers import TrainingArguments
 
@@ -102,6 +103,10 @@ class StitchTrainingArguments(TrainingArguments):
         default="hard", metadata={"help": f"Student's teacher signal: {', '.join(DISTILLATIONS)}."}
     )
     distillation_weight: float = field(default=0.5, metadata={"help": "Its share of the student's loss."})
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What `training_args.bin` beside a checkpoint holds: no tokens."""
+        return {name: None if name.endswith("_token") else value for name, value in vars(self).items()}
 
     def __post_init__(self):
         if self.distillation not in DISTILLATIONS:
