@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from stitched_llama.space import read_object
 
 from .atomic import reading, staged_files
-from .digests import DIGESTS, digests_text, sha256, verify_digests
+from .digests import DIGESTS, digests_text, read_digests, sha256, verify_digests
 
 CONFIG, WEIGHTS, TABLE, CARD, GENERATION = (
     "config.json",
@@ -74,7 +74,8 @@ class Bundle:
                 if not (folder / name).is_file():
                     raise ValueError(f"{folder} is not a bundle: it has no {name}")
             if verify:
-                verify_digests(folder, [n for n in recorded_files(folder) if weights or n != WEIGHTS])
+                names = {*recorded_files(folder), *(n for n in read_digests(folder) if n in RECORDED)}
+                verify_digests(folder, names if weights else names - {WEIGHTS})
             config, table = read_object(folder / CONFIG), read_object(folder / TABLE)
             generation = read_object(folder / GENERATION) if (folder / GENERATION).is_file() else None
             file, shapes = _open_weights(folder / WEIGHTS)
@@ -164,3 +165,5 @@ def _check_tables(folder: Path, config: Mapping[str, Any], table: Mapping[str, A
         for name, kinds in _REFERENCE.items():
             if not isinstance(anchor, dict) or name not in anchor or not isinstance(anchor[name], kinds):
                 raise ValueError(f"{folder / CONFIG}: anchor {index} has no {name} that is one: the bundle is damaged")
+        if not isinstance(anchor.get("digests", {}), dict):
+            raise ValueError(f"{folder / CONFIG}: anchor {index} has no digests that are some: the bundle is damaged")

@@ -116,8 +116,9 @@ def load_anchors(
             of_hub = {name: options[name] for name in HUB_OPTIONS if name in options}
             stored = anchor_config(source, trust_remote_code, attention=True, **of_hub)  # not what it then runs with
             _check_shape(source, index, stored, spec)
-            if not hasattr(own, "quantization_config") and hasattr(stored, "quantization_config"):
-                own.quantization_config = stored.quantization_config  # of a bundle that did not say so yet
+            if "digests" not in reference and not hasattr(own, "quantization_config"):
+                if hasattr(stored, "quantization_config"):  # an old bundle did not say so
+                    own.quantization_config = stored.quantization_config
             new_head = getattr(config, "train_head", False)  # the bundle holds it
             how = {"new_head": new_head, "whole": whole, "trust_remote_code": trust_remote_code, **options}
             with named(f"anchor {index} of the bundle, {source!r}"):

@@ -69,13 +69,17 @@ class BundleTensors(MeasuredTable):
             )
 
     def _is_of_another(self, name: str) -> bool:
-        """Whether a tensor may belong to a stitch of the space that this model does not hold."""
+        """Whether a tensor may belong to a stitch of the space that this model does not hold, and to none that it holds."""
         part, _, rest = name.partition(".")
+        routes = [self.space[key] for key in self.keys]
         if part == "stitching_layers":
-            return rest.split(".")[0] in self.space.stitching_layers
+            own = {junction.layer for stitch in routes for junction in stitch.junctions}
+            return rest.split(".")[0] in self.space.stitching_layers.keys() - own
         if part == "stitch_bias":
-            return any(rest == stitch.key for stitch in self.space)
-        return part == "anchors" and rest.split(".")[0] in map(str, range(len(self.space.anchors)))
+            return rest in {stitch.key for stitch in self.space} - set(self.keys)
+        own_blocks = tuple(self.block_prefix(*block) for stitch in routes for block in stitch.blocks())
+        known = rest.split(".")[0] in map(str, range(len(self.space.anchors)))
+        return part == "anchors" and known and not name.startswith(own_blocks)
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
         """As torch has it; what a checkpoint holds, the tensors of a bundle by their names there, goes where it belongs, as any
