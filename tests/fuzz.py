@@ -1,6 +1,7 @@
 """Many damaged, edited and hostile inputs, each right or refused by name (`make fuzz`).
 
-    python tests/fuzz.py --bundles 2000 --seed 0 --out benchmarks/results/reliability.json
+    python tests/fuzz.py --full --out benchmarks/results/reliability.json
+    python tests/fuzz.py --bundles 100 --seed 5000
 
 One option for each kind of cases that the modules `fuzzing_*` bring: how many. A fault is printed with its seed, which
 `--only SEED` runs again alone. Ends with status 1 where there is one.
@@ -26,6 +27,7 @@ def main():
     found = kinds()
     for name in found:
         parser.add_argument(f"--{name}", type=int, default=0, metavar="N", help=f"cases of {name}")
+    parser.add_argument("--full", action="store_true", help="of every kind as many as its module says")
     parser.add_argument("--seed", type=int, default=0, help="of the first case; each further one has the next")
     parser.add_argument("--only", type=int, help="run the one case of this seed")
     parser.add_argument("--out", type=Path, help="JSON of counts and faults, added to what is there")
@@ -41,8 +43,8 @@ def main():
             print(seed, title, outcome, repr(detail[:300]))
 
     with tempfile.TemporaryDirectory() as root:
-        for name, (prepare, cases) in found.items():
-            if count := getattr(options, name):
+        for name, (prepare, cases, full) in found.items():
+            if count := full if options.full else getattr(options, name):
                 seeds = [options.only] if options.only is not None else range(options.seed, options.seed + count)
                 results[name] = run(name, prepare, cases, seeds, Path(root), report)
                 told = {key: value for key, value in results[name].items() if key != "faults"}

@@ -2,7 +2,8 @@
 
 A module `fuzzing_NAME` brings `cases(rng)`, an endless iterator of `(name, mutate, check)`, and `prepare(folder)`, which
 builds once what the cases begin with. `mutate(case)` changes a copy of that; `check(case)` returns where the outcome is
-right and raises `Different` where it is silently another. `KINDS` of a module names several such pairs.
+right and raises `Different` where it is silently another. `FULL` says how many `make fuzz` runs. A module of several kinds
+has `KINDS` instead: name -> (prepare, cases, how many).
 
 Right, or refused by a ValueError or an OSError, is allowed; everything else is a fault.
 """
@@ -35,12 +36,12 @@ class Fault(BaseException):
 
 
 def kinds(names=None):
-    """Name of a kind of cases -> (prepare, cases), of every module `fuzzing_*` beside this one."""
+    """Name of a kind of cases -> (prepare, cases, how many), of every module `fuzzing_*` beside this one."""
     found = {}
     for path in sorted(Path(__file__).parent.glob("fuzzing_*.py")):
         module = importlib.import_module(path.stem)
-        own = {path.stem.removeprefix("fuzzing_"): (module.prepare, module.cases)}
-        found |= getattr(module, "KINDS", own)
+        name = path.stem.removeprefix("fuzzing_")
+        found |= module.KINDS if hasattr(module, "KINDS") else {name: (module.prepare, module.cases, module.FULL)}
     return found if names is None else {name: found[name] for name in names}
 
 

@@ -20,6 +20,7 @@ from stitched_llama.cli import main
 CLASSES = {"llama": StitchedLlamaForCausalLM, "vit": StitchedViTForImageClassification}
 AUTO = {"llama": AutoModelForCausalLM, "vit": AutoModelForImageClassification}
 INPUTS = {"llama": torch.arange(4, 15)[None], "vit": torch.linspace(-1, 1, 3 * 16 * 16).view(1, 3, 16, 16)}
+FULL = 2000
 SPACES = ("swin", "convnext", "resnet", "dinov2", "mobilenet", "deit", "llama")
 CODE = "import os, pathlib\npathlib.Path(os.environ['FUZZ_FOLDER'], 'CODE_WAS_RUN').touch()\nclass Evil: pass\n"
 EXTRA = (
@@ -194,7 +195,10 @@ def _load(case, original, kind, rng, honest):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if how == "auto":
-            model = AUTO[kind].from_pretrained(case / "bundle")
+            try:
+                model = AUTO[kind].from_pretrained(case / "bundle")
+            except RecursionError as error:  # of Transformers' own reading of a config.json, before it knows our class
+                raise ValueError(str(error)) from error
         else:
             model = CLASSES[kind].from_pretrained(case / "bundle", **how)
         found = _logits(model, kind) if honest else {}

@@ -41,7 +41,7 @@ def resnet_spec(config: Config, entry: Entry | None = None) -> AnchorSpec:
     widths = positives(config, "hidden_sizes", (256, 512, 1024, 2048))
     depths = depths_of(config, (3, 4, 6, 3), ("hidden_sizes", widths))
     channels, stem_width = positive(config, "num_channels", 3), positive(config, "embedding_size", 64)
-    kind = config.get("layer_type") or "bottleneck"
+    kind = "bottleneck" if config.get("layer_type") is None else config["layer_type"]
     if kind not in ("basic", "bottleneck") or (kind == "bottleneck" and min(widths) < 4):
         raise ValueError(
             f"layer_type {kind!r} with hidden_sizes {list(widths)}: 'basic', or 'bottleneck' from 4 channels on, is needed"

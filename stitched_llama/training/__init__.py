@@ -32,7 +32,7 @@ from .image_trainer import StitchImageTrainer
 from .images import IMAGE_TASKS, EpochOfAugmentation, ImageSet, collate_images, few_shot, read_images, some_of
 from .plots import format_table, plot_stitches, read_baselines
 from .prompts import TEMPLATES, Template, template
-from .record import dump_record, provenance
+from .record import dump_record, provenance, redacted
 from .samples import sample_budgets
 from .smoke import byte_tokenizer, pico_anchor, smoke_anchors
 from .trainer import StitchTrainer
@@ -75,6 +75,7 @@ __all__ = [
     "read_baselines",
     "read_images",
     "read_rows",
+    "redacted",
     "response_scores",
     "sample_budgets",
     "smoke_anchors",
