@@ -3,6 +3,7 @@
 import ast
 import builtins
 import json
+import logging
 import pickle
 import resource
 import shutil
@@ -25,7 +26,12 @@ from stitched_llama.cli.chat import Chat, converse
 from stitched_llama.space import anchor_spec, intervals, printable
 from stitched_llama.training import StitchTrainingArguments, provenance, redacted
 
-EVIL = "import pathlib\npathlib.Path({marker!r}).touch()\nfrom transformers import LlamaConfig as Evil\n"
+EVIL = """
+import pathlib
+pathlib.Path({marker!r}).touch()
+class Evil:
+    pass
+"""
 
 
 @pytest.fixture(scope="module")
@@ -237,15 +243,30 @@ def test_code_of_an_anchor_is_not_run(fields, nobody_asked, anchors, bundle, tmp
     assert not marker.exists()
 
 
-def test_code_of_an_anchor_that_a_bundle_names_is_not_run_whatever_is_said(nobody_asked, anchors, bundle, tmp_path):
+def test_only_anchors_that_the_caller_names_may_be_trusted(nobody_asked, anchors, bundle, tmp_path, monkeypatch):
+    told, original = [], AutoConfig.from_pretrained
+
+    def recorded(name, trust_remote_code=None, **how):
+        told.append(trust_remote_code)
+        return original(name, trust_remote_code=False, **how)
+
+    monkeypatch.setattr("stitched_llama.models.references.AutoConfig.from_pretrained", recorded)
     own = shutil.copytree(anchors["unequal"][1], tmp_path / "1")
     marker = plant(own, tmp_path)
     edit(bundle / CONFIG, set_field("anchors", 1, "name_or_path", value=str(own)))
     sign(bundle)
-    load(bundle, trust_remote_code=True)
+    named = [anchors["unequal"][0], str(own)]
+    for use, trusted in (
+        (lambda: load(bundle), False),
+        (lambda: load(bundle, trust_remote_code=True), False),  # the bundle's choice of anchors is not the caller's
+        (lambda: load(bundle, anchors=named), False),
+        (lambda: load(bundle, anchors=named, trust_remote_code=True), True),
+        (lambda: StitchedLlamaForCausalLM.from_anchors(anchors["unequal"], trust_remote_code=True), True),
+    ):
+        told.clear()
+        use()
+        assert told == [trusted] * 2
     assert not marker.exists()
-    load(bundle, anchors=[anchors["unequal"][0], str(own)], trust_remote_code=True)  # named, and trusted, by the caller
-    assert marker.exists()
 
 
 def test_code_of_a_bundle_is_not_run(nobody_asked, bundle, tokenizer, tmp_path, capsys, monkeypatch):
@@ -356,6 +377,17 @@ def test_no_file_of_a_run_holds_the_token(anchors, tmp_path):
 
 def test_text_of_others_is_printed_as_text():
     assert printable("a\x1b[31m\x07\x9b\ud800\u202eb\n\tü🦙") == "a\\x1b[31m\\x07\\x9b\\ud800\\u202eb\n\tü🦙"
+
+
+def test_logs_of_a_command_are_printed_as_text(bundle, monkeypatch, caplog):
+    def run(options):
+        logging.getLogger("transformers.somewhere").warning("got %s", "\x1b[2J")
+        return 0
+
+    monkeypatch.setattr("stitched_llama.cli.bundle.run_show", run)
+    assert main(["bundle", "show", str(bundle)]) == 0
+    assert caplog.messages == ["got \\x1b[2J"]
+    assert logging.getLogRecordFactory() is logging.LogRecord
 
 
 def test_a_terminal_obeys_nothing_of_a_bundle(bundle, capsys):

@@ -343,6 +343,18 @@ def test_metrics_stay_with_the_weights_they_belong_to(bundle, tmp_path, caplog):
     assert not load(tmp_path / "other").table.metrics
 
 
+def test_a_checkpoint_that_a_plain_trainer_reads_is_checked(bundle):
+    """`Trainer` reads `model.safetensors` by itself and asks for no strictness."""
+    model, found = load(bundle), tensors(bundle)
+    name = sorted(found)[0]
+    with pytest.raises(RuntimeError, match="hold 1 that this model has no place for, the first is x"):
+        model.load_state_dict({**found, "x": torch.zeros(1)}, strict=False)
+    found[name] = torch.full_like(found[name], float("nan"))
+    with pytest.raises(ValueError, match=f"tensor {name} of the checkpoint holds"):
+        model.load_state_dict(found, strict=False)
+    assert_equal(model, load(bundle))
+
+
 # ---- saving what cannot be
 
 

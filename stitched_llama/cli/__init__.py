@@ -6,9 +6,11 @@ chat    talk to a bundle at any size
 """
 
 import argparse
+import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from stitched_llama.space import printable
 
@@ -25,11 +27,29 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@contextmanager
+def _printable_logs() -> Iterator[None]:
+    """Log messages, of Transformers too, may quote a file of others: no control character of theirs reaches the terminal."""
+    before = logging.getLogRecordFactory()
+
+    def factory(*args, **kwargs):
+        record = before(*args, **kwargs)
+        record.msg, record.args = printable(record.getMessage()), None
+        return record
+
+    logging.setLogRecordFactory(factory)
+    try:
+        yield
+    finally:
+        logging.setLogRecordFactory(before)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns 2 and one line on stderr where the user can mend something."""
     options = build_parser().parse_args(arguments)
     try:
-        done = options.run(options)
+        with _printable_logs():
+            done = options.run(options)
         sys.stdout.flush()
         return done
     except BrokenPipeError:  # the reader of our output left, `| head` say

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.module import _IncompatibleKeys
 
-from stitched_llama.bundles import Bundle, dequantize_rows, quantize_rows
+from stitched_llama.bundles import Bundle, check_finite, dequantize_rows, quantize_rows
 from stitched_llama.pst import is_low_rank
 from stitched_llama.space import Stitch
 
@@ -86,11 +86,19 @@ class BundleTensors(MeasuredTable):
         `Trainer` loads it.
 
         Raises:
-            RuntimeError: `strict` and a name is missing or unknown.
+            RuntimeError: `strict` and a name is missing, or a name is unknown.
+            ValueError: a tensor of a checkpoint is not finite.
         """
         own = self._own_tensors(self.keys)
-        if not state_dict or not set(state_dict) <= {*own, *(f"{name}_scale" for name in own)}:
+        unknown = set(state_dict) - {*own, *(f"{name}_scale" for name in own)}
+        if not state_dict or unknown:
+            if set(state_dict) & (own.keys() - self.state_dict().keys()):  # by names that only a bundle has
+                raise RuntimeError(
+                    f"the bundle's tensors hold {len(unknown)} that this model has no place for, the first is {min(unknown)}: "
+                    "they are of another model, or were changed"
+                )
             return super().load_state_dict(state_dict, strict, assign)
+        check_finite(state_dict, "the checkpoint")
         missing = [name for name in own if name not in state_dict]
         if strict and missing:
             raise RuntimeError(f"the bundle's tensors lack {len(missing)} of {len(own)}, the first is {missing[0]}")

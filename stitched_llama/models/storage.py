@@ -12,7 +12,7 @@ from huggingface_hub import HfApi, ModelCard
 from transformers import GenerationConfig
 
 from stitched_llama.bundles import CARD, CONFIG, GENERATION, Bundle, write_bundle
-from stitched_llama.space import Stitch, StitchSpace, StitchTable, named
+from stitched_llama.space import StitchSpace, StitchTable, named
 
 from .bundle_anchors import bundle_folder, load_anchors
 from .bundle_tensors import BundleTensors
@@ -117,7 +117,7 @@ class BundleMixin(BundleTensors):
                     "load the bundle it was cut from"
                 )
             config.keys = [stitch.key]
-        stitches = [stitch for stitch in space if config.keys is None or stitch.key in config.keys]
+        stitches = list(space) if config.keys is None else [space[key] for key in config.keys]
         with named(bundle.folder / CONFIG):
             pst = config.pst_config
         whole = True if verify == "full" else None
@@ -283,7 +283,7 @@ def check_table(content: Mapping[str, Any], space: StitchSpace, keys: Sequence[s
         ValueError: it is damaged, or has a row too many, too few, or of another stitch.
     """
     table = StitchTable.from_dict(content)
-    held: list[Stitch] = [stitch for stitch in space if keys is None or stitch.key in keys]
+    held = list(space) if keys is None else sorted((space[key] for key in keys), key=lambda stitch: stitch.stitch_id)
     wanted = [(stitch.stitch_id, stitch.key) for stitch in held]
     if (found := [(row.get("stitch_id"), row.get("key")) for row in content["stitches"]]) != wanted:
         raise ValueError(f"stitches.json has {len(found)} stitches, or others, where config.json has {len(wanted)}")

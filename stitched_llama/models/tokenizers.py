@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from stitched_llama.space import first_line
+from stitched_llama.space import first_line, printable
 
 
 def check_tokenizers(names: Sequence[Any], trust_remote_code: bool = False, **hub: Any) -> None:
@@ -25,7 +25,7 @@ def check_tokenizers(names: Sequence[Any], trust_remote_code: bool = False, **hu
             logging.getLogger(__name__).warning(
                 "%s has no tokenizer that could be compared with the other anchors' (%s): make sure they are one",
                 name,
-                first_line(error),
+                printable(first_line(error)),
             )
     for (name, ours), (other, theirs) in zip(tokenizers, tokenizers[1:]):
         _check_pieces(name, ours.get_vocab(), other, theirs.get_vocab())
