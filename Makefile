@@ -15,7 +15,7 @@ DEMO := --anchors $(ANCHORS) --data $(OUT)/data/train.json --eval_data $(OUT)/da
   --logging_steps 50 --use_cpu
 
 VISION := $(OUT)-vision
-.PHONY: setup demo demo-vision evidence test lint clean
+.PHONY: setup demo demo-vision evidence test lint fuzz clean
 
 setup: $(BIN)/.ready
 
@@ -48,6 +48,10 @@ evidence: setup
 
 test: setup lint
 	$(BIN)/python -m pytest -q
+
+# Thousands of damaged, edited and hostile inputs, each right or refused by name.
+fuzz: setup
+	$(BIN)/python tests/fuzz.py --full --out benchmarks/results/reliability.json
 
 lint: setup
 	$(BIN)/ruff check .

@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    tokenizer = AutoTokenizer.from_pretrained(options.anchors[0])
+    tokenizer = AutoTokenizer.from_pretrained(options.anchors[0], trust_remote_code=False)
     train, held_out = blocks(options.text, tokenizer, options.length)
     batches = [{"input_ids": rows} for rows in train[: options.batches * options.batch].split(options.batch)]
     judged = [{"input_ids": rows} for rows in held_out[: options.held_out * options.batch].split(options.batch)]

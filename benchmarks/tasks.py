@@ -95,7 +95,9 @@ class Vision:
         self.rank = self.ranks[run.family]
         self.model_class = f"Stitched{kind}ForImageClassification"
         self.anchors = [str(self.folder / "anchors" / name) for name in names]
-        self.processor = processor = AutoImageProcessor.from_pretrained(self.anchors[-1], use_fast=False)
+        self.processor = processor = AutoImageProcessor.from_pretrained(
+            self.anchors[-1], use_fast=False, trust_remote_code=False
+        )
         parts = [read_images(str(self.folder / "digits.npz"), part) for part in ("train", "test")]
         if run.part == "source":
             kept = [[i for i, label in enumerate(part.labels) if label < 7] for part in parts]
@@ -138,7 +140,7 @@ class Vision:
         from transformers import AutoModelForImageClassification
 
         return AutoModelForImageClassification.from_pretrained(
-            anchor, ignore_mismatched_sizes=True, id2label=dict(enumerate(self.names))
+            anchor, ignore_mismatched_sizes=True, trust_remote_code=False, id2label=dict(enumerate(self.names))
         )
 
 
@@ -174,7 +176,7 @@ class Language:
         places = {"": (DEMO, DEMO), "second": (own, own), "apart": (own, DEMO)}[run.family]
         self.anchors = [str(place / name) for place, name in zip(places, ("small", "large"))]
         self.rank = self.ranks[run.family]
-        self.processor = tokenizer = AutoTokenizer.from_pretrained(self.anchors[0])
+        self.processor = tokenizer = AutoTokenizer.from_pretrained(self.anchors[0], trust_remote_code=False)
         self.collate = Collator(pad_token_id(tokenizer))
         rows = [read_rows(str(cache / "skills" / name)) for name in ("train.json", "heldout.json")]
         self.train, self.test = (InstructionDataset(part, tokenizer, template("short"), 128) for part in rows)
@@ -212,7 +214,7 @@ class Language:
     def plain(self, anchor: str) -> Any:
         from transformers import AutoModelForCausalLM
 
-        return AutoModelForCausalLM.from_pretrained(anchor, dtype="float32")
+        return AutoModelForCausalLM.from_pretrained(anchor, dtype="float32", trust_remote_code=False)
 
 
 _SKILLS = Lock()  # families are made side by side

@@ -78,7 +78,7 @@ def main() -> None:
     arguments = parser.parse_args()
     preset = PRESETS["demo"]
     for name in ("large", "small"):
-        tokenizer = AutoTokenizer.from_pretrained(arguments.anchors / name)
+        tokenizer = AutoTokenizer.from_pretrained(arguments.anchors / name, trust_remote_code=False)
         model = LlamaForCausalLM.from_pretrained(arguments.anchors / name, dtype=torch.float32).eval()
         corpus = demo_corpus(tokenizer, preset.block, training_tokens=2 * preset.block, seed=0)
         report = {

@@ -21,11 +21,11 @@ from transformers import (
 )
 
 from stitched_llama import PSTConfig, StitchedLlamaForCausalLM, StitchedViTForImageClassification
-from stitched_llama.bundles import CARD, CONFIG, GENERATION, TABLE, WEIGHTS
+from stitched_llama.bundles import CARD, CONFIG, DIGESTS, GENERATION, TABLE, WEIGHTS
 from stitched_llama.cli import main
 from stitched_llama.training import pico_anchor
 
-FILES = {CONFIG, WEIGHTS, TABLE, CARD, GENERATION}
+FILES = {CONFIG, WEIGHTS, TABLE, CARD, GENERATION, DIGESTS}
 IDS = ids_like(2, 11)
 load = StitchedLlamaForCausalLM.from_pretrained
 
@@ -223,9 +223,11 @@ def test_anchors_that_are_stored_in_8_bits(anchors, tmp_path):
     older = json.loads((tmp_path / "b" / CONFIG).read_text())
     for settings_of in older["anchor_configs"]:  # as a bundle once was: it did not say
         assert settings_of.pop("quantization_config")
+    for reference in older["anchors"]:
+        assert reference.pop("digests")
     shutil.copytree(tmp_path / "b", tmp_path / "older")
     (tmp_path / "older" / CONFIG).write_text(json.dumps(older))
-    assert_equal(load(tmp_path / "older"), model)
+    assert_equal(load(tmp_path / "older", verify=False), model)
     budget = f"{whole.space.anchor_stitch(-1).weight_bytes / 1000}kB"
     assert load(tmp_path / "b", budget=budget).keys == [whole.choose(budget).key] == ["1[0:5]"]
     objects = [LlamaForCausalLM.from_pretrained(source, quantization_config=settings) for source in anchors["unequal"]]
@@ -253,8 +255,11 @@ def test_anchors_may_lie_elsewhere(loader, made, bundle, anchors, tmp_path):
     for anchor in content["anchors"]:
         anchor["name_or_path"] = str(tmp_path / "gone")
     (bundle / CONFIG).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="config.json changed.*bundle digest"):
+        loader.from_pretrained(bundle)
     with pytest.raises(OSError, match="anchor 0 of the bundle, .*gone"):
-        load(bundle)
+        loader.from_pretrained(bundle, verify=False)
+    assert main(["bundle", "digest", str(bundle)]) == 0
     assert_equal(loader.from_pretrained(bundle, anchors=moved), made)
 
 

@@ -38,6 +38,7 @@ def test_bundle_and_anchors_by_repository_id(hub, anchors, tmp_path):
     assert all(len(anchor["revision"]) == 40 for anchor in found["anchors"]), "the commit of an anchor is not recorded"
     assert set(Hub.files["someone/bundle"]) == {
         "README.md",
+        "digests.json",
         "config.json",
         "generation_config.json",
         "model.safetensors",

@@ -7,8 +7,20 @@ int8         stitching layers in half the bytes
 bundle       open, read, verify, write
 """
 
-from .atomic import recover, staged_files, write_atomically
-from .bundle import CARD, CONFIG, GENERATION, TABLE, WEIGHTS, Bundle, dump_json, write_bundle
+from .atomic import reading, recover, staged_files, write_atomically
+from .bundle import (
+    CARD,
+    CONFIG,
+    GENERATION,
+    RECORDED,
+    TABLE,
+    WEIGHTS,
+    Bundle,
+    check_finite,
+    dump_json,
+    recorded_files,
+    write_bundle,
+)
 from .digests import DIGESTS, read_digests, sha256, verify_digests, write_digests
 from .fingerprint import fingerprint_files, fingerprint_tensors, part_of, read_header
 from .int8 import dequantize_rows, quantize_rows
@@ -18,9 +30,11 @@ __all__ = [
     "CONFIG",
     "DIGESTS",
     "GENERATION",
+    "RECORDED",
     "TABLE",
     "WEIGHTS",
     "Bundle",
+    "check_finite",
     "dequantize_rows",
     "dump_json",
     "fingerprint_files",
@@ -29,6 +43,8 @@ __all__ = [
     "quantize_rows",
     "read_digests",
     "read_header",
+    "reading",
+    "recorded_files",
     "recover",
     "sha256",
     "staged_files",

@@ -2,17 +2,19 @@
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .atomic import recover, staged_files
-from .digests import sha256
-from .fingerprint import read_header
+from stitched_llama.space import read_object
+
+from .atomic import reading, staged_files
+from .digests import DIGESTS, digests_text, read_digests, sha256, verify_digests
 
 CONFIG, WEIGHTS, TABLE, CARD, GENERATION = (
     "config.json",
@@ -21,6 +23,9 @@ CONFIG, WEIGHTS, TABLE, CARD, GENERATION = (
     "README.md",
     "generation_config.json",
 )
+RECORDED = (CONFIG, WEIGHTS, TABLE, GENERATION)  # what loading reads; the card may be edited
+_REFERENCE = {"name_or_path": (str, NoneType), "revision": (str, NoneType), "fingerprint": dict}
+_DTYPES = ("F64", "F32", "BF16", "F16", "I8")
 
 
 def dump_json(content: Any) -> str:
@@ -30,59 +35,58 @@ def dump_json(content: Any) -> str:
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle on disk, its JSON read, its tensors still there.
+    """A bundle on disk, all of one save: its JSON read, its tensors still there.
 
     Attributes:
         folder: where it lies.
         config: the fields of `config.json`.
         table: the fields of `stitches.json`.
+        generation: the fields of `generation_config.json`, or None.
         shapes: tensor name -> shape, from the header of `model.safetensors`.
     """
 
     folder: Path
     config: Mapping[str, Any]
     table: Mapping[str, Any]
+    generation: Mapping[str, Any] | None
     shapes: Mapping[str, tuple[int, ...]]
+    _file: Any = field(repr=False, compare=False)  # maps the weights of this save, whatever is saved over them later
 
     @classmethod
-    def open(cls, folder: str | Path) -> "Bundle":
-        """Reads the tables of a bundle and checks that its weights are whole.
+    def open(cls, folder: str | Path, verify: bool = True, weights: bool = True) -> "Bundle":
+        """Reads the tables of a bundle and checks that its files are whole, and those that were saved.
+
+        Args:
+            verify: compare the files with `digests.json`; False is for a bundle that was edited on purpose, or is older than that.
+            weights: compare the weights too, which takes a second for every few hundred MB.
 
         Raises:
-            ValueError: a file is missing, damaged or cut short, or the space of config and table differ.
+            ValueError: a file is missing, damaged, cut short or changed, or the space of config and table differ.
+            OSError: another process saves into the folder for minutes.
         """
         folder = Path(folder)
-        recover(folder)
         if not folder.is_dir():
             raise ValueError(
                 f"there is no folder {folder}: name one that holds a bundle (chat and from_pretrained take Hub ids too)"
             )
-        for name in (CONFIG, WEIGHTS, TABLE):
-            if not (folder / name).is_file():
-                raise ValueError(f"{folder} is not a bundle: it has no {name}")
-        config, table = _read_json(folder / CONFIG), _read_json(folder / TABLE)
-        ours, theirs = config.get("space_digest"), table.get("space_digest")
-        if ours != theirs:
-            raise ValueError(
-                f"{folder}: {CONFIG} has space {ours} and {TABLE} has {theirs}: the files are of two bundles"
-            )
-        if not isinstance(table.get("stitches"), list):
-            raise ValueError(
-                f"{folder / TABLE} has no list of stitches: the bundle is damaged, save or download it again"
-            )
-        for index, anchor in enumerate(config.get("anchors") or []):
-            if missing := {"name_or_path", "revision", "fingerprint"} - set(anchor):
-                raise ValueError(
-                    f"{folder / CONFIG}: anchor {index} has no {sorted(missing)[0]}: the bundle is damaged"
-                )
-        header, _ = read_header(folder / WEIGHTS)
-        return cls(folder, config, table, {name: tuple(info["shape"]) for name, info in header.items()})
+        with reading(folder):
+            for name in (CONFIG, WEIGHTS, TABLE):
+                if not (folder / name).is_file():
+                    raise ValueError(f"{folder} is not a bundle: it has no {name}")
+            if verify:
+                names = {*recorded_files(folder), *(n for n in read_digests(folder) if n in RECORDED)}
+                verify_digests(folder, names if weights else names - {WEIGHTS})
+            config, table = read_object(folder / CONFIG), read_object(folder / TABLE)
+            generation = read_object(folder / GENERATION) if (folder / GENERATION).is_file() else None
+            file, shapes = _open_weights(folder / WEIGHTS)
+        _check_tables(folder, config, table)
+        return cls(folder, config, table, generation, shapes, file)
 
     def load_tensors(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """Reads the named tensors and no others.
 
         Raises:
-            ValueError: a tensor is missing (named), or the file is damaged.
+            ValueError: a tensor is missing or holds a number that is not finite (named), or the file is damaged.
         """
         names = list(names)
         if missing := [name for name in names if name not in self.shapes]:
@@ -91,39 +95,75 @@ class Bundle:
                 "the bundle is incomplete, save or download it again"
             )
         try:
-            with safe_open(self.folder / WEIGHTS, framework="pt") as file:
-                return {name: file.get_tensor(name) for name in names}
+            tensors = {name: self._file.get_tensor(name) for name in names}
         except SafetensorError as error:
             raise ValueError(f"{self.folder / WEIGHTS} is damaged: {error}") from None
+        check_finite(tensors, str(self.folder / WEIGHTS))
+        return tensors
 
-    def verify_weights(self) -> None:
-        """Reads all weights and compares them with the digest of the table.
 
-        Raises:
-            ValueError: they differ.
-        """
-        expected, found = self.table.get("weights_sha256"), sha256(self.folder / WEIGHTS)
-        if expected != found:
-            raise ValueError(f"{self.folder / WEIGHTS} has SHA-256 {found}, {TABLE} says {expected}: the file changed")
+def _open_weights(path: Path) -> tuple[Any, dict[str, tuple[int, ...]]]:
+    try:
+        file = safe_open(path, framework="pt")
+        slices = {name: file.get_slice(name) for name in file.keys()}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is damaged or truncated: {error}: save or download it again") from None
+    if wrong := [name for name, part in slices.items() if part.get_dtype() not in _DTYPES]:
+        found = slices[wrong[0]].get_dtype()
+        raise ValueError(f"tensor {wrong[0]} of {path} is {found}, which no bundle holds: it was changed")
+    return file, {name: tuple(part.get_shape()) for name, part in slices.items()}
+
+
+def recorded_files(folder: Path) -> list[str]:
+    """The files of a bundle that its digests cover."""
+    return [name for name in RECORDED if (folder / name).is_file()]
+
+
+def check_finite(tensors: Mapping[str, torch.Tensor], where: str) -> None:
+    """Refuses weights that are no numbers.
+
+    Raises:
+        ValueError: names the tensor and how many of its entries are NaN or infinite.
+    """
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not (finite := torch.isfinite(tensor)).all():
+            raise ValueError(
+                f"tensor {name} of {where} holds {int((~finite).sum())} of {tensor.numel()} entries that are NaN or infinite: "
+                "go back to a checkpoint from before"
+            )
 
 
 def write_bundle(
     folder: str | Path, tensors: Mapping[str, torch.Tensor], table: Mapping[str, Any], texts: Mapping[str, str]
 ) -> None:
-    """Writes a bundle atomically: weights, table with their digest, and further text files by name."""
+    """Writes a bundle atomically: weights, table, further text files by name, and the digests of all but the card.
+
+    Raises:
+        ValueError: a tensor holds a number that is not finite.
+    """
+    contiguous = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
+    check_finite(contiguous, "this model")
     with staged_files(folder) as stage:
-        contiguous = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
         save_file(contiguous, stage / WEIGHTS, metadata={"format": "pt"})
-        (stage / TABLE).write_text(dump_json({**table, "weights_sha256": sha256(stage / WEIGHTS)}), encoding="utf-8")
-        for name, text in texts.items():
+        for name, text in {TABLE: dump_json(table), **texts}.items():
             (stage / name).write_text(text, encoding="utf-8")
+        digests = {name: sha256(stage / name) for name in recorded_files(stage)}
+        (stage / DIGESTS).write_text(digests_text(digests), encoding="utf-8")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__} where an object is needed")
-    return content
+def _check_tables(folder: Path, config: Mapping[str, Any], table: Mapping[str, Any]) -> None:
+    ours, theirs = config.get("space_digest"), table.get("space_digest")
+    if ours != theirs:
+        raise ValueError(
+            f"{folder}: {CONFIG} has space {ours!r} and {TABLE} has {theirs!r}: the files are of two bundles"
+        )
+    rows = table.get("stitches")
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{folder / TABLE} has no list of stitches: the bundle is damaged, save or download it again")
+    anchors = config.get("anchors") or []
+    for index, anchor in enumerate(anchors if isinstance(anchors, list) else [anchors]):
+        for name, kinds in _REFERENCE.items():
+            if not isinstance(anchor, dict) or name not in anchor or not isinstance(anchor[name], kinds):
+                raise ValueError(f"{folder / CONFIG}: anchor {index} has no {name} that is one: the bundle is damaged")
+        if not isinstance(anchor.get("digests", {}), dict):
+            raise ValueError(f"{folder / CONFIG}: anchor {index} has no digests that are some: the bundle is damaged")

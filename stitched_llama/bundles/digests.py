@@ -5,7 +5,7 @@ They tell damage and edits apart from what was saved, not who saved it: whoever 
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from .atomic import write_atomically
@@ -33,9 +33,13 @@ def write_digests(folder: str | Path, names: Iterable[str]) -> None:
     """
     folder = Path(folder)
     found = {} if not (folder / DIGESTS).is_file() else read_digests(folder)
-    found |= {name: sha256(folder / name) for name in names}
-    text = json.dumps({"sha256": found}, indent=2, sort_keys=True) + "\n"
+    text = digests_text(found | {name: sha256(folder / name) for name in names})
     write_atomically(folder / DIGESTS, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def digests_text(digests: Mapping[str, str]) -> str:
+    """The content of `digests.json`, of file name -> SHA-256."""
+    return json.dumps({"sha256": digests}, indent=2, sort_keys=True) + "\n"
 
 
 def read_digests(folder: str | Path) -> dict[str, str]:

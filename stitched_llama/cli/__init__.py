@@ -7,11 +7,14 @@ recipes  finetune, finetune-vision, shrink, baseline, baseline-vision
 """
 
 import argparse
+import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from stitched_llama import __version__
+from stitched_llama.space import printable
 
 from . import bundle, chat, recipes, space
 
@@ -30,16 +33,34 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@contextmanager
+def _printable_logs() -> Iterator[None]:
+    """Log messages, of Transformers too, may quote a file of others: no control character of theirs reaches the terminal."""
+    before = logging.getLogRecordFactory()
+
+    def factory(*args, **kwargs):
+        record = before(*args, **kwargs)
+        record.msg, record.args = printable(record.getMessage()), None
+        return record
+
+    logging.setLogRecordFactory(factory)
+    try:
+        yield
+    finally:
+        logging.setLogRecordFactory(before)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns 2 and one line on stderr where the user can mend something."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     is_recipe = arguments[:1] and arguments[0] in recipes.RECIPES
     try:
-        if is_recipe:
-            done = recipes.run(arguments[0], arguments[1:])
-        else:
-            options = build_parser().parse_args(arguments)
-            done = options.run(options)
+        with _printable_logs():
+            if is_recipe:
+                done = recipes.run(arguments[0], arguments[1:])
+            else:
+                options = build_parser().parse_args(arguments)
+                done = options.run(options)
         sys.stdout.flush()
         return done
     except BrokenPipeError:  # the reader of our output left, `| head` say
@@ -48,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         if is_recipe and not (isinstance(error, OSError) or recipes.is_refusal(error)):
             raise  # a library's, in the middle of a run: the traceback is needed
-        print(f"stitched-llama: {error}", file=sys.stderr)
+        print(f"stitched-llama: {printable(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

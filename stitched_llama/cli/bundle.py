@@ -1,9 +1,9 @@
-"""`stitched-llama bundle show|verify PATH`: what a bundle holds, and whether it is whole."""
+"""`stitched-llama bundle show|verify|digest PATH`: what a bundle holds, whether it is whole, and digests for one that was edited."""
 
 import argparse
 import json
 
-from stitched_llama.space import KEYS, format_bytes, format_count
+from stitched_llama.space import KEYS, format_bytes, format_count, printable
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -19,48 +19,70 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     )
     show.add_argument("path", help="folder of a bundle")
     show.add_argument("--json", action="store_true", help="stitches.json as it is")
+    show.add_argument(
+        "--no-verify", action="store_true", help="also where config or table are not those that were saved"
+    )
     show.set_defaults(run=run_show)
-    checks = "files whole, digests right, anchors unchanged, every tensor there"
+    checks = "files as saved, tables consistent, anchors unchanged, every tensor there"
     verify = actions.add_parser("verify", help=checks, description=f"Checks a bundle: {checks}.")
     verify.add_argument("path", help="folder of a bundle")
     verify.add_argument("--no-anchors", action="store_true", help="do not load the anchors it was trained on")
     verify.add_argument("--anchors", nargs="+", metavar="ANCHOR", help="where the anchors lie now, small to large")
     verify.set_defaults(run=run_verify)
+    digest = actions.add_parser(
+        "digest", help="record the files as they are, of a bundle edited on purpose or older than digests"
+    )
+    digest.add_argument("path", help="folder of a bundle that you trust")
+    digest.set_defaults(run=run_digest)
 
 
 def run_show(options: argparse.Namespace) -> int:
     from stitched_llama.bundles import WEIGHTS, Bundle
+    from stitched_llama.space import StitchTable
 
-    bundle = Bundle.open(options.path)
-    rows = bundle.table["stitches"]
+    bundle = Bundle.open(options.path, verify=not options.no_verify, weights=False)
+    table, rows = StitchTable.from_dict(bundle.table), bundle.table["stitches"]
     if options.json:
         print(json.dumps(bundle.table, indent=2))
         return 0
-    for index, anchor in enumerate(bundle.config["anchors"] or []):
-        print(f"anchor {index}: {anchor['name_or_path']}" + (f" at {anchor['revision']}" if anchor["revision"] else ""))
+    for index, anchor in enumerate(bundle.config.get("anchors") or []):
+        at = f" at {anchor['revision']}" if anchor["revision"] else ""
+        print(printable(f"anchor {index}: {anchor['name_or_path']}{at}"))
     size = (bundle.folder / WEIGHTS).stat().st_size
     print(f"{len(bundle.shapes)} tensors, {format_bytes(size)}; PST: {json.dumps(bundle.config.get('pst'))}")
-    names = sorted({name for row in rows for name in row["metrics"]})
+    names = sorted(table.metrics)
     print(f"{'id':>3}  {'key':<28} {'params':>8} " + " ".join(f"{name:>18}" for name in names) + "  published")
     for row in rows:
-        values = " ".join(f"{row['metrics'].get(name, float('nan')):18.4f}" for name in names)
+        values = " ".join(f"{table.metrics[name].get(row['key'], float('nan')):18.4f}" for name in names)
         mark = "yes" if row["published"] else ""
-        print(f"{row['stitch_id']:>3}  {row['key']:<28} {format_count(row['params']):>8} {values}  {mark}")
+        print(printable(f"{row['stitch_id']:>3}  {row['key']:<28} {format_count(row['params']):>8} {values}  {mark}"))
     return 0
 
 
 def run_verify(options: argparse.Namespace) -> int:
     from stitched_llama.bundles import Bundle
+    from stitched_llama.models import CLASSES
 
     bundle = Bundle.open(options.path)
-    bundle.verify_weights()
-    print(f"{options.path}: files whole, {len(bundle.shapes)} tensors, digests right")
-    if not options.no_anchors:
-        from stitched_llama.models import CLASSES
+    bundle.load_tensors(bundle.shapes)  # which refuses those that are not finite
+    kind = bundle.config.get("model_type")
+    if kind not in CLASSES:
+        raise ValueError(f"{options.path} has the model_type {kind!r}; one of {', '.join(CLASSES)} is needed")
+    CLASSES[kind].check_tables(bundle)
+    print(printable(f"{options.path}: files as saved, {len(bundle.shapes)} tensors, all finite, tables consistent"))
+    if options.no_anchors:
+        return 0
+    model = CLASSES[kind].from_pretrained(options.path, anchors=options.anchors, verify="full")
+    print(printable(f"{options.path}: anchors unchanged, read whole; all tensors of {len(model.keys)} stitches there"))
+    return 0
 
-        kind = bundle.config.get("model_type")
-        if kind not in CLASSES:
-            raise ValueError(f"{options.path} has the model_type {kind!r}; one of {', '.join(CLASSES)} is needed")
-        model = CLASSES[kind].from_pretrained(options.path, anchors=options.anchors)
-        print(f"{options.path}: anchors unchanged, all tensors of {len(model.keys)} stitches there")
+
+def run_digest(options: argparse.Namespace) -> int:
+    from stitched_llama.bundles import DIGESTS, Bundle, recorded_files, write_digests
+
+    bundle = Bundle.open(options.path, verify=False)
+    names = recorded_files(bundle.folder)
+    (bundle.folder / DIGESTS).unlink(missing_ok=True)
+    write_digests(bundle.folder, names)
+    print(printable(f"{options.path}: recorded {', '.join(names)} as they are"))
     return 0

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-from stitched_llama.space import KEYS, Stitch, format_count
+from stitched_llama.space import KEYS, Stitch, format_count, printable
 
 PAPER = {"num_beams": 4, "do_sample": True, "top_p": 0.75}  # ESTA section 5.2
 HELP = "/size 12B or /size #3 changes the size, /sizes lists them, /reset forgets, /quit leaves"
@@ -39,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, help="sample at this temperature (default, and 0: greedy)")
     parser.add_argument("--top-p", type=float, help="sample from the top candidates of this probability")
     parser.add_argument("--anchors", nargs="+", metavar="ANCHOR", help="where the anchors lie now, small to large")
+    parser.add_argument("--no-verify", action="store_true", help="also where the bundle is not what was saved")
     parser.add_argument("--load-in-8bit", action="store_true", help="anchors in 8 bits")
     parser.add_argument("--dtype", default="auto", help="of the anchors")
     parser.add_argument(
@@ -176,12 +177,14 @@ def run(options: argparse.Namespace) -> int:
         dtype=options.dtype,
         device_map=options.device_map or ("auto" if torch.cuda.is_available() else None),
         quantization_config=quantization,
+        verify=not options.no_verify,
     )
     if options.budget is not None and options.stitch_id is not None:
         raise ValueError("--budget and --stitch-id both given: pass one of them")
     size = options.budget if options.stitch_id is None else f"#{options.stitch_id}"
     settings = {"max_new_tokens": options.max_new_tokens, **sampling(options)}
-    chat = Chat(model, AutoTokenizer.from_pretrained(options.bundle), size, options.context, **settings)
+    tokenizer = AutoTokenizer.from_pretrained(options.bundle, trust_remote_code=False)
+    chat = Chat(model, tokenizer, size, options.context, **settings)
     stitch = chat.stitch
     print(f"{format_count(stitch.params)} parameters, stitch {stitch.stitch_id} ({stitch.key}); {HELP}")
     converse(chat)
@@ -234,10 +237,10 @@ def converse(chat: Chat) -> None:
                 stitch = chat.resize(rest)
                 print(f"{format_count(stitch.params)} parameters, stitch {stitch.stitch_id} ({stitch.key})")
             elif command.startswith("/"):
-                print(f"unknown command {command}; {HELP}")
+                print(printable(f"unknown command {command}; {HELP}"))
             else:
                 for piece in chat.ask(line):
-                    print(piece, end="", flush=True)
+                    print(printable(piece), end="", flush=True)
                 print()
         except ValueError as error:
-            print(error)
+            print(printable(error))

@@ -1,6 +1,7 @@
 """Hugging Face names: configurations, known to AutoConfig by name, and models, registered with the Auto classes on import.
 
 configuration   what every stitched configuration holds
+config_fields   what a config.json may say, whoever wrote it
 modeling_base   what every stitched model is
 route           the one route walk
 calibration     least squares for all stitching layers in one pass
@@ -10,6 +11,8 @@ references      how a bundle names its anchors and tells when one changed
 tokenizers      anchors that belong together have one
 loading         anchors by reference, whole or only a route's blocks
 bundle_tensors  which tensors a bundle holds
+bundle_anchors  the anchors of a bundle, found and checked
+measured        which weights the metrics of a table were measured on
 making          from_anchors
 storage         from_pretrained, save_pretrained, push_to_hub
 card            the model card of a bundle

@@ -8,16 +8,16 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from transformers import PreTrainedModel
 
-from stitched_llama.bundles import CONFIG, GENERATION, TABLE, WEIGHTS
-from stitched_llama.space import AnchorSpec, Stitch, anchor_spec, first_line
+from stitched_llama.bundles import CONFIG, DIGESTS, RECORDED
+from stitched_llama.space import AnchorSpec, Stitch, anchor_spec, first_line, named
 
 from .loading import check_options, load_anchor
 from .references import (
     HUB_OPTIONS,
     anchor_config,
-    check_fingerprint,
+    check_digests,
     check_plain,
-    fingerprint_in_memory,
+    digests_in_memory,
     reference_to,
 )
 
@@ -31,7 +31,7 @@ def bundle_folder(name: str, hub: Mapping[str, Any]) -> Path:
     if Path(name).is_dir():
         return Path(name)
     try:
-        return Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS, TABLE, GENERATION], **hub))
+        return Path(snapshot_download(name, allow_patterns=[*RECORDED, DIGESTS], **hub))
     except Exception as error:
         raise OSError(
             f"{name!r} is neither a folder here nor a bundle on the Hub in reach: {first_line(error)}"
@@ -46,6 +46,11 @@ def _check_shape(source: str, index: int, stored: Any, spec: AnchorSpec) -> None
             f"anchor {index} is {source}, a {found.family} of {found.depth} blocks, {found.width} wide; the bundle was made with a "
             f"{spec.family} of {spec.depth} blocks, {spec.width} wide: name its anchors small to large"
         )
+    if (found.blocks, found.embedding, found.tied) != (spec.blocks, spec.embedding, spec.tied):
+        raise ValueError(
+            f"anchor {index} is {source}, whose blocks or embedding have other sizes than the {spec.family} the bundle was made with "
+            f"({found.params:,} parameters against {spec.params:,}): name its anchors small to large"
+        )
 
 
 def load_anchors(
@@ -55,6 +60,8 @@ def load_anchors(
     stitches: Sequence[Stitch],
     load: Mapping[str, Any],
     hub: Mapping[str, Any],
+    whole: bool | None = None,
+    trust_remote_code: bool = False,
 ) -> list[PreTrainedModel]:
     """The anchors of a bundle, each checked against the weights it was trained on.
 
@@ -64,6 +71,8 @@ def load_anchors(
         given: folders, Hub ids or models to use instead of those the bundle names.
         stitches: only what these need is loaded.
         load, hub: options of each anchor's `from_pretrained`.
+        whole: whether all bytes of an anchor are compared; None where it has less than a GiB, else samples are.
+        trust_remote_code: run the code that an anchor's folder or repository brings.
 
     Raises:
         ValueError: an anchor changed, or the bundle does not know where one lies.
@@ -89,10 +98,11 @@ def load_anchors(
             )
         if isinstance(source, PreTrainedModel):
             check_plain(source, index)
-            found = reference_to(source)["fingerprint"]  # of its files where it still equals them
-            if found != reference["fingerprint"]:
-                found = fingerprint_in_memory(source)
-            check_fingerprint(f"the given model {index}", index, reference["fingerprint"], found)
+            found = reference_to(source)  # by its files where it still equals them
+            if found["fingerprint"] != reference["fingerprint"]:
+                found = digests_in_memory(source)
+            digests = {kind: found[kind] for kind in ("fingerprint", "digests")}
+            check_digests(f"the given model {index}", index, reference, digests)
             loaded.append(source)
             continue
         source = os.fspath(source)
@@ -100,19 +110,24 @@ def load_anchors(
             source = str(folder / source)
         revision = reference["revision"] if given is None else None
         options = {**load, **hub} | ({"revision": revision} if revision else {})
-        spec, own = anchor_spec(config.anchor_configs[index]), config.anchor_config(index)
+        with named(f"anchor {index} of {folder / CONFIG}"):
+            spec, own = anchor_spec(config.anchor_configs[index]), config.anchor_config(index)
         try:
-            stored = anchor_config(source, **{name: options[name] for name in HUB_OPTIONS if name in options})
+            of_hub = {name: options[name] for name in HUB_OPTIONS if name in options}
+            stored = anchor_config(source, trust_remote_code, attention=True, **of_hub)  # not what it then runs with
             _check_shape(source, index, stored, spec)
-            if not hasattr(own, "quantization_config") and hasattr(stored, "quantization_config"):
-                own.quantization_config = stored.quantization_config  # of a bundle that did not say so yet
+            if "digests" not in reference and not hasattr(own, "quantization_config"):
+                if hasattr(stored, "quantization_config"):  # an old bundle did not say so
+                    own.quantization_config = stored.quantization_config
             new_head = getattr(config, "train_head", False)  # the bundle holds it
-            anchor, found = load_anchor(source, own, spec, index, stitches, new_head, **options)
+            how = {"new_head": new_head, "whole": whole, "trust_remote_code": trust_remote_code, **options}
+            with named(f"anchor {index} of the bundle, {source!r}"):
+                anchor, found = load_anchor(source, own, spec, index, stitches, **how)
         except OSError as error:
             raise OSError(
                 f"anchor {index} of the bundle, {source!r}, cannot be loaded: {first_line(error)}; where it lies elsewhere now, pass "
                 "anchors=[...] to from_pretrained"
             ) from error
-        check_fingerprint(source, index, reference["fingerprint"], found)
+        check_digests(source, index, reference, found)
         loaded.append(anchor)
     return loaded

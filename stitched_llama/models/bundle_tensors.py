@@ -7,12 +7,14 @@ import torch
 from torch import Tensor
 from torch.nn.modules.module import _IncompatibleKeys
 
-from stitched_llama.bundles import Bundle, dequantize_rows, quantize_rows
+from stitched_llama.bundles import Bundle, check_finite, dequantize_rows, quantize_rows
 from stitched_llama.pst import is_low_rank
 from stitched_llama.space import Stitch
 
+from .measured import MeasuredTable
 
-class BundleTensors:
+
+class BundleTensors(MeasuredTable):
     """`load_bundle` of stitched models, and what `save_pretrained` writes."""
 
     space: Any
@@ -23,7 +25,7 @@ class BundleTensors:
         """Copies a bundle's tensors into this model: every one this model has, no more, no less than it has.
 
         Raises:
-            ValueError: a tensor is missing or has another shape.
+            ValueError: a tensor is missing, has another shape, is not finite, or is of no use here.
         """
         own = self._own_tensors(self.keys)
         heads = tuple(self.trained_heads(range(len(self.anchors))))
@@ -40,6 +42,7 @@ class BundleTensors:
                     f"tensor {name} of {bundle.folder} has shape {list(bundle.shapes[name])}, "
                     f"this model needs {list(own[name].shape)}"
                 )
+        self._check_all_used(bundle, {*names, *scales})
         tensors = bundle.load_tensors([*names, *scales])
         for name, shape in scales.items():
             if tensors[name].shape != shape:
@@ -54,16 +57,48 @@ class BundleTensors:
                 )
         _fill(own, tensors)
 
+    def _check_all_used(self, bundle: Bundle, used: set[str]) -> None:
+        """Refuses tensors that no stitch of the bundle has; a model of one size leaves those of others."""
+        saved = bundle.config.get("keys")
+        whole = set(self.keys) >= (set(saved) if isinstance(saved, list) else {stitch.key for stitch in self.space})
+        unused = [name for name in bundle.shapes if name not in used and (whole or not self._is_of_another(name))]
+        if unused:
+            raise ValueError(
+                f"{bundle.folder} holds {len(unused)} tensors that its config.json has no place for, the first is "
+                f"{unused[0]}: one of the two was changed, save or download the bundle again"
+            )
+
+    def _is_of_another(self, name: str) -> bool:
+        """Whether a tensor may belong to a stitch of the space that this model does not hold, and to none that it holds."""
+        part, _, rest = name.partition(".")
+        routes = [self.space[key] for key in self.keys]
+        if part == "stitching_layers":
+            own = {junction.layer for stitch in routes for junction in stitch.junctions}
+            return rest.split(".")[0] in self.space.stitching_layers.keys() - own
+        if part == "stitch_bias":
+            return rest in {stitch.key for stitch in self.space} - set(self.keys)
+        own_blocks = tuple(self.block_prefix(*block) for stitch in routes for block in stitch.blocks())
+        known = rest.split(".")[0] in map(str, range(len(self.space.anchors)))
+        return part == "anchors" and known and not name.startswith(own_blocks)
+
     def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
         """As torch has it; what a checkpoint holds, the tensors of a bundle by their names there, goes where it belongs, as any
         `Trainer` loads it.
 
         Raises:
-            RuntimeError: `strict` and a name is missing or unknown.
+            RuntimeError: `strict` and a name is missing, or a name is unknown.
+            ValueError: a tensor of a checkpoint is not finite.
         """
         own = self._own_tensors(self.keys)
-        if not state_dict or not set(state_dict) <= {*own, *(f"{name}_scale" for name in own)}:
+        unknown = set(state_dict) - {*own, *(f"{name}_scale" for name in own)}
+        if not state_dict or unknown:
+            if set(state_dict) & (own.keys() - self.state_dict().keys()):  # by names that only a bundle has
+                raise RuntimeError(
+                    f"the bundle's tensors hold {len(unknown)} that this model has no place for, the first is {min(unknown)}: "
+                    "they are of another model, or were changed"
+                )
             return super().load_state_dict(state_dict, strict, assign)
+        check_finite(state_dict, "the checkpoint")
         missing = [name for name in own if name not in state_dict]
         if strict and missing:
             raise RuntimeError(f"the bundle's tensors lack {len(missing)} of {len(own)}, the first is {missing[0]}")

@@ -1,15 +1,15 @@
 """What every stitched configuration holds, whatever its family."""
 
-import json
+import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 
-from stitched_llama.bundles import CONFIG, recover
+from stitched_llama.bundles import CONFIG, TABLE, Bundle, reading, verify_digests
 from stitched_llama.pst import PSTConfig
 from stitched_llama.space import (
     BYTES_PER_NUMBER,
@@ -18,8 +18,13 @@ from stitched_llama.space import (
     StitchSpace,
     anchor_specs,
     fields_of,
+    named,
+    read_object,
     resolve_junctions,
 )
+
+from .config_fields import check_bundle_fields
+from .references import anchor_config
 
 _NOT_KEPT = ("_name_or_path", "transformers_version")
 
@@ -73,17 +78,75 @@ class StitchedConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
-        """As Transformers has it, for what the Auto classes pass: `anchors` and `attn_implementation` go on to the
-        model, and a save that was interrupted is finished before its `config.json` is taken."""
+        """As Transformers has it, for what the Auto classes pass: `anchors`, `attn_implementation` and `verify` go on to the
+        model, and the `config.json` of a bundle is that of a whole save.
+
+        Raises:
+            ValueError: the bundle's `config.json` changed, or a field cannot be.
+        """
         folder = Path(kwargs.get("name_or_path") or "")
-        if kwargs.get("name_or_path") and (folder / CONFIG).is_file():
-            recover(folder)
-            config_dict = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        if kwargs.get("name_or_path") and (folder / TABLE).is_file():
+            with reading(folder):
+                if kwargs.get("verify", True):
+                    verify_digests(folder, [CONFIG])
+                config_dict = read_object(folder / CONFIG)
         if not kwargs.get("return_unused_kwargs"):
-            return super().from_dict(config_dict, **kwargs)
-        kept = {name: kwargs.pop(name) for name in ("anchors", "attn_implementation") if name in kwargs}
-        config, unused = super().from_dict(config_dict, **kwargs)
+            return cls._checked(config_dict, str(folder / CONFIG), **kwargs)
+        kept = {n: kwargs.pop(n) for n in ("anchors", "attn_implementation", "verify") if n in kwargs}
+        config, unused = cls._checked(config_dict, str(folder / CONFIG), **kwargs)
         return config, unused | kept
+
+    @classmethod
+    def from_bundle(cls, bundle: Bundle):
+        """The configuration of a bundle that was opened.
+
+        Raises:
+            ValueError: a field cannot be.
+        """
+        return cls._checked(bundle.config, str(bundle.folder / CONFIG))
+
+    def updated_by(self, given: "StitchedConfig | None"):
+        """What to load a bundle with, of the bundle's own configuration and one that the caller, or an Auto class, has.
+
+        Where an Auto class read that one before the bundle was saved again, what the caller changed in it is set on this one.
+        """
+        if given is None or given._as_read in (None, self._as_read):
+            return copy.deepcopy(self if given is None else given)
+        before, config = vars(type(self)._checked(given._as_read, CONFIG)), copy.deepcopy(self)
+        for name, value in vars(given).items():
+            if name not in ("_as_read", "_name_or_path") and value != before.get(name):
+                setattr(config, name, value)
+        return config
+
+    def check_keys(self, space: StitchSpace) -> None:
+        """Refuses a list of stitches that is none of this space.
+
+        Raises:
+            ValueError: a key is unknown or stands twice, or there is none.
+        """
+        if self.keys is None:
+            return
+        known = {stitch.key for stitch in space}
+        if not self.keys or len(self.keys) > len(known):
+            raise ValueError(f"keys of config.json has {len(self.keys)} entries, the space has {len(known)} stitches")
+        if wrong := [key for key in self.keys if not isinstance(key, str) or key not in known]:
+            raise ValueError(f"keys of config.json has {wrong[0]!r}, which is no stitch of its space")
+        if len(set(self.keys)) != len(self.keys):
+            raise ValueError("keys of config.json names a stitch twice")
+
+    @classmethod
+    def _checked(cls, fields: Mapping[str, Any], where: str, **kwargs: Any):
+        with named(where):
+            check_bundle_fields(fields, where, cls)
+            made = super().from_dict(copy.deepcopy(dict(fields)), **kwargs)
+        (made[0] if isinstance(made, tuple) else made)._as_read = fields
+        return made
+
+    def _remove_keys_not_serialized(self, fields: dict[str, Any]) -> None:
+        super()._remove_keys_not_serialized(fields)
+        fields.pop("_as_read", None)
+
+    _as_read = None  # the fields of the file that this configuration came from
 
     def stitch_space(self, precision: Precision = Precision()) -> StitchSpace:
         """The space this configuration describes, built anew.
@@ -127,7 +190,7 @@ class StitchedConfig(PreTrainedConfig):
 
 
 def _fields(config: Any) -> dict[str, Any]:
-    config = fields_of(AutoConfig.from_pretrained(config) if isinstance(config, (str, os.PathLike)) else config)
+    config = fields_of(anchor_config(os.fspath(config)) if isinstance(config, (str, os.PathLike)) else config)
     common = PreTrainedConfig().to_dict()
     return {
         name: value

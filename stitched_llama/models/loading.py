@@ -12,12 +12,16 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from stitched_llama.anchors import FAMILIES, Family, LlamaFamily
-from stitched_llama.bundles import fingerprint_files, part_of
+from stitched_llama.bundles import part_of
+from stitched_llama.pst import refuse_to_save
 from stitched_llama.space import AnchorSpec, Stitch
 
-from .references import HUB_OPTIONS, check_placed, weight_files
+from .references import HUB_OPTIONS, check_placed, digests_of_files, weight_files
 
 LOAD_OPTIONS = ("dtype", "quantization_config", "device_map", "max_memory", "offload_folder", "attn_implementation")
+
+
+_IN_PART = "only the blocks of some sizes were loaded of it: load the anchor by itself, from its folder or Hub id"
 
 
 def take(kwargs: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
@@ -66,9 +70,11 @@ def load_anchor(
     index: int,
     stitches: Iterable[Stitch] | None,
     new_head: bool = False,
+    whole: bool | None = None,
+    trust_remote_code: bool = False,
     **options: Any,
-) -> tuple[PreTrainedModel, dict[str, str]]:
-    """An anchor, frozen, with the digests of its parts; only the blocks, embedding and head that `stitches` need. One that is
+) -> tuple[PreTrainedModel, dict[str, dict[str, str]]]:
+    """An anchor, frozen, with the digests of its parts (`whole` as `digests_of_files` has it); only the blocks, embedding and head that `stitches` need. One that is
     stored in 8 or 4 bits is read whole: only Transformers knows how its tensors belong together. With `new_head` a
     classifier that the checkpoint lacks is born anew.
 
@@ -77,20 +83,22 @@ def load_anchor(
     """
     family = FAMILIES[spec.family]
     if not isinstance(family, LlamaFamily):
-        return _load_image_anchor(name_or_path, config, family, index, stitches, new_head, **options)
+        how = {"whole": whole, "trust_remote_code": trust_remote_code, **options}
+        return _load_image_anchor(name_or_path, config, family, index, stitches, new_head, **how)
     needed = None if stitches is None else _Needed(family, spec, index, stitches)
     if needed is not None and (needed.all or getattr(config, "quantization_config", None)):
         needed = None
     files = weight_files(name_or_path, needed, **options)
     options.pop("force_download", None)  # what it asks for is done
-    fingerprint = fingerprint_files(sorted(set(files.values())))
+    parts = None if needed is None else {part_of(tensor) for tensor in files}.__contains__
+    digests = digests_of_files(files.values(), whole, parts)
     if needed is None:
+        options["trust_remote_code"] = trust_remote_code
         model, info = family.auto_class().from_pretrained(
             name_or_path, config=config, use_safetensors=True, output_loading_info=True, **options
         )
         _let_go(model, family, index, stitches)
     else:
-        fingerprint = {part: digest for part, digest in fingerprint.items() if part in {part_of(t) for t in files}}
         options = {name: value for name, value in options.items() if name not in HUB_OPTIONS}
         if not files:  # not on any of these routes: no weight is left that could be quantised
             options.pop("quantization_config", None)
@@ -99,10 +107,11 @@ def load_anchor(
             None, config=config, state_dict=_read(files), output_loading_info=True, **options
         )
         model.__class__ = model_class.__base__  # it was needed to build it; pickle knows this one
+        refuse_to_save(model, _IN_PART)
     _check_whole(name_or_path, info["missing_keys"])
     check_placed(name_or_path, model)
     model.requires_grad_(False)
-    return model.eval(), fingerprint
+    return model.eval(), digests
 
 
 def _check_whole(name_or_path: str, missing: Iterable[str], heads: tuple[str, ...] = ()) -> None:
@@ -123,8 +132,9 @@ def _load_image_anchor(
     index: int,
     stitches: Iterable[Stitch] | None,
     new_head: bool,
+    whole: bool | None,
     **options: Any,
-) -> tuple[PreTrainedModel, dict[str, str]]:
+) -> tuple[PreTrainedModel, dict[str, dict[str, str]]]:
     """An image anchor, read whole (older checkpoints name their tensors otherwise); blocks off every route are let go.
 
     Its head is born anew where `config` has another number of classes than the checkpoint, and with `new_head` where that has none.
@@ -137,7 +147,7 @@ def _load_image_anchor(
             )
         config = copy.deepcopy(config)
         config.architectures = []  # the class with one head
-    fingerprint = fingerprint_files(sorted(set(weight_files(name_or_path, **options).values())))
+    digests = digests_of_files(weight_files(name_or_path, **options).values(), whole)
     options.pop("force_download", None)  # what it asks for is done
     if options.get("quantization_config") is not None:
         options["quantization_config"] = _but_heads(options["quantization_config"], family)
@@ -166,7 +176,7 @@ def _load_image_anchor(
         )
     _let_go(model, family, index, stitches)
     model.requires_grad_(False)
-    return model.eval(), fingerprint
+    return model.eval(), digests
 
 
 def _but_heads(settings: Any, family: Family) -> Any:
@@ -181,9 +191,11 @@ def _let_go(model: nn.Module, family: Family, index: int, stitches: Iterable[Sti
     """Frees the blocks of an anchor that was read whole and that no route needs."""
     if stitches is not None:
         used = {block for stitch in stitches for anchor, block in stitch.blocks() if anchor == index}
-        for number, name in enumerate(family.block_names(model)):
-            if number not in used:
-                model.set_submodule(name, nn.Identity())
+        unused = [name for number, name in enumerate(family.block_names(model)) if number not in used]
+        for name in unused:
+            model.set_submodule(name, nn.Identity())
+        if unused:
+            refuse_to_save(model, _IN_PART)
 
 
 def _partial_class(model_class: type[PreTrainedModel], needed: _Needed) -> type[PreTrainedModel]:

@@ -5,8 +5,6 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from transformers import AutoConfig
-
 from stitched_llama.space import SPACE_OPTIONS
 
 from .loading import LOAD_OPTIONS, check_options, load_anchor, take
@@ -45,7 +43,8 @@ class AnchorsMixin:
             anchors: folders, Hub ids or loaded models. A loaded model becomes part of this one: it is frozen, and PST
                 goes into it, as PEFT has it.
             how: `kernel_size`, `stride`, `direction`, `pairs`, `adapter`, `rescale`, `adapter_norm`, `across_stages` shape the space; `dtype`, `quantization_config`,
-                `device_map`, `attn_implementation` and the Hub's options reach each anchor's `from_pretrained`.
+                `device_map`, `attn_implementation` and the Hub's options reach each anchor's `from_pretrained`;
+                so does `trust_remote_code`, without which no code of an anchor's is run.
 
         Raises:
             ValueError: the anchors do not belong together or stand in the wrong order, both values are named; one carries adapters
@@ -56,6 +55,7 @@ class AnchorsMixin:
         space = {name: how.pop(name) for name in SPACE_OPTIONS if name in how}
         fields = {name: how.pop(name) for name in cls.config_fields if name in how}
         load, hub = take(how, LOAD_OPTIONS), take(how, HUB_OPTIONS)
+        trust = bool(how.pop("trust_remote_code", False))
         if how:
             raise TypeError(f"from_anchors got unknown arguments {sorted(how)}")
         if isinstance(anchors, (str, os.PathLike)):
@@ -65,18 +65,20 @@ class AnchorsMixin:
         check_options(anchors, {**fields, **load})
         names = [os.fspath(a) if isinstance(a, os.PathLike) else a for a in anchors]
         names = [os.path.abspath(a) if isinstance(a, str) and os.path.isdir(a) else a for a in names]
-        configs = [anchor_config(a, **fields, **hub) if isinstance(a, str) else _stored(a) for a in names]
+        given = {"trust_remote_code": trust, "attention": "attn_implementation" in load}
+        configs = [anchor_config(a, **given, **fields, **hub) if isinstance(a, str) else _stored(a) for a in names]
         cls.check_modality(configs)
         config = cls.config_class.from_anchor_configs(configs, **space)
-        cls.check_names(names, **hub)
+        cls.check_names(names, trust_remote_code=trust, **hub)
         loaded, references = [], []
         for index, (name, own) in enumerate(zip(names, configs)):
             if isinstance(name, str):
                 spec = config.stitch_space().anchors[index]
-                model, fingerprint = load_anchor(name, own, spec, index, None, bool(fields), **load, **hub)
+                how = {"new_head": bool(fields), "whole": True, "trust_remote_code": trust}
+                model, digests = load_anchor(name, own, spec, index, None, **how, **load, **hub)
                 files = weight_files(name, **{**hub, "force_download": False})
                 revision = commit_of(files) or hub.get("revision")
-                references.append({"name_or_path": name, "revision": revision, "fingerprint": fingerprint})
+                references.append({"name_or_path": name, "revision": revision, **digests})
             else:
                 check_plain(model := name, index)
                 references.append(reference_to(model))
@@ -94,7 +96,7 @@ def _stored(model: Any) -> Any:
         return model.config
     config = copy.deepcopy(model.config)
     try:
-        stored = AutoConfig.from_pretrained(model.name_or_path)
+        stored = anchor_config(model.name_or_path, attention=True)
     except (OSError, ValueError):
         stored = None
     del config.quantization_config

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from stitched_llama.anchors import FAMILIES
 from stitched_llama.layers import StitchingLayer
 from stitched_llama.pst import PSTConfig, StitchBias, attach_pst, is_low_rank, refuse_another
-from stitched_llama.space import BYTES_PER_NUMBER, Precision, Stitch, StitchTable
+from stitched_llama.space import BYTES_PER_NUMBER, Precision, Stitch
 
 from .calibration import Calibration, calibrate
 from .configuration import StitchedConfig
@@ -52,7 +52,6 @@ class StitchedPreTrainedModel(AnchorsMixin, BundleMixin, PreTrainedModel):
     def __init__(self, config: StitchedConfig, anchors: Sequence[nn.Module] | None = None):
         super().__init__(config)
         self.space = config.stitch_space()
-        self.table = StitchTable()
         self.families = [FAMILIES[spec.family] for spec in self.space.anchors]
         self.keys = [s.key for s in self.space] if config.keys is None else list(config.keys)
         if anchors is None:

@@ -1,7 +1,6 @@
 """How a bundle names its anchors, and how it tells when one is no longer what it was trained on."""
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +13,44 @@ from transformers.utils.hub import extract_commit_hash
 
 from stitched_llama.bundles import WEIGHTS, fingerprint_files, fingerprint_tensors, read_header
 from stitched_llama.pst import carries_adapters
-from stitched_llama.space import first_line
+from stitched_llama.space import anchor_spec, first_line, named, read_object
+
+from .config_fields import check_anchor_fields
 
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+WHOLE_BELOW = 2**30  # bytes of an anchor that are read whole at every load
 _INDEX = "model.safetensors.index.json"
 
 
-def anchor_config(name_or_path: str, **options: Any) -> PreTrainedConfig:
+def anchor_config(
+    name_or_path: str, trust_remote_code: bool = False, attention: bool = False, **options: Any
+) -> PreTrainedConfig:
     """The configuration of an anchor from its own files.
+
+    Args:
+        trust_remote_code: run the code that its folder or repository brings; never without it.
+        attention: the caller chose the attention, whatever the configuration says.
+        options: of the Hub, and fields of the configuration to set.
 
     Raises:
         OSError: there is none.
+        ValueError: a field cannot be, the family is not supported, or it names code.
     """
+    hub = {name: options[name] for name in HUB_OPTIONS if name in options}
     try:
-        return AutoConfig.from_pretrained(name_or_path, **options)
-    except (OSError, ValueError) as error:
+        with named(f"the config.json of anchor {name_or_path!r}"):
+            fields, _ = PreTrainedConfig.get_config_dict(name_or_path, **hub)
+        if not fields:
+            raise OSError("it has no config.json")
+    except OSError as error:
         raise OSError(
             f"anchor {name_or_path!r} is neither a folder here with a config.json nor a repository in reach: {first_line(error)}"
         ) from error
+    with named(f"the config.json of anchor {name_or_path!r}"):
+        check_anchor_fields(fields, f"the config.json of anchor {name_or_path!r}", attention)
+        if not trust_remote_code:
+            anchor_spec(fields)  # of a family that needs no code but ours
+        return AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code, **options)
 
 
 def weight_files(name_or_path: str, needed: Callable[[str], bool] | None = None, **hub: Any) -> dict[str, Path]:
@@ -50,15 +69,35 @@ def weight_files(name_or_path: str, needed: Callable[[str], bool] | None = None,
     index = cached_file(name_or_path, _INDEX, **quiet, **hub)
     if index is None:
         raise ValueError(f"{name_or_path} has no {WEIGHTS}: only safetensors weights are read; convert it first")
-    shards = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+    shards = read_object(Path(index)).get("weight_map")
+    texts = isinstance(shards, dict) and all(isinstance(shard, str) for shard in shards.values())
+    if not texts or any(Path(shard).is_absolute() or ".." in Path(shard).parts for shard in shards.values()):
+        raise ValueError(f"{index} has no weight_map of files beside it: copy or download it again")
     wanted = {tensor: shard for tensor, shard in shards.items() if needed is None or needed(tensor)}
     files = {shard: Path(cached_file(name_or_path, shard, **hub)) for shard in sorted(set(wanted.values()))}
     return {tensor: files[shard] for tensor, shard in wanted.items()}
 
 
-def fingerprint_in_memory(model: PreTrainedModel) -> dict[str, str]:
-    """Digests of the parts of an anchor that was handed over as an object."""
-    return fingerprint_tensors(_weights(model))
+def digests_of_files(
+    paths: Iterable[Path], whole: bool | None = None, parts: Callable[[str], bool] | None = None
+) -> dict[str, dict[str, str]]:
+    """`fingerprint`, of samples, and `digests`, of all bytes, of the parts of an anchor.
+
+    Args:
+        whole: whether all bytes are read; None where the files have less than a GiB.
+        parts: those that are wanted; all by default.
+    """
+    paths = sorted(set(paths))
+    if whole is None:
+        whole = sum(path.stat().st_size for path in paths) < WHOLE_BELOW
+    found = {"fingerprint": fingerprint_files(paths, parts=parts)}
+    return found | ({"digests": fingerprint_files(paths, whole=True, parts=parts)} if whole else {})
+
+
+def digests_in_memory(model: PreTrainedModel) -> dict[str, dict[str, str]]:
+    """The same of an anchor that was handed over as an object."""
+    weights = _weights(model)
+    return {"fingerprint": fingerprint_tensors(weights), "digests": fingerprint_tensors(weights, whole=True)}
 
 
 def reference_to(model: PreTrainedModel) -> dict[str, Any]:
@@ -71,9 +110,8 @@ def reference_to(model: PreTrainedModel) -> dict[str, Any]:
     except (ValueError, OSError, RuntimeError):
         equal = False
     if not equal:
-        return {"name_or_path": None, "revision": None, "fingerprint": fingerprint_in_memory(model)}
-    revision = commit_of(files)
-    return {"name_or_path": name, "revision": revision, "fingerprint": fingerprint_files(sorted(set(files.values())))}
+        return {"name_or_path": None, "revision": None, **digests_in_memory(model)}
+    return {"name_or_path": name, "revision": commit_of(files), **digests_of_files(files.values(), whole=True)}
 
 
 def _weights(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -137,15 +175,20 @@ def commit_of(files: Mapping[str, Path]) -> str | None:
     return extract_commit_hash(str(next(iter(files.values()))), None) if files else None
 
 
-def check_fingerprint(name: str, index: int, recorded: Mapping[str, str], found: Mapping[str, str]) -> None:
+def check_digests(name: str, index: int, recorded: Mapping[str, Any], found: Mapping[str, Mapping[str, str]]) -> None:
     """Refuses an anchor whose weights are not those the bundle was trained on.
+
+    Args:
+        recorded: how the bundle names it; one that was saved before all bytes were recorded is compared by samples.
+        found: what `digests_of_files` or `digests_in_memory` gives.
 
     Raises:
         ValueError: a part differs; names it, with both digests.
     """
-    for part, digest in found.items():
-        if recorded.get(part) != digest:
-            raise ValueError(
-                f"anchor {index} changed: {part} of {name} has digest {digest}, the bundle was trained on "
-                f"{recorded.get(part)}; load the original weights (revision), or train again"
-            )
+    for kind, digests in found.items():
+        for part, digest in digests.items() if kind in recorded else ():
+            if recorded[kind].get(part) != digest:
+                raise ValueError(
+                    f"anchor {index} changed: {part} of {name} has digest {digest}, the bundle was trained on "
+                    f"{recorded[kind].get(part)}; load the original weights (revision), or train again"
+                )

@@ -3,7 +3,7 @@
 import copy
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,35 +11,26 @@ import torch
 from huggingface_hub import HfApi, ModelCard
 from transformers import GenerationConfig
 
-from stitched_llama.bundles import (
-    CARD,
-    CONFIG,
-    GENERATION,
-    Bundle,
-    write_bundle,
-)
-from stitched_llama.space import StitchTable
+from stitched_llama.bundles import CARD, CONFIG, GENERATION, Bundle, write_bundle
+from stitched_llama.space import StitchSpace, StitchTable, named
 
 from .bundle_anchors import bundle_folder, load_anchors
 from .bundle_tensors import BundleTensors
 from .card import model_card
+from .config_fields import check_shadows
 from .loading import LOAD_OPTIONS, take
 from .references import HUB_OPTIONS
 
 _UPLOAD = ("repo_id", "commit_message", "commit_description", "tags", "private", "token", "revision", "create_pr")
-_NO_MATTER = (
-    "state_dict",
-    "safe_serialization",
-    "max_shard_size",
-    "variant",
-    "save_peft_format",
-    "save_original_format",
-    "save_function",
-    "distributed_checkpoint",
-)
+_NO_MATTER = ("save_peft_format", "save_original_format", "save_function")
+_REFUSED = {
+    "max_shard_size": "the weights of a bundle are one file: leave it out",
+    "variant": "the file of a bundle's weights has one name: save into another folder",
+    "safe_serialization": "only safetensors are written and read: leave it out",
+    "distributed_checkpoint": "a bundle is written whole by one process: leave it out",
+}
 _IGNORED = (
     "adapter_kwargs",
-    "trust_remote_code",
     "code_revision",
     "use_safetensors",
     "low_cpu_mem_usage",
@@ -60,10 +51,14 @@ class BundleMixin(BundleTensors):
             context_tokens: tokens of KV cache that a budget of memory must also hold.
             anchors: folders, Hub ids or models to use instead of those the bundle names.
             dtype, quantization_config, device_map, attn_implementation: reach each anchor.
+            verify: compare the bundle's files with its digests, and anchors with theirs: of less than a GiB whole, of larger ones
+                samples, or all of them whole with `"full"`. False leaves the bundle's files as they are, for one that was edited
+                on purpose; anchors are compared all the same.
+            trust_remote_code: run the code of anchors that you name by `anchors`; never that of a bundle.
 
         Raises:
-            ValueError: an anchor changed, a tensor is missing or has another shape, the space differs, no such stitch, the budget
-                is too small, or both are given.
+            ValueError: a file or an anchor changed, a tensor is missing, unused, not finite or has another shape, the space differs,
+                no such stitch, the budget is too small, or both are given.
             OSError: the bundle or an anchor is neither a folder nor in reach on the Hub.
             TypeError: an unknown argument.
         """
@@ -73,20 +68,21 @@ class BundleMixin(BundleTensors):
                 f"stitch_id {kwargs['stitch_id']!r} and budget {kwargs['budget']!r} both given: pass one of them"
             )
         wanted = {key: kwargs.pop(key, None) for key in ("stitch_id", "budget", "anchors", "config")}
-        context_tokens = kwargs.pop("context_tokens", 0)
+        context_tokens, verify = kwargs.pop("context_tokens", 0), kwargs.pop("verify", True)
+        trust = bool(kwargs.pop("trust_remote_code", False)) and wanted["anchors"] is not None
         if "torch_dtype" in kwargs:  # what Transformers 4 called dtype
             kwargs.setdefault("dtype", kwargs.pop("torch_dtype"))
         load, hub = take(kwargs, LOAD_OPTIONS), take(kwargs, HUB_OPTIONS)
         kwargs = {key: v for key, v in kwargs.items() if key not in _IGNORED and not key.startswith("_")}
-        bundle = Bundle.open(bundle_folder(name, hub))
+        bundle = Bundle.open(bundle_folder(name, hub), verify=bool(verify))
         kind = bundle.config.get("model_type")
         if kind != cls.config_class.model_type:
             raise ValueError(
                 f"{name} is a bundle of {kind}, {cls.__name__} loads {cls.config_class.model_type}: "
                 "AutoModelForCausalLM and AutoModelForImageClassification find the class by themselves"
             )
-        own = cls.config_class.from_dict(dict(bundle.config))
-        config = copy.deepcopy(own if wanted["config"] is None else wanted["config"])
+        own = cls.config_class.from_bundle(bundle)
+        config = own.updated_by(wanted["config"])
         for key, value in kwargs.items():
             if hasattr(config, key):
                 setattr(config, key, value)
@@ -97,15 +93,20 @@ class BundleMixin(BundleTensors):
                 f"{config.num_labels} labels are asked for, the heads of {name} have {own.num_labels}: make a model of your "
                 "classes by from_anchors(..., num_labels=...)"
             )
-        precision = config.precision(load.get("dtype"), load.get("quantization_config"))
-        space, table = config.stitch_space(precision), StitchTable.from_dict(bundle.table)
-        if config.pst is not None:
-            table = table.in_training()
+        with named(bundle.folder / CONFIG):
+            precision = config.precision(load.get("dtype"), load.get("quantization_config"))
+            space = config.stitch_space(precision)
         if space.digest != bundle.table["space_digest"]:
             raise ValueError(
                 f"{name} was trained in space {bundle.table['space_digest']}, its config describes {space.digest}: "
                 "the config was edited, or the rules of this version differ"
             )
+        with named(bundle.folder):
+            own.check_keys(space)
+            config.check_keys(space)
+            table = check_table(bundle.table, space, own.keys)
+        if config.pst is not None:
+            table = table.in_training()
         if wanted["budget"] is not None:
             config.keys = [table.choose(space, wanted["budget"], context_tokens, keys=config.keys).key]
         elif wanted["stitch_id"] is not None:
@@ -116,21 +117,50 @@ class BundleMixin(BundleTensors):
                     "load the bundle it was cut from"
                 )
             config.keys = [stitch.key]
-        stitches = [stitch for stitch in space if config.keys is None or stitch.key in config.keys]
-        loaded = load_anchors(config, bundle.folder, wanted["anchors"], stitches, load, hub)
-        model = cls(config, anchors=loaded)
-        model.table = table
-        if (pst := config.pst_config) is not None:
-            config.pst = None
-            model.attach_pst(pst)
-        model.load_bundle(bundle)
+        stitches = list(space) if config.keys is None else [space[key] for key in config.keys]
+        with named(bundle.folder / CONFIG):
+            pst = config.pst_config
+        whole = True if verify == "full" else None
+        loaded = load_anchors(config, bundle.folder, wanted["anchors"], stitches, load, hub, whole, trust)
+        with named(bundle.folder):
+            model = cls(config, anchors=loaded)
+            if pst is not None:
+                config.pst = None
+                model.attach_pst(pst)
+            model.load_bundle(bundle)
         if pst is not None and pst.full and load.get("dtype") not in (None, "auto"):
             dtype = load["dtype"]
             model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
-        if (bundle.folder / GENERATION).is_file():
-            model.generation_config = GenerationConfig.from_pretrained(bundle.folder)
+        model.table = table
+        if bundle.generation is not None:
+            with named(where := str(bundle.folder / GENERATION)):
+                check_shadows(bundle.generation, where, GenerationConfig)
+                model.generation_config = GenerationConfig.from_dict(dict(bundle.generation))
         config._name_or_path = name
         return model.eval()
+
+    @classmethod
+    def check_tables(cls, bundle: Bundle) -> None:
+        """Refuses a table that is not, to the last cost and mark, what the bundle's configuration and metrics give.
+
+        Raises:
+            ValueError: names what differs.
+        """
+        with named(bundle.folder):
+            config = cls.config_class.from_bundle(bundle)
+            space = config.stitch_space()
+            config.check_keys(space)
+            expected = check_table(bundle.table, space, config.keys).to_dict(space, config.keys)
+            for ours, theirs in zip(expected["stitches"], bundle.table["stitches"]):
+                if wrong := [n for n in ours | theirs if not _same(ours.get(n), theirs.get(n))]:
+                    raise ValueError(
+                        f"stitches.json has {wrong[0]} {theirs.get(wrong[0])!r} for stitch {ours['key']}, its config.json and metrics "
+                        f"give {ours.get(wrong[0])!r}"
+                    )
+            if wrong := [n for n in expected if n != "stitches" and expected[n] != bundle.table.get(n)]:
+                raise ValueError(
+                    f"stitches.json has {wrong[0]} {bundle.table.get(wrong[0])!r}, {expected[wrong[0]]!r} is right"
+                )
 
     def save_pretrained(
         self,
@@ -149,8 +179,11 @@ class BundleMixin(BundleTensors):
                 as the bundle has them that this model was loaded from.
             kwargs: what `push_to_hub` takes; options of Transformers that mean nothing here are left alone.
 
+        Metrics of the table that were measured on other weights than those that are saved are left out, with a warning.
+
         Raises:
-            ValueError: `stitches` or `stitching_dtype` is unknown, or an anchor lies in that folder.
+            ValueError: `stitches` or `stitching_dtype` is unknown, an anchor lies in that folder, a weight is not finite, or an
+                option of Transformers asks for what a bundle cannot be.
             TypeError: an unknown argument.
         """
         if stitches not in ("all", "published"):
@@ -160,8 +193,7 @@ class BundleMixin(BundleTensors):
         if stitching_dtype not in (None, "int8"):
             raise ValueError(f"stitching_dtype {stitching_dtype!r} is unknown; None or 'int8' is needed")
         upload = take(kwargs, _UPLOAD)
-        if unknown := sorted(set(kwargs) - set(_NO_MATTER)):
-            raise TypeError(f"save_pretrained got unknown arguments {unknown}")
+        self._check_options(kwargs)
         if not is_main_process:
             return
         names = [anchor["name_or_path"] for anchor in self.config.anchors or []]
@@ -179,13 +211,25 @@ class BundleMixin(BundleTensors):
         texts = {CONFIG: config.to_json_string()}
         if self.can_generate():
             texts[GENERATION] = self.generation_config.to_json_string()
-        texts[CARD] = model_card(config.anchors or [{}] * len(self.anchors), [space[key] for key in keys], self.table)
-        write_bundle(
-            save_directory, self._bundle_tensors(keys, stitching_dtype), self.table.to_dict(space, keys), texts
-        )
+        table = self.table_to_save()
+        texts[CARD] = model_card(config.anchors or [{}] * len(self.anchors), [space[key] for key in keys], table)
+        write_bundle(save_directory, self._bundle_tensors(keys, stitching_dtype), table.to_dict(space, keys), texts)
         if push_to_hub:
             repo_id = upload.pop("repo_id", Path(save_directory).name)
             self.push_to_hub(repo_id, stitches=stitches, stitching_dtype=stitching_dtype, **upload)
+
+    def _check_options(self, options: Mapping[str, Any]) -> None:
+        """Refuses options of Transformers' `save_pretrained` that would change what is written there, and do not here."""
+        if unknown := sorted(set(options) - {*_NO_MATTER, *_REFUSED, "state_dict"}):
+            raise TypeError(f"save_pretrained got unknown arguments {unknown}")
+        for name, reason in _REFUSED.items():
+            if options.get(name) not in (None, name == "safe_serialization"):
+                raise ValueError(f"{name}={options[name]!r} is not supported: {reason}")
+        given = options.get("state_dict") or {}
+        for name, tensor in self.named_parameters():
+            if name in given and given[name].data_ptr() != tensor.data_ptr():
+                if given[name].shape != tensor.shape or not torch.equal(given[name].to(tensor), tensor):
+                    raise ValueError(f"state_dict has another {name} than this model: load_state_dict it, then save")
 
     def push_to_hub(
         self,
@@ -223,3 +267,24 @@ class BundleMixin(BundleTensors):
                 revision=revision,
                 create_pr=create_pr,
             )
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Equal, NaN to NaN too."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_same(value, other[name]) for name, value in one.items())
+    return one == other or (one != one and other != other)
+
+
+def check_table(content: Mapping[str, Any], space: StitchSpace, keys: Sequence[str] | None) -> StitchTable:
+    """The table of a bundle, whose rows are the stitches it holds.
+
+    Raises:
+        ValueError: it is damaged, or has a row too many, too few, or of another stitch.
+    """
+    table = StitchTable.from_dict(content)
+    held = list(space) if keys is None else sorted((space[key] for key in keys), key=lambda stitch: stitch.stitch_id)
+    wanted = [(stitch.stitch_id, stitch.key) for stitch in held]
+    if (found := [(row.get("stitch_id"), row.get("key")) for row in content["stitches"]]) != wanted:
+        raise ValueError(f"stitches.json has {len(found)} stitches, or others, where config.json has {len(wanted)}")
+    return table

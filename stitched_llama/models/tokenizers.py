@@ -6,10 +6,10 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from stitched_llama.space import first_line
+from stitched_llama.space import first_line, printable
 
 
-def check_tokenizers(names: Sequence[Any], **hub: Any) -> None:
+def check_tokenizers(names: Sequence[Any], trust_remote_code: bool = False, **hub: Any) -> None:
     """Refuses anchors whose tokenizers differ; warns where an anchor has none to compare. Loaded models have none.
 
     Raises:
@@ -20,12 +20,12 @@ def check_tokenizers(names: Sequence[Any], **hub: Any) -> None:
         if not isinstance(name, str):
             continue
         try:
-            tokenizers.append((name, AutoTokenizer.from_pretrained(name, **hub)))
+            tokenizers.append((name, AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, **hub)))
         except (OSError, ValueError, TypeError, KeyError, ImportError, AttributeError) as error:
             logging.getLogger(__name__).warning(
                 "%s has no tokenizer that could be compared with the other anchors' (%s): make sure they are one",
                 name,
-                first_line(error),
+                printable(first_line(error)),
             )
     for (name, ours), (other, theirs) in zip(tokenizers, tokenizers[1:]):
         _check_pieces(name, ours.get_vocab(), other, theirs.get_vocab())

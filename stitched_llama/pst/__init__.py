@@ -5,7 +5,14 @@ bias    a bias for each stitch
 attach  LoRA and low-rank updates through PEFT, everything else frozen
 """
 
-from .attach import attach_pst, carries_adapters, is_low_rank, refuse_another, show_convolutions
+from .attach import (
+    attach_pst,
+    carries_adapters,
+    is_low_rank,
+    refuse_another,
+    refuse_to_save,
+    show_convolutions,
+)
 from .bias import StitchBias
 from .config import PSTConfig
 
@@ -16,5 +23,6 @@ __all__ = [
     "carries_adapters",
     "is_low_rank",
     "refuse_another",
+    "refuse_to_save",
     "show_convolutions",
 ]

@@ -1,6 +1,7 @@
 """Attaches PST to anchors and stitching layers, and says what trains."""
 
 import logging
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,6 +55,10 @@ def attach_pst(
         if config.stitch_bias:
             for block, layers in biased:
                 install_bias_hooks(family, block, layers)
+    for anchor in anchors:
+        refuse_to_save(
+            anchor, "it carries PST: save the stitched model, or load the anchor anew from its own folder or Hub id"
+        )
     for name, layer in stitching_layers.items():
         rank, core = stitching_ranks[name], list(layer.core.parameters())
         if rank:
@@ -88,6 +93,18 @@ def refuse_another(*args: Any, **kwargs: Any) -> None:
         "this layer carries PST already, and another adapter would undo it: train it on with StitchTrainer, or put the adapter into "
         "the anchors and stitch what comes of merging it"
     )
+
+
+def refuse_to_save(model: Any, reason: str) -> None:
+    """Lets `save_pretrained` of one anchor say why it would write what nobody can load as that model.
+
+    It raises a ValueError, always.
+    """
+    model.save_pretrained = partial(_refuse_to_save, type(model).__name__, reason)
+
+
+def _refuse_to_save(name: str, reason: str, *args: Any, **kwargs: Any) -> None:
+    raise ValueError(f"this {name} is an anchor inside a stitched model and cannot be saved by itself: {reason}")
 
 
 def show_convolutions(model: nn.Module) -> None:

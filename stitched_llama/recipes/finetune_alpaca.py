@@ -110,7 +110,7 @@ def main() -> None:
 
     # Data: rows, a held-out part, the published template, labels on the response
     prompt = template(args.template)
-    tokenizer = AutoTokenizer.from_pretrained(args.anchors[0])
+    tokenizer = AutoTokenizer.from_pretrained(args.anchors[0], trust_remote_code=False)
     tokenizer.chat_template = prompt.chat
     rows = read_rows(args.data, args.on_bad_row)
     if args.eval_data:

@@ -101,13 +101,13 @@ def main() -> None:
     classes = dict(enumerate(images.names))
 
     # What can be known to be wrong before hours are spent
-    configs = [AutoConfig.from_pretrained(name, id2label=classes) for name in args.anchors]
+    configs = [AutoConfig.from_pretrained(name, id2label=classes, trust_remote_code=False) for name in args.anchors]
     model_class = image_class(config.model_type for config in configs)
     shape = model_class.config_class.from_anchor_configs(configs, **asdict(space)).stitch_space()
     pst.settings().trainable_params(shape)
     baselines = read_baselines(args.baselines, shape)
 
-    processor = AutoImageProcessor.from_pretrained(args.anchors[-1], use_fast=False)
+    processor = AutoImageProcessor.from_pretrained(args.anchors[-1], use_fast=False, trust_remote_code=False)
     train_set = ImageSet(images, processor, args.augment, training.seed)
     eval_set = ImageSet(held_out, processor)
     held_out_batches = batches(eval_set, collate_images, training.per_device_eval_batch_size)
@@ -129,7 +129,9 @@ def main() -> None:
         model.print_trainable_parameters()
 
     # The fine-tune, every stitch after
-    teacher = None if args.teacher is None else AutoModelForImageClassification.from_pretrained(args.teacher)
+    teacher = None
+    if args.teacher is not None:
+        teacher = AutoModelForImageClassification.from_pretrained(args.teacher, trust_remote_code=False)
     trainer = sl.StitchImageTrainer(
         model=model, args=training, train_dataset=train_set, eval_dataset=eval_set, data_collator=collate_images,
         teacher=teacher, data_settings=settings,

@@ -55,7 +55,7 @@ def main() -> None:
     args, training = recipe_parser((Arguments, StitchTrainingArguments), __doc__).parse_args_into_dataclasses()
     check_arguments(training)
     prompt, found = template(args.template), {}
-    tokenizer = AutoTokenizer.from_pretrained(args.anchors[0])
+    tokenizer = AutoTokenizer.from_pretrained(args.anchors[0], trust_remote_code=False)
     rows = read_rows(args.data, args.on_bad_row)
     if args.eval_data:
         held_out = read_rows(args.eval_data, args.on_bad_row)
@@ -68,7 +68,8 @@ def main() -> None:
     held_out_batches = batches(eval_set, collator, training.per_device_eval_batch_size)
     for index, name in enumerate(args.anchors):
         set_seed(training.seed)
-        anchor = AutoModelForCausalLM.from_pretrained(name, dtype=args.dtype).to(training.device)
+        anchor = AutoModelForCausalLM.from_pretrained(name, dtype=args.dtype, trust_remote_code=False)
+        anchor = anchor.to(training.device)
         before = evaluate_plain(anchor, held_out_batches, split=True)
         lora = LoraConfig(r=args.rank, lora_alpha=args.rank, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
         model = get_peft_model(anchor, lora)

@@ -57,7 +57,7 @@ def main() -> None:
     held_out = some_of(read_images(args.data, args.eval_split, images.names), args.eval_size, training.seed)
     if args.shots:
         images = few_shot(images, args.shots, training.seed)
-    processor = AutoImageProcessor.from_pretrained(args.anchors[-1], use_fast=False)
+    processor = AutoImageProcessor.from_pretrained(args.anchors[-1], use_fast=False, trust_remote_code=False)
     train_set = ImageSet(images, processor, args.augment, training.seed)
     eval_set = ImageSet(held_out, processor)
     size = training.per_device_eval_batch_size
@@ -66,7 +66,8 @@ def main() -> None:
     for index, (name, rank) in enumerate(zip(args.anchors, ranks)):
         set_seed(training.seed)
         labels = {"id2label": dict(enumerate(images.names)), "label2id": {n: i for i, n in enumerate(images.names)}}
-        model = AutoModelForImageClassification.from_pretrained(name, ignore_mismatched_sizes=True, **labels)
+        how = {"ignore_mismatched_sizes": True, "trust_remote_code": False, **labels}
+        model = AutoModelForImageClassification.from_pretrained(name, **how)
         spec = anchor_spec(model.config.to_dict())
         if not args.full:
             targets = sorted({layer for block in spec.blocks for layer, *_ in block.adapted})

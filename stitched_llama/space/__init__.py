@@ -1,6 +1,8 @@
 """The space of stitches and their costs: plain values, standard library only (a Hub id needs huggingface_hub).
 
 spec      what a space knows of an anchor
+fields    its fields, checked for type and size
+text      text of others in messages
 decoders  specs of LLaMA-like decoders
 vision_transformers, convolutions   specs of image classifiers; image_parts is what they share
 lineage   what a shrunk anchor says of the model it was cut from
@@ -19,7 +21,7 @@ table     metrics, importance, published stitches, choice by budget
 
 from .adapters import ADAPTER_NORMS, ADAPTERS, RESCALES, StitchingLayerSpec
 from .budget import Budget, format_bytes, format_count
-from .configs import fields_of, first_line, read_config
+from .configs import fields_of, read_config, read_object
 from .cost import BYTES_PER_NUMBER, Precision
 from .decoders import LLAMA_LIKE
 from .families import anchor_spec, anchor_specs
@@ -27,10 +29,11 @@ from .frontier import best_of_intervals, intervals, pareto_front
 from .lineage import aligned_junctions, block_groups, resolve_junctions
 from .palette import palette_gain, palette_gains
 from .rules import parse_junctions
-from .space import DIRECTIONS, PAIRS, SPACE_OPTIONS, StitchSpace
+from .space import DIRECTIONS, MOST_STITCHES, PAIRS, SPACE_OPTIONS, StitchSpace
 from .spec import AnchorSpec, Feature, Part
 from .stitch import KEYS, Junction, Segment, Stitch
 from .table import StitchTable, higher_is_better
+from .text import first_line, named, printable
 
 __all__ = [
     "ADAPTERS",
@@ -43,6 +46,7 @@ __all__ = [
     "Junction",
     "KEYS",
     "LLAMA_LIKE",
+    "MOST_STITCHES",
     "PAIRS",
     "Part",
     "Precision",
@@ -64,10 +68,13 @@ __all__ = [
     "format_count",
     "higher_is_better",
     "intervals",
+    "named",
     "palette_gain",
     "palette_gains",
     "pareto_front",
     "parse_junctions",
+    "printable",
     "read_config",
+    "read_object",
     "resolve_junctions",
 ]

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .text import first_line
+
 
 def fields_of(config: Any) -> Mapping[str, Any]:
     """The fields of a configuration: of a folder or Hub id, of an object of Transformers, or themselves."""
@@ -20,20 +22,32 @@ def read_config(name_or_path: str, revision: str | None = None) -> dict[str, Any
     Raises:
         ValueError: no such folder or repository, no `config.json` in it, or it is not JSON.
     """
-    path = Path(name_or_path).expanduser()
+    try:
+        path = Path(name_or_path).expanduser()
+    except RuntimeError as error:  # no home of that user
+        raise ValueError(f"{name_or_path!r} is no path here: {first_line(error)}") from None
     if path.is_dir():
         path = path / "config.json"
         if not path.is_file():
             raise ValueError(f"{name_or_path} holds no config.json: is it a folder written by save_pretrained?")
     elif not path.is_file():
         path = _download_config(name_or_path, revision)
+    return read_object(path)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object that a file holds.
+
+    Raises:
+        ValueError: it is not JSON, nested too deeply, or no object; names the file.
+    """
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} holds a {type(config).__name__} where a config.json holds an object")
-    return config
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits is a ValueError too
+        raise ValueError(f"{path} is not JSON: {first_line(error)}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__} where an object is needed")
+    return content
 
 
 def _download_config(repo_id: str, revision: str | None) -> Path:
@@ -46,8 +60,3 @@ def _download_config(repo_id: str, revision: str | None) -> Path:
         raise ValueError(
             f"{repo_id!r} is neither a folder here nor a repository of the Hub in reach: {first_line(error)}"
         ) from None
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, in a line: of those of other libraries, which go on for many."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,24 +1,16 @@
 """Specs of ConvNeXt, ResNet and MobileNetV2, as Transformers builds them."""
 
-from .image_parts import (
-    Config,
-    Entry,
-    classifier,
-    grid_at,
-    linear_sizes,
-    norm_and_classifier,
-    pair,
-    patch_grid,
-    staged,
-)
+from .fields import Config, depths_of, pair, positive, positives, ratio, switch
+from .image_parts import Entry, classifier, grid_at, linear_sizes, norm_and_classifier, patch_grid, staged
 from .spec import AnchorSpec, Feature, Part
 
 
 def convnext_spec(config: Config, entry: Entry | None = None) -> AnchorSpec:
     """ConvNeXt: depthwise 7x7 convolutions and pointwise linear layers in stages, strided convolutions between."""
-    patch, channels = pair(config.get("patch_size", 4)), config.get("num_channels", 3)
-    widths, depths = config.get("hidden_sizes") or (96, 192, 384, 768), config.get("depths") or (3, 3, 9, 3)
-    scale = 1 if config.get("layer_scale_init_value", 1e-6) > 0 else 0
+    patch, channels = pair(config, "patch_size", 4), positive(config, "num_channels", 3)
+    widths = positives(config, "hidden_sizes", (96, 192, 384, 768))
+    depths = depths_of(config, (3, 3, 9, 3), ("hidden_sizes", widths))
+    scale = 1 if ratio(config, "layer_scale_init_value", 1e-6, least=-1) > 0 else 0
     grid, pixels = patch_grid(config, patch), channels * patch[0] * patch[1]
     stem = Part(params=pixels * widths[0] + 3 * widths[0], macs=grid[0] * grid[1] * pixels * widths[0])
     blocks, features, transitions = [], [], []
@@ -26,6 +18,10 @@ def convnext_spec(config: Config, entry: Entry | None = None) -> AnchorSpec:
         between = Part()
         if stage:
             before, grid = widths[stage - 1], (grid[0] // 2, grid[1] // 2)
+            if min(grid) < 1:
+                raise ValueError(
+                    f"image_size {config.get('image_size')} leaves stage {stage} of {len(depths)} no place: take a larger one"
+                )
             between = Part(params=2 * before + 4 * before * width + width, macs=grid[0] * grid[1] * 4 * before * width)
         grid = grid_at(entry, len(blocks), depth, grid)
         linears = [(width, 4 * width, True), (4 * width, width, True)]
@@ -42,10 +38,17 @@ def convnext_spec(config: Config, entry: Entry | None = None) -> AnchorSpec:
 
 def resnet_spec(config: Config, entry: Entry | None = None) -> AnchorSpec:
     """ResNet: basic or bottleneck blocks; the first block of a later stage halves the map itself."""
-    widths, depths = config.get("hidden_sizes") or (256, 512, 1024, 2048), config.get("depths") or (3, 4, 6, 3)
-    channels, stem_width = config.get("num_channels", 3), config.get("embedding_size", 64)
-    bottleneck = config.get("layer_type", "bottleneck") == "bottleneck"
-    size = pair(config["image_size"])
+    widths = positives(config, "hidden_sizes", (256, 512, 1024, 2048))
+    depths = depths_of(config, (3, 4, 6, 3), ("hidden_sizes", widths))
+    channels, stem_width = positive(config, "num_channels", 3), positive(config, "embedding_size", 64)
+    kind = "bottleneck" if config.get("layer_type") is None else config["layer_type"]
+    if kind not in ("basic", "bottleneck") or (kind == "bottleneck" and min(widths) < 4):
+        raise ValueError(
+            f"layer_type {kind!r} with hidden_sizes {list(widths)}: 'basic', or 'bottleneck' from 4 channels on, is needed"
+        )
+    bottleneck = kind == "bottleneck"
+    early, inside = switch(config, "downsample_in_first_stage"), switch(config, "downsample_in_bottleneck")
+    size = pair(config, "image_size")
     half = tuple(-(-side // 2) for side in size)
     stem = Part(params=49 * channels * stem_width + 2 * stem_width, macs=half[0] * half[1] * 49 * channels * stem_width)
     grid = tuple(-(-side // 2) for side in half)  # after the max-pooling
@@ -54,9 +57,9 @@ def resnet_spec(config: Config, entry: Entry | None = None) -> AnchorSpec:
     for stage, (width, depth) in enumerate(zip(widths, depths)):
         for index in range(depth):
             grid = grid_at(entry, len(blocks), 1, grid)
-            stride = 2 if index == 0 and (stage or config.get("downsample_in_first_stage", False)) else 1
+            stride = 2 if index == 0 and (stage or early) else 1
             after = tuple(-(-side // stride) for side in grid)
-            convolutions = _resnet_convolutions(before, width, stride, bottleneck, config)
+            convolutions = _resnet_convolutions(before, width, stride, bottleneck, inside)
             places = {1: grid[0] * grid[1], stride: after[0] * after[1]}
             params = sum(d_in * d_out + 2 * d_out for _, d_in, d_out, _ in convolutions)
             macs = sum(places[down] * d_in * d_out for _, d_in, d_out, down in convolutions)
@@ -72,7 +75,7 @@ def resnet_spec(config: Config, entry: Entry | None = None) -> AnchorSpec:
 
 
 def _resnet_convolutions(
-    before: int, width: int, stride: int, bottleneck: bool, config: Config
+    before: int, width: int, stride: int, bottleneck: bool, stride_inside: bool
 ) -> list[tuple[str, int, int, int]]:
     """`(name, inputs with kernel, outputs, total stride at its output)` of each convolution of a block."""
     found = []
@@ -85,7 +88,7 @@ def _resnet_convolutions(
             ("layer.1.convolution", 9 * width, width, stride),
         ]
     inner = width // 4
-    first = stride if config.get("downsample_in_bottleneck", False) else 1
+    first = stride if stride_inside else 1
     return [
         *found,
         ("layer.0.convolution", before, inner, first),
@@ -96,25 +99,25 @@ def _resnet_convolutions(
 
 def mobilenet_v2_spec(config: Config, entry: Entry | None = None) -> AnchorSpec:
     """MobileNetV2: a stem, sixteen inverted residuals of fixed plan, and a head of a 1x1 convolution and a classifier."""
-    multiplier, divisor = config.get("depth_multiplier", 1.0), config.get("depth_divisible_by", 8)
-    least, expansion = config.get("min_depth", 8), config.get("expand_ratio", 6.0)
+    multiplier, divisor = ratio(config, "depth_multiplier", 1.0), positive(config, "depth_divisible_by", 8)
+    least, expansion = positive(config, "min_depth", 8), ratio(config, "expand_ratio", 6.0)
 
     def scaled(channels: int) -> int:
         return _divisible(round(channels * multiplier), divisor, least)
 
     widths = [scaled(width) for width in _MOBILENET_WIDTHS]
-    channels, stem_width = config.get("num_channels", 3), scaled(32)
-    grid = tuple(-(-side // 2) for side in pair(config["image_size"]))
+    channels, stem_width = positive(config, "num_channels", 3), scaled(32)
+    grid = tuple(-(-side // 2) for side in pair(config, "image_size"))
     places = grid[0] * grid[1]
     convolutions = [(9 * channels, stem_width), (9, stem_width), (stem_width, widths[0])]
-    if not config.get("first_layer_is_expansion", True):
+    if not switch(config, "first_layer_is_expansion", True):
         convolutions.insert(1, (stem_width, stem_width))
     matrix = sum(d_in * d_out for d_in, d_out in convolutions)
     stem = Part(params=matrix + sum(2 * d_out for _, d_out in convolutions), macs=places * matrix)
     blocks, enters, leaves = [], [], []
     stride_so_far = 2
     for before, width, stride in zip(widths, widths[1:], _MOBILENET_STRIDES):
-        if stride_so_far == config.get("output_stride", 32):
+        if stride_so_far == positive(config, "output_stride", 32):
             stride = 1  # dilated instead
         stride_so_far *= stride
         grid = grid_at(entry, len(blocks), 1, grid)
@@ -134,7 +137,7 @@ def mobilenet_v2_spec(config: Config, entry: Entry | None = None) -> AnchorSpec:
         enters.append(Feature(before, grid))
         leaves.append(Feature(width, after))
         grid = after
-    last = 1280 if config.get("finegrained_output", True) and multiplier < 1.0 else scaled(1280)
+    last = 1280 if switch(config, "finegrained_output", True) and multiplier < 1.0 else scaled(1280)
     linear = classifier(last, config)
     head = Part(
         params=widths[-1] * last + 2 * last + linear.params, macs=grid[0] * grid[1] * widths[-1] * last + linear.macs

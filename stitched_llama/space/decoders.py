@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from .spec import AnchorSpec, Feature, Part, positive
+from .fields import MOST_BLOCKS, family_of, positive, switch
+from .spec import AnchorSpec, Feature, Part
 
 LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")
 _DEFAULTS = {  # Transformers' own, where they are not "as many as heads"
@@ -23,19 +24,19 @@ def llama_spec(config: Mapping[str, Any]) -> AnchorSpec:
     Raises:
         ValueError: the family is unknown, a field is missing, or the model uses a sliding window.
     """
-    family = config.get("model_type", "?")
+    family = family_of(config)
     if family not in LLAMA_LIKE:
         raise ValueError(
             f"model_type {family!r} is not built of LLaMA blocks; one of {', '.join(LLAMA_LIKE)} is needed"
         )
     config = {**_DEFAULTS.get(family, {}), **config}  # what a sparse config.json leaves out
-    if config.get("sliding_window") and config.get("use_sliding_window", True):
+    if config.get("sliding_window") and switch(config, "use_sliding_window", True):
         raise ValueError(
             f"{family} uses a sliding window of {config['sliding_window']} tokens; LLaMA blocks attend to all: "
             "choose an anchor without one (sliding_window null)"
         )
-    names = ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads", "vocab_size")
-    width, depth, ffn, heads, vocab = (positive(config, name) for name in names)
+    width, depth = positive(config, "hidden_size"), positive(config, "num_hidden_layers", most=MOST_BLOCKS)
+    ffn, heads, vocab = (positive(config, f) for f in ("intermediate_size", "num_attention_heads", "vocab_size"))
     kv_heads = positive(config, "num_key_value_heads", heads)
     head_dim = positive(config, "head_dim", width // heads)
     q_bias, o_bias, ffn_bias, head_norms = _biases_and_norms(family, config)
@@ -65,7 +66,7 @@ def llama_spec(config: Mapping[str, Any]) -> AnchorSpec:
         enters=(Feature(width),) * depth,
         leaves=(Feature(width),) * depth,
         contract={"vocab_size": vocab},
-        tied=bool(config.get("tie_word_embeddings", False)),
+        tied=switch(config, "tie_word_embeddings"),
     )
 
 
@@ -74,9 +75,9 @@ def _biases_and_norms(family: str, config: Mapping[str, Any]) -> tuple[bool, boo
     if family == "qwen2":
         return True, False, False, False
     if family == "qwen3":
-        bias = bool(config.get("attention_bias", False))
+        bias = switch(config, "attention_bias")
         return bias, bias, False, True
     if family == "mistral":
         return False, False, False, False
-    bias = bool(config.get("attention_bias", False))
-    return bias, bias, bool(config.get("mlp_bias", False)), False
+    bias = switch(config, "attention_bias")
+    return bias, bias, switch(config, "mlp_bias"), False

@@ -7,6 +7,7 @@ from typing import Any
 
 from .convolutions import convnext_spec, mobilenet_v2_spec, resnet_spec
 from .decoders import LLAMA_LIKE, llama_spec
+from .fields import family_of
 from .lineage import parent_of, shares_embedding
 from .spec import AnchorSpec
 from .vision_transformers import dinov2_spec, swin_spec, vit_spec
@@ -32,16 +33,13 @@ def anchor_spec(config: Mapping[str, Any], image_size: int | None = None) -> Anc
     Raises:
         ValueError: the family is unknown, or a field is missing or impossible.
     """
-    family = config.get("model_type", "?")
+    family = family_of(config)
     if family not in FAMILIES:
         raise ValueError(f"model_type {family!r} is not supported; one of {', '.join(FAMILIES)} is needed")
     if family not in LLAMA_LIKE and config.get("image_size") is None:
         config = {**config, "image_size": image_size or _IMAGE_SIZE}
-    try:
-        spec = FAMILIES[family](config)
-        return spec if spec.unit == "token" else replace(spec, rebuild=partial(_entered_at, config))
-    except KeyError as missing:
-        raise ValueError(f"the {family} config has no field {missing}") from None
+    spec = FAMILIES[family](config)
+    return spec if spec.unit == "token" else replace(spec, rebuild=partial(_entered_at, config))
 
 
 def _entered_at(config: Mapping[str, Any], block: int, grid: tuple[int, int]) -> AnchorSpec:

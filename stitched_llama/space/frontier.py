@@ -1,6 +1,7 @@
 """Which stitches are worth publishing: the Pareto front of a metric, or the best of each cost interval."""
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 from .stitch import Stitch
@@ -32,10 +33,10 @@ def intervals(costs: Sequence[float], count: int) -> list[list[int]]:
         raise ValueError(f"{count} intervals over {len(costs)} costs: at least 1 of each is needed")
     low, high = min(costs), max(costs)
     width = (high - low) / count or 1.0
-    groups: list[list[int]] = [[] for _ in range(count)]
+    groups: dict[int, list[int]] = defaultdict(list)
     for index, cost in enumerate(costs):
         groups[min(int((cost - low) / width), count - 1)].append(index)
-    return [group for group in groups if group]
+    return [groups[number] for number in sorted(groups)]
 
 
 def best_of_intervals(stitches: Sequence[Stitch], importance: Mapping[str, float], count: int) -> list[str]:

@@ -1,12 +1,12 @@
 """What the specs of image classifiers share. Costs count one image."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from .fields import Config, label_count, pair, positive
 from .spec import AnchorSpec, Feature, Part
 
-Config = Mapping[str, Any]
 Entry = tuple[int, tuple[int, int]]  # a block, and the grid of the map that enters it from another anchor
 
 
@@ -37,17 +37,13 @@ def grid_at(entry: Entry | None, first: int, count: int, grid: tuple[int, int]) 
     return entry[1] if entry is not None and first <= entry[0] < first + count else grid
 
 
-def pair(size: Any) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
-
-
-def patch_grid(config: Config, patch: Any) -> tuple[int, int]:
+def patch_grid(config: Config, patch: tuple[int, int]) -> tuple[int, int]:
     """Patches along height and width.
 
     Raises:
         ValueError: the image is smaller than a patch.
     """
-    size, patch = pair(config.get("image_size", 224)), pair(patch)
+    size = pair(config, "image_size", 224)
     grid = size[0] // patch[0], size[1] // patch[1]
     if min(grid) < 1:
         raise ValueError(f"image_size {size} is smaller than patch_size {patch}: no patch is left")
@@ -55,16 +51,12 @@ def patch_grid(config: Config, patch: Any) -> tuple[int, int]:
 
 
 def contract(config: Config) -> dict[str, Any]:
-    size = pair(config.get("image_size", 224))
+    size = pair(config, "image_size", 224)
     return {
         "image_size": size[0] if size[0] == size[1] else list(size),
-        "num_channels": config.get("num_channels", 3),
+        "num_channels": positive(config, "num_channels", 3),
         "num_labels": label_count(config),
     }
-
-
-def label_count(config: Config) -> int:
-    return len(config["id2label"]) if config.get("id2label") else config.get("num_labels", 2)
 
 
 def linear_sizes(linears: list[tuple[int, int, bool]], norms: int) -> dict[str, int]:

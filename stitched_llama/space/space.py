@@ -23,6 +23,7 @@ SPACE_OPTIONS = (
     "kernel_size", "stride", "direction", "pairs", "adapter", "rescale", "adapter_norm", "across_stages", "junctions",
     "max_segments",
 )  # fmt: skip
+MOST_STITCHES = 10_000
 _REMEDIES = {
     "vocab_size": "stitches need one tokenizer",
     "num_labels": "give num_labels, and each anchor gets a new head",
@@ -173,7 +174,7 @@ class StitchSpace:
         for head, tail in self._ordered_pairs():
             for p in self._pairings(head, tail):
                 segments = Segment(head, 0, p.head_stop), Segment(tail, p.tail_start, self.anchors[tail].depth)
-                routes.append((segments, (self._junction(head, tail, p),)))
+                _add(routes, segments, (self._junction(head, tail, p),))
         return routes
 
     def _routes_over_three(self) -> list:
@@ -191,7 +192,7 @@ class StitchSpace:
                         Segment(b, p.tail_start, q.head_stop),
                         Segment(c, q.tail_start, self.anchors[c].depth),
                     )
-                    routes.append((segments, (self._junction(a, b, p), self._junction(b, c, q))))
+                    _add(routes, segments, (self._junction(a, b, p), self._junction(b, c, q)))
         return routes
 
     def _number(self, routes: list) -> tuple[Stitch, ...]:
@@ -265,6 +266,15 @@ class StitchSpace:
             "keys": [stitch.key for stitch in self],
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _add(routes: list, segments: tuple[Segment, ...], junctions: tuple[Junction, ...]) -> None:
+    if len(routes) >= MOST_STITCHES:
+        raise ValueError(
+            f"these anchors have more than {MOST_STITCHES:,} stitches: a smaller kernel_size, a larger stride or pairs='nearest' "
+            "gives fewer"
+        )
+    routes.append((segments, junctions))
 
 
 def _check_anchors(anchors: Sequence[AnchorSpec]) -> None:

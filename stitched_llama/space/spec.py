@@ -1,25 +1,7 @@
 """What a space needs to know of an anchor: sizes, read from its `config.json`, never from weights."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
-
-
-def positive(config: Mapping[str, Any], name: str, default: int | None = None) -> int:
-    """A field of a `config.json` that must be a whole number above zero; null or missing takes `default`.
-
-    Raises:
-        ValueError: it is missing without a default, or something else; names field and value.
-    """
-    value = config.get(name)
-    value = default if value is None else value
-    if value is None:
-        raise ValueError(f"the {config.get('model_type', '?')} config has no field {name!r}")
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(
-            f"{name} of the {config.get('model_type', '?')} config is {value!r}: a whole number above 0 is needed"
-        )
-    return value
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,11 @@
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from types import NoneType
 from typing import Any
 
 from .budget import Budget, format_bytes, format_count
+from .fields import MOST
 from .frontier import best_of_intervals, pareto_front
 from .space import StitchSpace
 from .stitch import Stitch
@@ -55,6 +57,12 @@ class StitchTable:
         metrics = {**self.metrics, name: dict(values)}
         metric = name if decides or self.metric is None else self.metric
         return replace(self, metrics=metrics, metric=metric)
+
+    def without_metrics(self, names: Iterable[str]) -> "StitchTable":
+        """A table that holds none of these metrics; where one of them decided, none does."""
+        names = set(names)
+        metrics = {name: values for name, values in self.metrics.items() if name not in names}
+        return replace(self, metrics=metrics, metric=None if self.metric in names else self.metric)
 
     @property
     def deciding(self) -> str | None:
@@ -154,18 +162,43 @@ class StitchTable:
         """
         try:
             rows = content["stitches"]
+            for row in rows:
+                _check_row(row)
             metrics: dict[str, dict[str, float]] = {}
             for row in rows:
                 for name, value in row["metrics"].items():
-                    metrics.setdefault(name, {})[row["key"]] = float(value)
-            importance = {row["key"]: float(row["importance"]) for row in rows if "importance" in row}
-            visits = {row["key"]: int(row["visits"]) for row in rows if "visits" in row}
+                    metrics.setdefault(name, {})[row["key"]] = _number(name, value)
+            importance = {row["key"]: _number("importance", row["importance"]) for row in rows if "importance" in row}
+            visits = {row["key"]: _count("visits", row["visits"]) for row in rows if "visits" in row}
+            if len({row["key"] for row in rows}) != len(rows):
+                raise ValueError("a stitch stands in it twice")
             if content["metric"] not in (None, *metrics):
                 raise ValueError(f"its metric {content['metric']!r} is none of those measured ({', '.join(metrics)})")
             for name in metrics:
                 higher_is_better(name)
-            return cls(
-                metrics, importance, content["metric"], int(content["interval_count"]), content.get("importance_score"), visits
-            )  # fmt: skip
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            score = content.get("importance_score")
+            if not isinstance(score, (str, NoneType)):
+                raise ValueError(f"importance_score is {score!r}: a name or null is needed")
+            intervals = _count("interval_count", content["interval_count"], 1)
+            return cls(metrics, importance, content["metric"], intervals, score, visits)
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
             raise ValueError(f"stitches.json is damaged: {type(error).__name__} {error}") from None
+
+
+def _check_row(row: Mapping[str, Any]) -> None:
+    _count("stitch_id", row["stitch_id"])
+    for name, kind in {"key": str, "params": int, "published": bool}.items():
+        if type(row[name]) is not kind:
+            raise ValueError(f"{name} of a stitch is {row[name]!r}: {kind.__name__} is needed")
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"{name} is {value!r}: a number is needed")
+    return float(value)
+
+
+def _count(name: str, value: Any, least: int = 0) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= MOST:
+        raise ValueError(f"{name} is {value!r}: a whole number from {least} on, at most {MOST:,}, is needed")
+    return value

@@ -2,33 +2,26 @@
 
 from dataclasses import replace
 
-from .image_parts import (
-    Config,
-    Entry,
-    contract,
-    grid_at,
-    label_count,
-    linear_sizes,
-    norm_and_classifier,
-    pair,
-    patch_grid,
-    staged,
-)
+from .fields import MOST_BLOCKS, Config, depths_of, label_count, pair, positive, positives, ratio, switch
+from .image_parts import Entry, contract, grid_at, linear_sizes, norm_and_classifier, patch_grid, staged
 from .spec import AnchorSpec, Feature, Part
 
 
 def vit_spec(config: Config, entry: Entry | None = None) -> AnchorSpec:
     """ViT and DeiT with one head on the class token: equal blocks on a class token, DeiT's distillation token, patches."""
-    grid, channels = patch_grid(config, config.get("patch_size", 16)), config.get("num_channels", 3)
-    patch, width = pair(config.get("patch_size", 16)), config.get("hidden_size", 768)
-    ffn, depth = config.get("intermediate_size", 3072), config.get("num_hidden_layers", 12)
+    patch, channels = pair(config, "patch_size", 16), positive(config, "num_channels", 3)
+    grid, width = patch_grid(config, patch), positive(config, "hidden_size", 768)
+    ffn, depth = positive(config, "intermediate_size", 3072), positive(config, "num_hidden_layers", 12, MOST_BLOCKS)
     special = 2 if config["model_type"] == "deit" else 1
-    heads = config.get("num_attention_heads", 12)
-    inner = heads * (config.get("head_dim") or width // heads)
+    heads = positive(config, "num_attention_heads", 12)
+    inner = heads * positive(config, "head_dim", width // heads)
     positions, pixels = Feature(width, grid, special).positions, channels * patch[0] * patch[1]
     feature = Feature(width, grid_at(entry, 0, depth, grid), special)
     tokens = feature.positions
-    linears = _attention_linears(width, inner, config.get("qkv_bias", True)) + [(width, ffn, True), (ffn, width, True)]
+    linears = _attention_linears(width, inner, switch(config, "qkv_bias", True)) + [
+        (width, ffn, True),
+        (ffn, width, True),
+    ]
     block = Part(
         **linear_sizes(linears, norms=4 * width),
         macs=tokens * sum(d_in * d_out for d_in, d_out, _ in linears) + 2 * tokens * tokens * inner,
@@ -55,16 +48,16 @@ def dinov2_spec(config: Config, entry: Entry | None = None) -> AnchorSpec:
     Raises:
         ValueError: its feed-forward is SwiGLU.
     """
-    width, ratio = config.get("hidden_size", 768), config.get("mlp_ratio", 4)
-    if config.get("use_swiglu_ffn"):
+    width, expansion = positive(config, "hidden_size", 768), ratio(config, "mlp_ratio", 4)
+    if switch(config, "use_swiglu_ffn"):
         raise ValueError(
             "DINOv2 with use_swiglu_ffn is not supported: take a checkpoint without it (small, base, large)"
         )
-    patch = config.get("patch_size", 14)
-    fields = {**config, "model_type": "dinov2", "intermediate_size": int(width * ratio), "patch_size": patch}
+    patch, ffn = pair(config, "patch_size", 14), int(width * expansion)
+    fields = {**config, "model_type": "dinov2", "intermediate_size": ffn, "patch_size": patch}
     plain = vit_spec(fields, entry)
     scaled = replace(plain.blocks[0], params=plain.blocks[0].params + 2 * width)
-    token = width if config.get("use_mask_token", True) else 0
+    token = width if switch(config, "use_mask_token", True) else 0
     labels = label_count(config)
     return replace(
         plain,
@@ -76,22 +69,19 @@ def dinov2_spec(config: Config, entry: Entry | None = None) -> AnchorSpec:
 
 def swin_spec(config: Config, entry: Entry | None = None) -> AnchorSpec:
     """Swin: window attention in stages, patch merging between them."""
-    patch, channels = pair(config.get("patch_size", 4)), config.get("num_channels", 3)
-    width, depths = config.get("embed_dim", 96), config.get("depths", (2, 2, 6, 2))
-    head_counts, ratio, limit = (
-        config.get("num_heads", (3, 6, 12, 24)),
-        config.get("mlp_ratio", 4.0),
-        config.get("window_size", 7),
-    )
+    patch, channels = pair(config, "patch_size", 4), positive(config, "num_channels", 3)
+    width, head_counts = positive(config, "embed_dim", 96), positives(config, "num_heads", (3, 6, 12, 24))
+    depths = depths_of(config, (2, 2, 6, 2), ("num_heads", head_counts))
+    expansion, limit = ratio(config, "mlp_ratio", 4.0), positive(config, "window_size", 7)
     grid = patch_grid(config, patch)
     pixels = channels * patch[0] * patch[1]
-    positions = width * grid[0] * grid[1] if config.get("use_absolute_embeddings") else 0
+    positions = width * grid[0] * grid[1] if switch(config, "use_absolute_embeddings") else 0
     stem = Part(params=pixels * width + 3 * width + positions, macs=grid[0] * grid[1] * pixels * width)
     blocks, features, transitions = [], [], []
     trained = grid
-    sides = pair(config.get("image_size", 224))
+    sides = pair(config, "image_size", 224)
     merged = [tuple(side // 2**stage for side in grid) for stage in range(len(depths))]
-    if any(side % size for side, size in zip(sides, pair(patch))) or any(n % 2 for stage in merged[:-1] for n in stage):
+    if any(side % size for side, size in zip(sides, patch)) or any(n % 2 for stage in merged[:-1] for n in stage):
         raise ValueError(
             f"Swin at image_size {sides} with patch_size {patch} has stages of {merged} places: an odd number cannot be "
             "merged by two; choose an image size that halves evenly at every stage"
@@ -104,8 +94,8 @@ def swin_spec(config: Config, entry: Entry | None = None) -> AnchorSpec:
                 "multiple: rescale='bilinear' or 'strided' meets its own"
             )
         padded = (-(-grid[0] // window) * window) * (-(-grid[1] // window) * window)
-        places, ffn = grid[0] * grid[1], int(ratio * width)
-        attention = _attention_linears(width, width, config.get("qkv_bias", True))
+        places, ffn = grid[0] * grid[1], int(expansion * width)
+        attention = _attention_linears(width, width, switch(config, "qkv_bias", True))
         linears = [*attention, (width, ffn, True), (ffn, width, True)]
         block = Part(
             **linear_sizes(linears, norms=4 * width + (2 * limit - 1) ** 2 * heads),

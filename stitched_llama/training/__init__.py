@@ -38,7 +38,7 @@ from .image_trainer import StitchImageTrainer
 from .images import IMAGE_TASKS, EpochOfAugmentation, ImageSet, collate_images, few_shot, read_images, some_of
 from .plots import format_table, plot_stitches, read_baselines
 from .prompts import TEMPLATES, Template, template
-from .record import dump_record, provenance
+from .record import dump_record, provenance, redacted
 from .samples import sample_budgets
 from .settings import check_settings, run_settings
 from .smoke import byte_tokenizer, pico_anchor, smoke_anchors
@@ -85,6 +85,7 @@ __all__ = [
     "read_images",
     "read_rows",
     "recipe_parser",
+    "redacted",
     "response_scores",
     "run_settings",
     "sample_budgets",

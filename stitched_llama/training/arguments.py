@@ -138,6 +138,10 @@ class StitchTrainingArguments(TrainingArguments):
     )
     distillation_weight: float = field(default=0.5, metadata={"help": "Its share of the student's loss."})
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What `training_args.bin` beside a checkpoint holds: no tokens."""
+        return {name: None if name.endswith("_token") else value for name, value in vars(self).items()}
+
     def __post_init__(self):
         if self.distillation not in DISTILLATIONS:
             raise ValueError(

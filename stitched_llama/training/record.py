@@ -4,15 +4,22 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+_HIDDEN = "<hidden>"
+_SECRET_OPTION = re.compile(
+    r"--?([\w-]*(token|key|password|passwd|secret|credentials?)|(push_to_)?hub[_-]t[\w-]*)", re.IGNORECASE
+)
+_SECRET_TEXT = re.compile(r"\b(hf|api_org)_[A-Za-z0-9]{16,}|(?<=://)[^/@\s]+(?=@)")
 _PACKAGES = ("stitched-llama", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets")
 
 
@@ -22,7 +29,7 @@ def provenance() -> dict[str, Any]:
     return {
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "commit": _commit(),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": " ".join(redacted([Path(sys.argv[0]).name, *sys.argv[1:]])),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
         "machine": {
             "device": device,
@@ -32,6 +39,21 @@ def provenance() -> dict[str, Any]:
             "model": _processor(),
         },
     }
+
+
+def redacted(arguments: Sequence[str]) -> list[str]:
+    """A command line without its secrets: values of options named for a token, key, password or secret, Hub tokens and logins in
+    addresses, wherever they stand."""
+    shown, secret = [], False
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if secret and not argument.startswith("--"):
+            argument = _HIDDEN
+        elif _SECRET_OPTION.fullmatch(name) and equals:
+            argument = f"{name}={_HIDDEN}"
+        secret = bool(_SECRET_OPTION.fullmatch(argument))
+        shown.append(_SECRET_TEXT.sub(_HIDDEN, argument))
+    return shown
 
 
 def dump_record(content: Any) -> str:
