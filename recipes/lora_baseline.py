@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, Trainer, set_seed
+from transformers import AutoModelForCausalLM, HfArgumentParser, Trainer, set_seed
 
 from stitched_llama import StitchTrainingArguments
 from stitched_llama.training import (
@@ -23,6 +23,7 @@ from stitched_llama.training import (
     batches,
     drawn,
     evaluate_plain,
+    load_tokenizer,
     pad_token_id,
     read_rows,
     split_rows,
@@ -35,11 +36,13 @@ class Arguments:
     """What is tuned on what."""
 
     anchors: list[str] = field(metadata={"help": "Folders or Hub ids; each is tuned alone."})
-    data: str = field(default="tatsu-lab/alpaca", metadata={"help": "Hub id, or a JSON, JSONL or Parquet file."})
+    data: str = field(default="tatsu-lab/alpaca", metadata={"help": "As finetune_alpaca.py has it."})
+    train_split: str = field(default="train", metadata={"help": "The part of a Hub data set or folder to train on."})
     eval_data: str | None = field(default=None, metadata={"help": "Held-out rows; by default split off the data."})
+    eval_split: str = field(default="train", metadata={"help": "The part of --eval_data that is held out."})
     eval_size: int = field(default=500, metadata={"help": "Held-out rows."})
     on_bad_row: str = field(default="skip", metadata={"help": "error or skip, as finetune_alpaca.py has it."})
-    template: str = field(default="alpaca", metadata={"help": "Prompt template: alpaca or short."})
+    template: str = field(default="auto", metadata={"help": "Prompt template, as finetune_alpaca.py has it."})
     max_length: int = field(default=512, metadata={"help": "Tokens a row may have."})
     rank: int = field(default=16, metadata={"help": "LoRA rank on q, k, v, o."})
     dtype: str = field(default="auto", metadata={"help": "Of the anchors: auto, float32, bfloat16 or float16."})
@@ -49,11 +52,12 @@ class Arguments:
 
 def main() -> None:
     args, training = HfArgumentParser((Arguments, StitchTrainingArguments)).parse_args_into_dataclasses()
-    prompt, found = template(args.template), {}
-    tokenizer = AutoTokenizer.from_pretrained(args.anchors[0])
-    rows = read_rows(args.data, args.on_bad_row)
+    tokenizer, found = load_tokenizer(args.anchors[0]), {}
+    prompt = template(args.template, tokenizer)
+    tokenizer.chat_template = prompt.chat
+    rows = read_rows(args.data, args.on_bad_row, args.train_split)
     if args.eval_data:
-        held_out = read_rows(args.eval_data, args.on_bad_row)
+        held_out = read_rows(args.eval_data, args.on_bad_row, args.eval_split)
         held_out = [held_out[i] for i in drawn(len(held_out), args.eval_size, training.seed)]
     else:
         rows, held_out = split_rows(rows, args.eval_size, training.seed)

@@ -19,7 +19,7 @@ class AnchorsMixin:
     config_fields: tuple[str, ...] = ()  # what from_anchors passes on to each anchor's config
 
     @classmethod
-    def check_names(cls, names: Sequence[Any], **hub: Any) -> None:
+    def check_names(cls, config: Any, names: Sequence[Any], **hub: Any) -> None:
         """Refuses anchors that their configs alone do not tell apart; a kind of model says how."""
 
     @classmethod
@@ -68,7 +68,7 @@ class AnchorsMixin:
         configs = [anchor_config(a, **fields, **hub) if isinstance(a, str) else _stored(a) for a in names]
         cls.check_modality(configs)
         config = cls.config_class.from_anchor_configs(configs, **space)
-        cls.check_names(names, **hub)
+        cls.check_names(config, names, **hub)
         loaded, references = [], []
         for index, (name, own) in enumerate(zip(names, configs)):
             if isinstance(name, str):

@@ -1,7 +1,9 @@
 """Fine-tuning, evaluation of every stitch, plots.
 
+tables      rows of files, folders, saved data sets and the Hub
+rows        rows in Alpaca's schema: checked, counted, held out
 prompts     templates, also as chat templates
-data        rows in Alpaca's schema to labelled batches
+data        rows to labelled batches of token ids
 images      labelled images to batches
 arguments   training arguments
 checks      what is known to be wrong before a run starts
@@ -16,6 +18,8 @@ samples     the same prompts at several sizes
 smoke       pico anchors for --smoke and tests
 """
 
+from stitched_llama.models.tokenizers import load_tokenizer
+
 from .arguments import (
     DISTILLATIONS,
     ImageDataArguments,
@@ -26,13 +30,14 @@ from .arguments import (
 )
 from .checkpoints import check_data_settings, find_checkpoint
 from .checks import check_arguments
-from .data import Collator, InstructionDataset, Row, batches, drawn, encode_prompt, pad_token_id, read_rows, split_rows
+from .data import Collator, InstructionDataset, batches, pad_token_id
 from .evaluation import evaluate_plain, evaluate_stitches, image_scores, response_scores, spearman
 from .image_trainer import StitchImageTrainer
 from .images import IMAGE_TASKS, EpochOfAugmentation, ImageSet, collate_images, few_shot, read_images, some_of
 from .plots import format_table, plot_stitches, read_baselines
-from .prompts import TEMPLATES, Template, template
+from .prompts import TEMPLATES, Template, encode_prompt, end_ids, render_chat, template
 from .record import dump_record, provenance
+from .rows import Row, drawn, read_rows, split_rows
 from .samples import sample_budgets
 from .smoke import byte_tokenizer, pico_anchor, smoke_anchors
 from .trainer import StitchTrainer
@@ -64,9 +69,11 @@ __all__ = [
     "evaluate_stitches",
     "drawn",
     "encode_prompt",
+    "end_ids",
     "few_shot",
     "find_checkpoint",
     "format_table",
+    "load_tokenizer",
     "pad_token_id",
     "pico_anchor",
     "image_scores",
@@ -75,6 +82,7 @@ __all__ = [
     "read_baselines",
     "read_images",
     "read_rows",
+    "render_chat",
     "response_scores",
     "sample_budgets",
     "smoke_anchors",

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Subset
 from transformers import TrainerCallback
 
-from .data import drawn
+from .rows import drawn
 
 # Tasks of VTAB-1k and FGVC (ESTA section 5.1) that the Hub holds as pictures with labels: name -> (Hub id, configuration).
 # VTAB-1k takes 1,000 training pictures of each. Not in this table: Retinopathy, DMLab, KITTI, the variants of CLEVR, dSprites and
