@@ -28,10 +28,10 @@ from stitched_llama.training import (
     InstructionDataset,
     PSTArguments,
     SpaceArguments,
+    TextDataArguments,
     batches,
     check_arguments,
     check_data_settings,
-    drawn,
     dump_record,
     end_ids,
     evaluate_stitches,
@@ -42,38 +42,18 @@ from stitched_llama.training import (
     plot_stitches,
     provenance,
     read_baselines,
-    read_rows,
+    read_parts,
     sample_budgets,
     smoke_anchors,
     spearman,
-    split_rows,
     template,
 )
 
 
 @dataclass
-class Arguments:
-    """What is tuned on what."""
+class Arguments(TextDataArguments):
+    """What is tuned on what, and how it starts."""
 
-    anchors: list[str] = field(default_factory=list, metadata={"help": "Folders or Hub ids, small to large."})
-    data: str = field(
-        default="tatsu-lab/alpaca",
-        metadata={"help": "Hub id, a JSON, JSONL, CSV or Parquet file, or a folder of them."},
-    )
-    train_split: str = field(default="train", metadata={"help": "The part of a Hub data set or folder to train on."})
-    eval_data: str | None = field(default=None, metadata={"help": "Held-out rows; by default split off the data."})
-    eval_split: str = field(default="train", metadata={"help": "The part of --eval_data that is held out."})
-    eval_size: int = field(default=500, metadata={"help": "Held-out rows."})
-    on_bad_row: str = field(
-        default="skip", metadata={"help": "error or skip, for rows without instruction or output (Alpaca has 28)."}
-    )
-    template: str = field(
-        default="auto",
-        metadata={
-            "help": "Prompt template: alpaca, short, chat (the tokenizer's own), or auto: chat if it has one, else alpaca."
-        },
-    )
-    max_length: int = field(default=512, metadata={"help": "Tokens a row may have."})
     train_on_prompt: bool = field(default=False, metadata={"help": "Learn the prompt too."})
     load_in_8bit: bool = field(default=True, metadata={"help": "Anchors in 8 bits, as the paper has them."})
     load_in_4bit: bool = field(default=False, metadata={"help": "Anchors in 4 bits (NF4) instead."})
@@ -123,12 +103,7 @@ def main() -> None:
     prompt = template(args.template, tokenizer)
     tokenizer.chat_template = prompt.chat
     vocab_size = min(anchor.contract["vocab_size"] for anchor in space.anchors)
-    rows = read_rows(args.data, args.on_bad_row, args.train_split)
-    if args.eval_data:
-        held_out = read_rows(args.eval_data, args.on_bad_row, args.eval_split)
-        held_out = [held_out[i] for i in drawn(len(held_out), args.eval_size, training.seed)]
-    else:
-        rows, held_out = split_rows(rows, args.eval_size, training.seed)
+    rows, held_out = read_parts(args, training.seed)
     train_set = InstructionDataset(rows, tokenizer, prompt, args.max_length, args.train_on_prompt, vocab_size)
     eval_set = InstructionDataset(held_out, tokenizer, prompt, args.max_length, vocab_size=vocab_size)
     collator = Collator(pad_token_id(tokenizer, vocab_size))

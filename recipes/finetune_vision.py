@@ -20,7 +20,6 @@ from pathlib import Path
 import torch
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     AutoModelForImageClassification,
     HfArgumentParser,
     set_seed,
@@ -37,12 +36,14 @@ from stitched_llama.training import (
     batches,
     check_arguments,
     check_data_settings,
+    check_no_adapter,
     collate_images,
     dump_record,
     evaluate_stitches,
     few_shot,
     find_checkpoint,
     format_table,
+    load_processor,
     plot_stitches,
     provenance,
     read_baselines,
@@ -73,6 +74,9 @@ class VisionSpaceArguments(SpaceArguments):
     """The space of ESTA and SN-Net for plain ViTs."""
 
     kernel_size: int = field(default=2, metadata={"help": "Blocks of the sliding window."})
+    image_size: int | None = field(
+        default=None, metadata={"help": "Side of the images, for anchors that take any (DINOv2, ConvNeXt, ...)."}
+    )
 
 
 def main() -> None:
@@ -104,9 +108,9 @@ def main() -> None:
     pst.settings().trainable_params(shape)
     baselines = read_baselines(args.baselines, shape)
 
-    processor = AutoImageProcessor.from_pretrained(args.anchors[-1], use_fast=False)
-    train_set = ImageSet(images, processor, args.augment, training.seed)
-    eval_set = ImageSet(held_out, processor)
+    processor, channels = load_processor(args.anchors[-1]), shape.anchors[-1].contract["num_channels"]
+    train_set = ImageSet(images, processor, args.augment, training.seed, channels=channels)
+    eval_set = ImageSet(held_out, processor, channels=channels)
     held_out_batches = batches(eval_set, collate_images, training.per_device_eval_batch_size)
 
     # Model: frozen anchors with new heads, stitching layers by least squares, then the trainable parts
@@ -126,7 +130,10 @@ def main() -> None:
         model.print_trainable_parameters()
 
     # The fine-tune, every stitch after
-    teacher = None if args.teacher is None else AutoModelForImageClassification.from_pretrained(args.teacher)
+    teacher = None
+    if args.teacher is not None:
+        check_no_adapter(args.teacher)
+        teacher = AutoModelForImageClassification.from_pretrained(args.teacher)
     trainer = sl.StitchImageTrainer(
         model=model, args=training, train_dataset=train_set, eval_dataset=eval_set, data_collator=collate_images,
         teacher=teacher, data_settings=data,

@@ -14,36 +14,28 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, HfArgumentParser, Trainer, set_seed
+from transformers import AutoConfig, AutoModelForCausalLM, HfArgumentParser, Trainer, set_seed
 
 from stitched_llama import StitchTrainingArguments
 from stitched_llama.training import (
     Collator,
     InstructionDataset,
+    TextDataArguments,
     batches,
-    drawn,
+    check_no_adapter,
+    end_ids,
     evaluate_plain,
     load_tokenizer,
     pad_token_id,
-    read_rows,
-    split_rows,
+    read_parts,
     template,
 )
 
 
 @dataclass
-class Arguments:
+class Arguments(TextDataArguments):
     """What is tuned on what."""
 
-    anchors: list[str] = field(metadata={"help": "Folders or Hub ids; each is tuned alone."})
-    data: str = field(default="tatsu-lab/alpaca", metadata={"help": "As finetune_alpaca.py has it."})
-    train_split: str = field(default="train", metadata={"help": "The part of a Hub data set or folder to train on."})
-    eval_data: str | None = field(default=None, metadata={"help": "Held-out rows; by default split off the data."})
-    eval_split: str = field(default="train", metadata={"help": "The part of --eval_data that is held out."})
-    eval_size: int = field(default=500, metadata={"help": "Held-out rows."})
-    on_bad_row: str = field(default="skip", metadata={"help": "error or skip, as finetune_alpaca.py has it."})
-    template: str = field(default="auto", metadata={"help": "Prompt template, as finetune_alpaca.py has it."})
-    max_length: int = field(default=512, metadata={"help": "Tokens a row may have."})
     rank: int = field(default=16, metadata={"help": "LoRA rank on q, k, v, o."})
     dtype: str = field(default="auto", metadata={"help": "Of the anchors: auto, float32, bfloat16 or float16."})
     save: str | None = field(default=None, metadata={"help": "A folder for the tuned models."})
@@ -52,18 +44,18 @@ class Arguments:
 
 def main() -> None:
     args, training = HfArgumentParser((Arguments, StitchTrainingArguments)).parse_args_into_dataclasses()
+    if not args.anchors:
+        raise SystemExit("--anchors NAME ... is needed: folders or Hub ids, each is tuned alone")
+    for name in args.anchors:
+        check_no_adapter(name)
+    vocab_size = min(AutoConfig.from_pretrained(name).vocab_size for name in args.anchors)
     tokenizer, found = load_tokenizer(args.anchors[0]), {}
     prompt = template(args.template, tokenizer)
     tokenizer.chat_template = prompt.chat
-    rows = read_rows(args.data, args.on_bad_row, args.train_split)
-    if args.eval_data:
-        held_out = read_rows(args.eval_data, args.on_bad_row, args.eval_split)
-        held_out = [held_out[i] for i in drawn(len(held_out), args.eval_size, training.seed)]
-    else:
-        rows, held_out = split_rows(rows, args.eval_size, training.seed)
-    train_set = InstructionDataset(rows, tokenizer, prompt, args.max_length)
-    collator = Collator(pad_token_id(tokenizer))
-    eval_set = InstructionDataset(held_out, tokenizer, prompt, args.max_length)
+    rows, held_out = read_parts(args, training.seed)
+    train_set = InstructionDataset(rows, tokenizer, prompt, args.max_length, vocab_size=vocab_size)
+    collator = Collator(pad_token_id(tokenizer, vocab_size))
+    eval_set = InstructionDataset(held_out, tokenizer, prompt, args.max_length, vocab_size=vocab_size)
     held_out_batches = batches(eval_set, collator, training.per_device_eval_batch_size)
     for index, name in enumerate(args.anchors):
         set_seed(training.seed)
@@ -81,7 +73,9 @@ def main() -> None:
             "seconds": round(time.time() - start, 1),
         }  # fmt: skip
         if args.save:
-            model.merge_and_unload().save_pretrained(Path(args.save) / str(index))
+            tuned = model.merge_and_unload()
+            tuned.generation_config.eos_token_id = end_ids(tokenizer, tuned.generation_config, prompt)
+            tuned.save_pretrained(Path(args.save) / str(index))
             tokenizer.save_pretrained(Path(args.save) / str(index))
     Path(args.rows).parent.mkdir(parents=True, exist_ok=True)
     Path(args.rows).write_text(json.dumps(found, indent=1) + "\n")

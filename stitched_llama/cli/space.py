@@ -29,6 +29,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--rescale", choices=RESCALES, default="none", help="how it changes the resolution")
     parser.add_argument("--adapter-norm", choices=ADAPTER_NORMS, default="none", help="norms around it")
     parser.add_argument("--across-stages", action="store_true", help="also join stages of different resolution")
+    parser.add_argument(
+        "--image-size", type=int, help="side of the images, for anchors that take any (DINOv2, ConvNeXt, ...)"
+    )
     parser.add_argument("--dtype", choices=BYTES_PER_NUMBER, default="bfloat16", help="of weights and KV cache")
     parser.add_argument("--quantization", choices=("8bit", "4bit"), help="of the blocks' linear layers")
     parser.add_argument("--context", type=int, default=0, help="tokens attended to, counted in MACs (default 0)")
@@ -39,6 +42,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 def run(options: argparse.Namespace) -> int:
     space = StitchSpace.from_configs(
         options.anchors,
+        options.image_size,
         **{name: getattr(options, name) for name in SPACE_OPTIONS},
         precision=Precision(options.dtype, options.quantization, options.context),
     )

@@ -11,7 +11,15 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from stitched_llama.bundles import CONFIG, recover
 from stitched_llama.pst import PSTConfig
-from stitched_llama.space import BYTES_PER_NUMBER, SPACE_OPTIONS, Precision, StitchSpace, anchor_specs, fields_of
+from stitched_llama.space import (
+    BYTES_PER_NUMBER,
+    SPACE_OPTIONS,
+    AnchorSpec,
+    Precision,
+    StitchSpace,
+    anchor_specs,
+    fields_of,
+)
 
 _NOT_KEPT = ("_name_or_path", "transformers_version")
 
@@ -85,10 +93,14 @@ class StitchedConfig(PreTrainedConfig):
                 f"{type(self).__name__} names no anchors: build it with from_anchor_configs([small, large])"
             )
         return StitchSpace(
-            anchor_specs(self.anchor_configs),
+            self.anchor_specs(),
             **{name: getattr(self, name) for name in SPACE_OPTIONS},
             precision=precision,
         )
+
+    def anchor_specs(self) -> list[AnchorSpec]:
+        """The sizes of the anchors, small to large."""
+        return anchor_specs(self.anchor_configs)
 
     def precision(self, dtype: Any = None, quantization_config: Any = None) -> Precision:
         """In which form the weights will be held when the anchors are loaded with these options; what is stored in 8 or 4 bits

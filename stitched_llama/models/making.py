@@ -17,6 +17,7 @@ class AnchorsMixin:
     """`from_anchors` of stitched models, and what it refuses."""
 
     config_fields: tuple[str, ...] = ()  # what from_anchors passes on to each anchor's config
+    own_fields: tuple[str, ...] = ()  # and to the stitched one
 
     @classmethod
     def check_names(cls, config: Any, names: Sequence[Any], **hub: Any) -> None:
@@ -44,7 +45,7 @@ class AnchorsMixin:
         Args:
             anchors: folders, Hub ids or loaded models. A loaded model becomes part of this one: it is frozen, and PST
                 goes into it, as PEFT has it.
-            how: `kernel_size`, `stride`, `direction`, `pairs`, `adapter`, `rescale`, `adapter_norm`, `across_stages` shape the space; `dtype`, `quantization_config`,
+            how: `kernel_size`, `stride`, `direction`, `pairs`, `adapter`, `rescale`, `adapter_norm`, `across_stages` shape the space; `image_size` is the size at which image anchors run that take any; `dtype`, `quantization_config`,
                 `device_map`, `attn_implementation` and the Hub's options reach each anchor's `from_pretrained`.
 
         Raises:
@@ -53,7 +54,7 @@ class AnchorsMixin:
             OSError: a folder or Hub id has no configuration or cannot be fetched.
             TypeError: an unknown argument.
         """
-        space = {name: how.pop(name) for name in SPACE_OPTIONS if name in how}
+        space = {name: how.pop(name) for name in SPACE_OPTIONS if name in how} | take(how, cls.own_fields)
         fields = {name: how.pop(name) for name in cls.config_fields if name in how}
         load, hub = take(how, LOAD_OPTIONS), take(how, HUB_OPTIONS)
         if how:

@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
-from transformers.utils import cached_file
+from transformers.utils import ADAPTER_CONFIG_NAME, cached_file, find_adapter_config_file
 from transformers.utils.hub import extract_commit_hash
 
 from stitched_llama.bundles import WEIGHTS, fingerprint_files, fingerprint_tensors, read_header
@@ -24,14 +24,34 @@ def anchor_config(name_or_path: str, **options: Any) -> PreTrainedConfig:
     """The configuration of an anchor from its own files.
 
     Raises:
+        ValueError: the files of an adapter lie beside it.
         OSError: there is none.
     """
+    check_no_adapter(name_or_path, **options)
     try:
         return AutoConfig.from_pretrained(name_or_path, **options)
     except (OSError, ValueError) as error:
         raise OSError(
             f"anchor {name_or_path!r} is neither a folder here with a config.json nor a repository in reach: {first_line(error)}"
         ) from error
+
+
+def check_no_adapter(name_or_path: str, **hub: Any) -> None:
+    """Refuses a folder or repository that also holds an adapter: Transformers would attach it to the model unasked.
+
+    Raises:
+        ValueError: it does.
+    """
+    hub = {name: value for name, value in hub.items() if name in HUB_OPTIONS and value is not None}
+    try:
+        found = find_adapter_config_file(name_or_path, **hub)
+    except OSError:  # out of reach, which is told where its configuration is read
+        return
+    if found is not None:
+        raise ValueError(
+            f"{name_or_path} holds an adapter ({ADAPTER_CONFIG_NAME}), which would be attached to the anchor unasked: merge it "
+            "(PEFT's merge_and_unload, then save_pretrained elsewhere), or take a folder that holds the model alone"
+        )
 
 
 def weight_files(name_or_path: str, needed: Callable[[str], bool] | None = None, **hub: Any) -> dict[str, Path]:

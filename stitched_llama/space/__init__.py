@@ -19,7 +19,7 @@ from .adapters import ADAPTER_NORMS, ADAPTERS, RESCALES, StitchingLayerSpec
 from .budget import Budget, format_bytes, format_count
 from .configs import fields_of, first_line, read_config
 from .cost import BYTES_PER_NUMBER, Precision
-from .families import anchor_spec, anchor_specs
+from .families import ANY_SIZE, anchor_spec, anchor_specs
 from .frontier import best_of_intervals, intervals, pareto_front
 from .space import DIRECTIONS, PAIRS, SPACE_OPTIONS, StitchSpace
 from .spec import AnchorSpec, Feature, Part
@@ -29,6 +29,7 @@ from .table import StitchTable, higher_is_better
 __all__ = [
     "ADAPTERS",
     "ADAPTER_NORMS",
+    "ANY_SIZE",
     "BYTES_PER_NUMBER",
     "AnchorSpec",
     "Budget",

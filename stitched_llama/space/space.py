@@ -24,6 +24,7 @@ SPACE_OPTIONS = (
 _PADDING = 0.01  # of a vocabulary: Qwen2.5 has 151,936 rows in small models and 152,064 in large ones
 _REMEDIES = {
     "vocab_size": "stitches need one tokenizer",
+    "image_size": "choose equal ones, or give image_size where they run at any",
     "num_labels": "give num_labels, and each anchor gets a new head",
 }
 
@@ -84,10 +85,14 @@ class StitchSpace:
         self._by_key = {stitch.key: stitch for stitch in self._stitches}
 
     @classmethod
-    def from_configs(cls, configs: Sequence[Any], **options: Any) -> "StitchSpace":
+    def from_configs(cls, configs: Sequence[Any], image_size: Any = None, **options: Any) -> "StitchSpace":
         """A space from `config.json` alone: each a folder, a Hub id, a configuration of Transformers, or the fields themselves.
-        No weights are read."""
-        return cls(anchor_specs([fields_of(config) for config in configs]), **options)
+        No weights are read.
+
+        Args:
+            image_size: at which image anchors run that take any; by default their own.
+        """
+        return cls(anchor_specs([fields_of(config) for config in configs], image_size), **options)
 
     def _ordered_pairs(self) -> list[tuple[int, int]]:
         """(head, tail) anchors that may be joined."""

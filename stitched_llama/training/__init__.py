@@ -4,7 +4,9 @@ tables      rows of files, folders, saved data sets and the Hub
 rows        rows in Alpaca's schema: checked, counted, held out
 prompts     templates, also as chat templates
 data        rows to labelled batches of token ids
-images      labelled images to batches
+image_files one picture of a file or an array; labels as numbers
+images      labelled images of arrays, folders and data sets
+image_sets  labelled images to batches
 arguments   training arguments
 checks      what is known to be wrong before a run starts
 trainer     one route a step, the largest anchor as teacher; image_trainer is the same for pictures
@@ -18,6 +20,8 @@ samples     the same prompts at several sizes
 smoke       pico anchors for --smoke and tests
 """
 
+from stitched_llama.models.processors import load_processor
+from stitched_llama.models.references import check_no_adapter
 from stitched_llama.models.tokenizers import load_tokenizer
 
 from .arguments import (
@@ -27,17 +31,19 @@ from .arguments import (
     PSTArguments,
     SpaceArguments,
     StitchTrainingArguments,
+    TextDataArguments,
 )
 from .checkpoints import check_data_settings, find_checkpoint
 from .checks import check_arguments
 from .data import Collator, InstructionDataset, batches, pad_token_id
 from .evaluation import evaluate_plain, evaluate_stitches, image_scores, response_scores, spearman
+from .image_sets import EpochOfAugmentation, ImageSet, collate_images
 from .image_trainer import StitchImageTrainer
-from .images import IMAGE_TASKS, EpochOfAugmentation, ImageSet, collate_images, few_shot, read_images, some_of
+from .images import IMAGE_TASKS, few_shot, read_images, some_of
 from .plots import format_table, plot_stitches, read_baselines
 from .prompts import TEMPLATES, Template, encode_prompt, end_ids, render_chat, template
 from .record import dump_record, provenance
-from .rows import Row, drawn, read_rows, split_rows
+from .rows import Row, drawn, read_parts, read_rows, split_rows
 from .samples import sample_budgets
 from .smoke import byte_tokenizer, pico_anchor, smoke_anchors
 from .trainer import StitchTrainer
@@ -59,10 +65,12 @@ __all__ = [
     "StitchTrainer",
     "StitchTrainingArguments",
     "Template",
+    "TextDataArguments",
     "batches",
     "byte_tokenizer",
     "check_arguments",
     "check_data_settings",
+    "check_no_adapter",
     "collate_images",
     "dump_record",
     "evaluate_plain",
@@ -73,6 +81,7 @@ __all__ = [
     "few_shot",
     "find_checkpoint",
     "format_table",
+    "load_processor",
     "load_tokenizer",
     "pad_token_id",
     "pico_anchor",
@@ -81,6 +90,7 @@ __all__ = [
     "provenance",
     "read_baselines",
     "read_images",
+    "read_parts",
     "read_rows",
     "render_chat",
     "response_scores",

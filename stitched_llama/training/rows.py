@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from reprlib import Repr
 from typing import Any
 
+from .arguments import TextDataArguments
 from .tables import RepeatedKeys, read_table
 
 logger = logging.getLogger(__name__)
@@ -127,3 +128,20 @@ def split_rows(rows: Sequence[Row], held_out: int, seed: int) -> tuple[list[Row]
         raise ValueError(f"{held_out} of {len(rows)} rows held out: keep at least one on each side (eval_size)")
     order = random.Random(seed).sample(range(len(rows)), len(rows))
     return [rows[i] for i in order[held_out:]], [rows[i] for i in order[:held_out]]
+
+
+def read_parts(args: TextDataArguments, seed: int) -> tuple[list[Row], list[Row]]:
+    """Training rows, and held-out ones of a data set of their own or split off.
+
+    Raises:
+        ValueError: a source cannot be read, or both are the same rows.
+    """
+    rows = read_rows(args.data, args.on_bad_row, args.train_split)
+    if not args.eval_data:
+        return split_rows(rows, args.eval_size, seed)
+    if (args.data, args.train_split) == (args.eval_data, args.eval_split):
+        raise ValueError(
+            f"eval_data is the data, {args.data}, and its part {args.eval_split!r} too: leave it out, and rows are split off"
+        )
+    held_out = read_rows(args.eval_data, args.on_bad_row, args.eval_split)
+    return rows, [held_out[index] for index in drawn(len(held_out), args.eval_size, seed)]

@@ -78,6 +78,11 @@ def _is_saved(path: Path) -> bool:
     return any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
 
 
+def is_table(folder: Path) -> bool:
+    """Whether a folder is a data set that was saved to disk, or a copy of one of the Hub in Parquet."""
+    return _is_saved(folder) or any(folder.glob("*.parquet")) or any(folder.glob("data/*.parquet"))
+
+
 def _reason(error: BaseException) -> str:
     """What an error says at its root, in a line: that `datasets` could not generate something says nothing."""
     while error.__cause__ is not None:
