@@ -37,8 +37,19 @@ def test_alpaca_template_is_the_published_text(tokenizer):
     assert template("alpaca", tokenizer).render("Name a river.", "in {France}") == ALPACA_INPUT
     assert template("short", tokenizer).render("Reverse", "abc") == "Reverse: abc\n> "
     assert template("short", tokenizer).render("Hi") == "Hi\n> "
+    assert template("alpaca").render("Name a river.", "in {France}") == ALPACA_INPUT
     with pytest.raises(ValueError, match="'alpacca' is unknown; one of auto, chat, alpaca"):
         template("alpacca", tokenizer)
+    with pytest.raises(ValueError, match="'chat' is unknown; one of alpaca, short"):
+        template("chat")  # whose?
+
+
+def test_a_template_in_words_is_made_for_the_tokenizer(tokenizer):
+    for made in (tokenizer, with_pieces(tokenizer, "<s> $A")):
+        words, bound = (
+            InstructionDataset([ROW], made, given)[0] for given in (template("short"), template("short", made))
+        )
+        assert words == bound
 
 
 def with_pieces(tokenizer, single, **how):

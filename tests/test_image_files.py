@@ -66,6 +66,17 @@ def test_pictures_stand_upright_as_datasets_shows_them(orientation, name, tmp_pa
         assert np.array_equal(pixels(found), np.asarray(ImageOps.exif_transpose(picture).convert("RGB")))
 
 
+@pytest.mark.parametrize("mode", ["L", "I;16", "RGB"])
+def test_plain_tiffs_stand_upright_too(mode, tmp_path):
+    """Pillow maps such files where it is given their names, and turns them otherwise than what it reads from memory."""
+    exif = Image.Exif()
+    exif[274] = 6
+    picture = Image.fromarray(GREYS[:4]) if mode == "I;16" else Image.fromarray(COLOURS[0][:4]).convert(mode)
+    (found,) = folder(tmp_path, a=("a.tiff", picture, {"exif": exif}))
+    (plain,) = folder(tmp_path / "plain", a=("a.tiff", picture, {}))
+    assert np.array_equal(pixels(found), np.rot90(pixels(plain), -1))
+
+
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr"])
 def test_other_modes_are_brought_to_rgb(mode, tmp_path):
     picture = Image.fromarray(COLOURS[0]).convert(mode)

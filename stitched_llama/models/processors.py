@@ -12,14 +12,15 @@ from stitched_llama.space import first_line
 logger = logging.getLogger(__name__)
 
 
-def load_processor(name_or_path: str, **hub: Any) -> Any:
-    """An image processor from its files; no code of a repository is run.
+def load_processor(name_or_path: str, trust_remote_code: bool = False, **hub: Any) -> Any:
+    """An image processor from its files; no code of a repository is run unless it is trusted.
 
     Raises:
         ValueError: it is missing or cannot be read.
     """
     try:
-        return AutoImageProcessor.from_pretrained(name_or_path, use_fast=False, trust_remote_code=False, **hub)
+        how = {"use_fast": False, "trust_remote_code": trust_remote_code}
+        return AutoImageProcessor.from_pretrained(name_or_path, **how, **hub)
     except Exception as error:
         raise ValueError(f"the image processor of {name_or_path} cannot be read: {first_line(error)}") from error
 

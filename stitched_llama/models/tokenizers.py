@@ -11,14 +11,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from stitched_llama.space import first_line
 
 
-def load_tokenizer(name_or_path: str, **hub: Any) -> PreTrainedTokenizerBase:
-    """A tokenizer from its files; no code of a repository is run.
+def load_tokenizer(name_or_path: str, trust_remote_code: bool = False, **hub: Any) -> PreTrainedTokenizerBase:
+    """A tokenizer from its files; no code of a repository is run unless it is trusted.
 
     Raises:
         ValueError: it is missing or cannot be read.
     """
     try:
-        return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False, **hub)
+        return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code, **hub)
     except (KeyboardInterrupt, SystemExit):
         raise
     except (

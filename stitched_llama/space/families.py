@@ -7,7 +7,6 @@ from typing import Any
 
 from .convolutions import convnext_spec, mobilenet_v2_spec, resnet_spec
 from .decoders import LLAMA_LIKE, llama_spec
-from .image_parts import pair
 from .spec import AnchorSpec
 from .vision_transformers import dinov2_spec, swin_spec, vit_spec
 
@@ -39,7 +38,7 @@ def anchor_spec(config: Mapping[str, Any], image_size: int | Sequence[int] | Non
     if family not in LLAMA_LIKE:
         own = config.get("image_size")
         size = image_size or own or _IMAGE_SIZE
-        if own is not None and pair(own) != pair(size) and family not in ANY_SIZE:
+        if own is not None and _sides(own) != _sides(size) and family not in ANY_SIZE:
             raise ValueError(
                 f"{family} runs at the image_size it was trained at, {own}, and {size} is asked for: leave image_size out, or take "
                 f"anchors of {', '.join(ANY_SIZE)}"
@@ -50,6 +49,10 @@ def anchor_spec(config: Mapping[str, Any], image_size: int | Sequence[int] | Non
         return spec if spec.unit == "token" else replace(spec, rebuild=partial(_entered_at, config))
     except KeyError as missing:
         raise ValueError(f"the {family} config has no field {missing}") from None
+
+
+def _sides(size: int | Sequence[int]) -> list[int]:
+    return [size, size] if isinstance(size, int) else list(size)
 
 
 def _entered_at(config: Mapping[str, Any], block: int, grid: tuple[int, int]) -> AnchorSpec:

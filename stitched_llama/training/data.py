@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from .prompts import Template, encode_prompt
+from .prompts import Template, TextTemplate, encode_prompt
 from .rows import Row
 
 logger = logging.getLogger(__name__)
@@ -22,27 +22,28 @@ class InstructionDataset(Dataset):
     """Tokenised rows with labels on the response and what ends it.
 
     Args:
-        template: made for this tokenizer.
+        template: for this tokenizer, or in words.
         max_length: tokens a row may have. What is too long loses the end of its response, down to a quarter of
             `max_length`, then the beginning of its prompt; a row never loses all labels.
         train_on_prompt: put labels on the prompt too.
         vocab_size: of the model; a row with a token beyond it is refused.
 
     Raises:
-        ValueError: `max_length` below 8, or a token beyond `vocab_size`.
+        ValueError: `max_length` below 8, the tokenizer has no EOS, or a token beyond `vocab_size`.
     """
 
     def __init__(
         self,
         rows: Sequence[Row],
         tokenizer: PreTrainedTokenizerBase,
-        template: Template,
+        template: Template | TextTemplate,
         max_length: int = 512,
         train_on_prompt: bool = False,
         vocab_size: int | None = None,
     ):
         if max_length < 8:
             raise ValueError(f"max_length is {max_length}: at least 8 tokens are needed")
+        template = template.of(tokenizer) if isinstance(template, TextTemplate) else template
         self.rows, self.truncated = list(rows), 0
         self.examples = [self._encode(row, tokenizer, template, max_length, train_on_prompt) for row in rows]
         if self.truncated:

@@ -1,5 +1,6 @@
 """One picture from a file or an array, upright and in 8 bits; labels as numbers of classes."""
 
+import io
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,8 +43,8 @@ def open_picture(file: Path) -> Any:
     """
     from PIL import Image
 
-    with _named(file), Image.open(file) as picture:
-        return as_rgb(picture)
+    with _named(file), Image.open(io.BytesIO(file.read_bytes())) as picture:
+        return as_rgb(picture)  # from memory: Pillow (13) maps files of plain grey TIFFs, and turns these otherwise
 
 
 def check_header(file: Path) -> None:

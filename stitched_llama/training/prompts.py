@@ -39,6 +39,7 @@ class TextTemplate:
     """A template in words: formats of `{instruction}` and `{input}` that end where the response begins.
 
     Attributes:
+        name: of `TEMPLATES`.
         preamble: what a conversation begins with; a system message takes its place.
         turn: of the user, a format of `{instruction}`.
         asks: before each response.
@@ -46,6 +47,7 @@ class TextTemplate:
         preamble_with_input, turn_with_input: the same for rows with an input.
     """
 
+    name: str
     preamble: str
     turn: str
     asks: str
@@ -60,13 +62,31 @@ class TextTemplate:
             return self.preamble_with_input + turn + self.asks
         return self.preamble + self.turn.format(instruction=instruction) + self.asks
 
-    def chat(self, name: str, start: str, bos_token: str | None) -> str:
-        """The Jinja chat template, whose conversations start with `start`."""
+    def of(self, tokenizer: PreTrainedTokenizerBase) -> Template:
+        """The template for one tokenizer.
+
+        Raises:
+            ValueError: the tokenizer has no EOS.
+        """
+        if tokenizer.eos_token_id is None:
+            raise ValueError(
+                "the tokenizer has no EOS token, so a model could not learn to stop: set tokenizer.eos_token"
+            )
+        start = _start_text(tokenizer)
+
+        def render(instruction: str, input: str = "") -> str:
+            return start + self.render(instruction, input)
+
+        return Template(self.name, render, start_ids(tokenizer), "", tokenizer.eos_token, self.chat(tokenizer))
+
+    def chat(self, tokenizer: PreTrainedTokenizerBase) -> str:
+        """The Jinja chat template."""
+        start, bos_token = _start_text(tokenizer), tokenizer.bos_token
         if bos_token and start.startswith(bos_token):
             start = "{{ bos_token }}" + start.removeprefix(bos_token)
         before, after = self.turn.split("{instruction}")
         user = " + ".join([json.dumps(before), "message['content']", json.dumps(after)])
-        strange = json.dumps(f"the {name} template has a system message first, then user and assistant, no ")
+        strange = json.dumps(f"the {self.name} template has a system message first, then user and assistant, no ")
         gap = json.dumps(self.gap)
         return (
             f"{start}{{% if messages[0]['role'] == 'system' %}}"
@@ -88,6 +108,7 @@ _ALPACA = (
 # "alpaca" is the published template of Stanford Alpaca in the form that Alpaca-LoRA trains on.
 TEMPLATES = {
     "alpaca": TextTemplate(
+        name="alpaca",
         preamble=_ALPACA.format(""),
         turn="### Instruction:\n{instruction}\n\n",
         asks="### Response:\n",
@@ -96,6 +117,7 @@ TEMPLATES = {
         turn_with_input="### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n",
     ),
     "short": TextTemplate(
+        name="short",
         preamble="",
         turn="{instruction}\n",
         asks="> ",
@@ -106,8 +128,8 @@ TEMPLATES = {
 }
 
 
-def template(name: str, tokenizer: PreTrainedTokenizerBase) -> Template:
-    """A template by name, for one tokenizer.
+def template(name: str, tokenizer: PreTrainedTokenizerBase | None = None) -> Template | TextTemplate:
+    """A template by name: for one tokenizer where that is given, else in words, of which `InstructionDataset` makes its own.
 
     Args:
         name: of `TEMPLATES`; `"chat"` is the tokenizer's own chat template; `"auto"` that where it has one, else `"alpaca"`.
@@ -115,32 +137,21 @@ def template(name: str, tokenizer: PreTrainedTokenizerBase) -> Template:
     Raises:
         ValueError: there is none of that name, the tokenizer has no EOS, or its chat template cannot be trained on.
     """
-    if name == "auto":
+    if tokenizer is not None and name == "auto":
         name = _automatic(tokenizer)
-    if name == "chat":
+    if tokenizer is not None and name == "chat":
         return _own_chat(tokenizer)
     if name not in TEMPLATES:
-        raise ValueError(f"template {name!r} is unknown; one of auto, chat, {', '.join(TEMPLATES)} is needed")
-    if tokenizer.eos_token_id is None:
-        raise ValueError("the tokenizer has no EOS token, so a model could not learn to stop: set tokenizer.eos_token")
-    text, start = TEMPLATES[name], _start_text(tokenizer)
-
-    def render(instruction: str, input: str = "") -> str:
-        return start + text.render(instruction, input)
-
-    return Template(
-        name, render, start_ids(tokenizer), "", tokenizer.eos_token, text.chat(name, start, tokenizer.bos_token)
-    )
+        names = f"{'' if tokenizer is None else 'auto, chat, '}{', '.join(TEMPLATES)}"
+        raise ValueError(f"template {name!r} is unknown; one of {names} is needed")
+    return TEMPLATES[name] if tokenizer is None else TEMPLATES[name].of(tokenizer)
 
 
 def _automatic(tokenizer: PreTrainedTokenizerBase) -> str:
     own = tokenizer.chat_template
     if not own:
-        return "alpaca"
-    start = _start_text(tokenizer)  # one that `template` made is the template it was made of, with its form for inputs
-    return next(
-        (name for name, text in TEMPLATES.items() if text.chat(name, start, tokenizer.bos_token) == own), "chat"
-    )
+        return "alpaca"  # one that `template` made is the template it was made of, with its form for inputs
+    return next((name for name, text in TEMPLATES.items() if text.chat(tokenizer) == own), "chat")
 
 
 def _own_chat(tokenizer: PreTrainedTokenizerBase) -> Template:

@@ -9,14 +9,14 @@ from transformers import PreTrainedTokenizerBase
 from stitched_llama.space import Stitch, format_count
 
 from .data import pad_token_id
-from .prompts import Template, encode_prompt, end_ids
+from .prompts import Template, TextTemplate, encode_prompt, end_ids
 from .rows import Row
 
 
 def sample_budgets(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
-    prompt: Template,
+    prompt: Template | TextTemplate,
     rows: Sequence[Row],
     budgets: Sequence[Any] = (),
     max_new_tokens: int = 64,
@@ -26,6 +26,7 @@ def sample_budgets(
 
     Returns one `{"prompt", "wanted", "answers": {"stitch": text}}` a row.
     """
+    prompt = prompt.of(tokenizer) if isinstance(prompt, TextTemplate) else prompt
     sizes = [(f"{budget}: ", model.choose(budget)) for budget in budgets] or [("", stitch) for stitch in _three(model)]
     samples = []
     model.eval()
