@@ -10,9 +10,12 @@ import torch
 from conftest import ROOT, fresh, ids_like, spread
 from image_anchors import deit, dinov2, lively, vit
 from peft import LoraConfig, get_peft_model
+from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
+    AutoImageProcessor,
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
     ConvNextConfig,
     DeiTImageProcessor,
     Dinov2Config,
@@ -275,6 +278,35 @@ def test_each_baseline_sees_pictures_as_its_own_processor_gives_them(tmp_path, m
     assert seen == [0.5, 0.5, 0.485, 0.485]
     model = StitchedViTForImageClassification.from_anchors([tmp_path / "tuned" / "0", tmp_path / "tuned" / "1"])
     assert [scale["mean"][0] for scale in model.config.normalization] == pytest.approx([0.5, 0.485])
+
+
+@pytest.mark.filterwarnings("ignore:.*junctions do not fit:UserWarning", "ignore:.*ridge decides:UserWarning")
+@pytest.mark.parametrize("kind", ["grey", "dinov2"])
+def test_the_recipe_runs_on_grey_anchors_and_at_another_size(kind, tmp_path, monkeypatch):
+    grey = kind == "grey"
+    how = {"image_mean": [0.5], "image_std": [0.5]} if grey else {}
+    side = 16 if grey else 8  # DINOv2's config says 16
+    processor = ViTImageProcessor(size={"height": side, "width": side}, **how)
+    make, fields = (vit, {"num_channels": 1}) if grey else (dinov2, {})
+    folders, _ = image_anchors(tmp_path, [processor] * 2, (make, make), **fields)
+    x, y = np.random.default_rng(0).integers(0, 256, (14, 16, 16), np.uint8), np.arange(14) % 7
+    np.savez(tmp_path / "d.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    command = [
+        "finetune_vision.py", monkeypatch, "--anchors", *folders, "--data", tmp_path / "d.npz", "--max_steps", 1, "--use_cpu",
+        "--report_to", "none", "--save_strategy", "no", "--output_dir", tmp_path / "out", "--rank", 2, "--global_batch_size", 4,
+        "--per_device_train_batch_size", 4, "--disable_tqdm", True, "--kernel_size", 1,
+    ]  # fmt: skip
+    if not grey:
+        with pytest.raises(ValueError, match=r"these anchors take \[3, 16, 16\]: .* from_anchors\(..., image_size=8\)"):
+            recipe(*command)
+        command += ["--image_size", 8]
+    recipe(*command)
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "out" / "bundle")
+    pixels = AutoImageProcessor.from_pretrained(tmp_path / "out" / "bundle", use_fast=False)(
+        Image.fromarray(x[0]).convert("L" if grey else "RGB"), return_tensors="pt"
+    )["pixel_values"]
+    assert list(pixels.shape) == [1, 1 if grey else 3, side, side]
+    assert logits(model, pixels).shape == (1, 7)
 
 
 def test_grey_anchors_run_on_grey_images(tmp_path):

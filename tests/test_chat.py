@@ -10,7 +10,8 @@ import threading
 import pytest
 import torch
 from conftest import ROOT, fresh
-from transformers import TextIteratorStreamer
+from tokenizers.processors import TemplateProcessing
+from transformers import TextIteratorStreamer, pipeline
 
 from stitched_llama import PSTConfig
 from stitched_llama.cli import main
@@ -119,8 +120,6 @@ def test_prompts_are_tokenised_as_in_training(pieces, chat, monkeypatch):
     """A tokenizer that puts BOS first, as LLaMA's does: training sees BOS, so chat must give it; EOS, where one is added, it
     does not see before the answer.
     """
-    from tokenizers.processors import TemplateProcessing
-
     tokenizer = chat.tokenizer
     backend = type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
     backend.post_processor = TemplateProcessing(single=pieces, special_tokens=[("<s>", 1), ("</s>", 2)])
@@ -294,6 +293,29 @@ def test_a_system_message_is_seen_and_never_dropped(stitched, chatty):
     assert "turn 0" not in text
     chat.reset()
     assert chat.messages == [{"role": "system", "content": "Be brief."}]
+
+
+def test_a_tokenizer_that_cannot_be_read_is_one_line(anchors, chatty, tmp_path, capsys):
+    fresh(anchors["unequal"]).save_pretrained(tmp_path)
+    chatty.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("[" * 100_000)
+    assert main(["chat", str(tmp_path)]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("stitched-llama:")]
+    assert f"the tokenizer of {tmp_path} cannot be read" in line
+
+
+def test_a_pipeline_asks_what_the_chat_asks(chat):
+    """With a tokenizer that puts BOS first by itself: its chat template says so, and a client adds none."""
+    backend = type(chat.tokenizer.backend_tokenizer).from_str(chat.tokenizer.backend_tokenizer.to_str())
+    backend.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    chat.tokenizer = type(chat.tokenizer)(tokenizer_object=backend, **chat.tokenizer.special_tokens_map)
+    chat.tokenizer.chat_template = template("alpaca", chat.tokenizer).chat
+    asked = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hello"}]
+    ask = pipeline("text-generation", model=chat.model, tokenizer=chat.tokenizer)
+    found = ask(asked, stitch_id=2, max_new_tokens=8, do_sample=False)[0]["generated_text"][-1]["content"]
+    chat.messages = asked[:1]
+    assert found == "".join(chat.ask("hello"))
+    assert chat._inputs(asked)["input_ids"][0, 0] == 1
 
 
 def test_a_session_of_its_own_survives_bytes_and_interrupts(anchors, chatty, tmp_path):

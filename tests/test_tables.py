@@ -93,6 +93,11 @@ def test_folders_have_parts_and_lose_no_file(tmp_path):
     (tmp_path / "more.csv").write_text(as_csv(ROWS))  # datasets reads the most frequent form alone
     with pytest.raises(ValueError, match=r"holds more\.csv beside files of another form"):
         read_rows(str(tmp_path))
+    (tmp_path / "more.csv").unlink()
+    (tmp_path / "dataset_infos.json").write_text("{}")
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / ".cache" / "more.csv").write_text("")
+    assert len(read_rows(str(tmp_path))) == 3
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="empty is not a folder of data"):
         read_rows(str(tmp_path / "empty"))

@@ -22,7 +22,6 @@ _UNPACKED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _BUILDERS = {".parquet": "parquet", ".arrow": "arrow"}
 _SUFFIXES = (".json", ".jsonl", ".ndjson", *_DELIMITERS, *_BUILDERS)
-_ALL_SUFFIXES = tuple(form + packed for form in _SUFFIXES for packed in ("", *_UNPACKED))
 _METADATA = ("dataset_info.json", "dataset_infos.json")
 _SPACE = re.compile(r"[ \t\r\n]*")
 
@@ -49,7 +48,7 @@ def read_table(source: str, split: str = "train") -> Iterator[tuple[str, Any]]:
         if split != "train":
             raise ValueError(f"{source} is one file, all of it 'train', and has no part {split!r}")
         return _read_file(path, source)
-    if not path.is_dir() and path.name.lower().endswith(_ALL_SUFFIXES):
+    if not path.is_dir() and _form_of(source)[0] in _SUFFIXES:
         raise ValueError(f"there is no file {source}")
     return _read_by_datasets(source, split)
 
@@ -123,10 +122,19 @@ def _read_by_datasets(source: str, split: str) -> Iterator[tuple[str, Any]]:
 
 def _check_none_left_out(folder: Path, files: dict[str, list[str]]) -> None:
     """Of files of several forms in a folder `datasets` reads those of one."""
-    read = {Path(file).resolve() for found in files.values() for file in found}
-    for path in sorted(folder.rglob("[!.]*")) if folder.is_dir() else ():
-        if path.name.lower().endswith(_ALL_SUFFIXES) and path.name not in _METADATA and path.resolve() not in read:
+    read = {_form_of(file)[0] for found in files.values() for file in found}
+    for path in sorted(folder.rglob("*")) if folder.is_dir() else ():
+        hidden = any(part.startswith((".", "__")) for part in path.relative_to(folder).parts)
+        form = _form_of(path.name)[0]
+        if form in _SUFFIXES and form not in read and path.name not in _METADATA and not hidden:
             raise ValueError(f"{folder} holds {path.name} beside files of another form: name the files one by one")
+
+
+def _form_of(name: str) -> tuple[str, str]:
+    """The suffix of a file's name, and the one of an archive that may follow it."""
+    suffixes = [suffix.lower() for suffix in Path(name).suffixes]
+    packed = suffixes.pop() if suffixes[-1:] and suffixes[-1] in _UNPACKED else ""
+    return (suffixes[-1] if suffixes else ""), packed
 
 
 def _numbered(rows: Iterable[Any], source: str) -> Iterator[tuple[str, Any]]:
@@ -140,13 +148,11 @@ def _numbered(rows: Iterable[Any], source: str) -> Iterator[tuple[str, Any]]:
 
 def _read_file(path: Path, name: str) -> Iterator[tuple[str, Any]]:
     """The rows of one file, `name`d so in errors; its form follows from that name."""
-    suffixes = [suffix.lower() for suffix in Path(name).suffixes]
-    packed = suffixes.pop() if suffixes and suffixes[-1] in _UNPACKED else None
-    form = suffixes[-1] if suffixes else ""
+    form, packed = _form_of(name)
     if form in _BUILDERS:
         return _numbered(_load_file(_BUILDERS[form], path, name), name)
     try:
-        raw = path.read_bytes() if packed is None else _UNPACKED[packed](path).read()
+        raw = _UNPACKED[packed](path).read() if packed else path.read_bytes()
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{name} is not UTF-8 ({error.reason} at byte {error.start}): convert it") from None
