@@ -48,7 +48,7 @@ def main() -> None:
         raise SystemExit("--anchors NAME ... is needed: folders or Hub ids, each is tuned alone")
     for name in args.anchors:
         check_no_adapter(name)
-    vocab_size = min(AutoConfig.from_pretrained(name).vocab_size for name in args.anchors)
+    vocab_size = min(AutoConfig.from_pretrained(name, trust_remote_code=False).vocab_size for name in args.anchors)
     tokenizer, found = load_tokenizer(args.anchors[0]), {}
     prompt = template(args.template, tokenizer)
     tokenizer.chat_template = prompt.chat

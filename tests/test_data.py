@@ -14,6 +14,7 @@ from stitched_llama.training import (
     batches,
     encode_prompt,
     end_ids,
+    load_tokenizer,
     pad_token_id,
     render_chat,
     split_rows,
@@ -146,13 +147,14 @@ def test_a_system_message_is_rendered_and_strange_roles_are_refused(name, tokeni
             render_chat(tokenizer, turns)
 
 
-def test_automatic_is_the_tokenizers_own_chat_template_or_alpaca(tokenizer):
+def test_automatic_is_the_tokenizers_own_chat_template_or_alpaca(tokenizer, tmp_path):
     assert template("auto", tokenizer).name == "alpaca"
     assert template("auto", TOKENIZERS["ChatML"](tokenizer)).name == "chat"
     for name in TEMPLATES:  # of a tokenizer that a run of ours saved: with its form for rows with an input
         for pieces in ("$A", "<s> $A"):
             saved = with_pieces(tokenizer, pieces, chat_template=template(name, with_pieces(tokenizer, pieces)).chat)
-            assert template("auto", saved).name == name
+            saved.save_pretrained(tmp_path)
+            assert template("auto", load_tokenizer(tmp_path)).name == template("auto", saved).name == name
             assert template("auto", saved).render("a", "b").endswith(TEMPLATES[name].render("a", "b"))
 
 

@@ -180,6 +180,8 @@ class StitchedForImageClassification(StitchedPreTrainedModel):
         if found == wanted:
             return
         fix = "prepare the images with the bundle's image processor"
+        if found[:1] != wanted[:1] == [1]:
+            fix += ", from grey ones (ImageSet(..., channels=1), or convert('L'))"
         if found[:1] == wanted[:1] and len(found) == 3 and all(spec.family in ANY_SIZE for spec in self.space.anchors):
             side = found[1] if found[1] == found[2] else tuple(found[1:])
             fix += f", or make the model for their size, which these anchors can run at: from_anchors(..., image_size={side})"

@@ -132,7 +132,8 @@ def template(name: str, tokenizer: PreTrainedTokenizerBase | None = None) -> Tem
     """A template by name: for one tokenizer where that is given, else in words, of which `InstructionDataset` makes its own.
 
     Args:
-        name: of `TEMPLATES`; `"chat"` is the tokenizer's own chat template; `"auto"` that where it has one, else `"alpaca"`.
+        name: of `TEMPLATES`; `"chat"` is the tokenizer's own chat template, where an input follows its instruction after an empty
+            line; `"auto"` that where it has one, else `"alpaca"`.
 
     Raises:
         ValueError: there is none of that name, the tokenizer has no EOS, or its chat template cannot be trained on.

@@ -97,13 +97,12 @@ def _read_by_datasets(source: str, split: str) -> Iterator[tuple[str, Any]]:
     from datasets.packaged_modules.csv.csv import Csv
     from datasets.packaged_modules.json.json import Json
 
-    kind = "a folder of data" if Path(source).is_dir() else "a file or folder here, nor a data set of the Hub in reach"
     try:
         builder = load_dataset_builder(source)
     except Exception as error:
-        raise ValueError(
-            f"{source} is {'not' if Path(source).is_dir() else 'neither'} {kind}: {_reason(error)}"
-        ) from error
+        hub = "neither a file or folder here, nor a data set of the Hub in reach"
+        what = "not a folder of data" if Path(source).is_dir() else hub
+        raise ValueError(f"{source} is {what}: {_reason(error)}") from error
     files = {str(name): [str(file) for file in found] for name, found in (builder.config.data_files or {}).items()}
     _check_none_left_out(Path(source), files)
     if not isinstance(builder, (Csv, Json)):
