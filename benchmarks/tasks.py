@@ -179,7 +179,9 @@ class Language:
         self.processor = tokenizer = AutoTokenizer.from_pretrained(self.anchors[0], trust_remote_code=False)
         self.collate = Collator(pad_token_id(tokenizer))
         rows = [read_rows(str(cache / "skills" / name)) for name in ("train.json", "heldout.json")]
-        self.train, self.test = (InstructionDataset(part, tokenizer, template("short"), 128) for part in rows)
+        self.train, self.test = (
+            InstructionDataset(part, tokenizer, template("short", tokenizer), 128) for part in rows
+        )
 
     @staticmethod
     def place(cache: Path, family: str, seed: int) -> Path:

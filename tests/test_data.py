@@ -1,7 +1,7 @@
-"""Rows, templates, labels: what a row becomes, and which rows are refused."""
+"""Templates, labels, batches: what a row becomes."""
 
-import json
-import logging
+import time
+from functools import cache
 
 import pytest
 from conftest import SHARED
@@ -12,11 +12,14 @@ from stitched_llama.training import (
     InstructionDataset,
     Row,
     batches,
+    encode_prompt,
+    end_ids,
+    load_tokenizer,
     pad_token_id,
-    read_rows,
+    render_chat,
     split_rows,
     template,
-)  # fmt: skip
+)
 
 # as tatsu-lab/stanford_alpaca publishes them (train.py, PROMPT_DICT), with Alpaca-LoRA's newline before the response
 ALPACA = (
@@ -28,111 +31,156 @@ ALPACA_INPUT = (
     "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\nName a river.\n\n### Input:\nin {France}\n\n### Response:\n"
 )
-ROWS = [
-    {"instruction": "Name a river.", "input": "in {France}", "output": "The Loire."},
-    {"instruction": "Say é.", "input": "", "output": "é"},
-    {"instruction": "Add 1 and 2.", "output": "3"},
-]
 
 
-def test_alpaca_template_is_the_published_text():
-    assert template("alpaca").render("Name a river.") == ALPACA
+def test_alpaca_template_is_the_published_text(tokenizer):
+    assert template("alpaca", tokenizer).render("Name a river.") == ALPACA
+    assert template("alpaca", tokenizer).render("Name a river.", "in {France}") == ALPACA_INPUT
+    assert template("short", tokenizer).render("Reverse", "abc") == "Reverse: abc\n> "
+    assert template("short", tokenizer).render("Hi") == "Hi\n> "
     assert template("alpaca").render("Name a river.", "in {France}") == ALPACA_INPUT
-    assert template("short").render("Reverse", "abc") == "Reverse: abc\n> "
-    assert template("short").render("Hi") == "Hi\n> "
-    with pytest.raises(ValueError, match="'alpacca' is unknown; one of alpaca"):
-        template("alpacca")
+    with pytest.raises(ValueError, match="'alpacca' is unknown; one of auto, chat, alpaca"):
+        template("alpacca", tokenizer)
+    with pytest.raises(ValueError, match="'chat' is unknown; one of alpaca, short"):
+        template("chat")  # whose?
+
+
+def test_a_template_in_words_is_made_for_the_tokenizer(tokenizer):
+    for made in (tokenizer, with_pieces(tokenizer, "<s> $A")):
+        words, bound = (
+            InstructionDataset([ROW], made, given)[0] for given in (template("short"), template("short", made))
+        )
+        assert words == bound
+
+
+def with_pieces(tokenizer, single, **how):
+    """The byte tokenizer, which adds special tokens to a text as `single` says."""
+    from tokenizers.processors import TemplateProcessing
+
+    backend = type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
+    backend.post_processor = TemplateProcessing(single=single, special_tokens=[("<s>", 1), ("</s>", 2)])
+    return type(tokenizer)(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>", **how)
+
+
+CHATML = (
+    "{% if messages[0]['role'] != 'system' %}{{ '[sys]Be kind.[/]\n' }}{% endif %}"
+    "{% for message in messages %}{{ '[' + message['role'] + ']' + message['content'] + '<end>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '[assistant]' }}{% endif %}"
+)
+
+
+@cache
+def llama_tokenizer(**how):
+    folder = SHARED / "data" / "llama_tokenizer"
+    if not folder.is_dir():
+        pytest.skip("no ../shared/data/llama_tokenizer")
+    from transformers import LlamaTokenizer
+
+    return LlamaTokenizer.from_pretrained(str(folder), add_bos_token=True, **how)
+
+
+TOKENIZERS = {
+    "bytes": lambda made: with_pieces(made, "$A"),
+    "BOS": lambda made: with_pieces(made, "<s> $A"),
+    "BOS and EOS": lambda made: with_pieces(made, "<s> $A </s>"),
+    "ChatML": lambda made: with_pieces(made, "$A", chat_template=CHATML, extra_special_tokens=["<end>"]),
+    "LLaMA": lambda made: llama_tokenizer(),
+    "LLaMA as of old": lambda made: llama_tokenizer(legacy=True),
+}
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@pytest.mark.parametrize("name", [*TEMPLATES, "chat"])
+def test_a_row_that_trains_is_a_conversation_of_the_chat_template(name, kind, tokenizer):
+    """Token for token: as a client that knows nothing but the saved tokenizer sees it."""
+    tokenizer = TOKENIZERS[kind](tokenizer)
+    if "LLaMA" in kind:
+        tokenizer.chat_template = None
+    if name == "chat" and not tokenizer.chat_template:
+        with pytest.raises(ValueError, match="no chat template of its own: take one of alpaca, short"):
+            template("chat", tokenizer)
+        return
+    prompt = template(name, tokenizer)
+    row = Row("Name 'a'\n\"{river}\".\\n", "", "The Loire é.")
+    (example,) = InstructionDataset([row], tokenizer, prompt)
+    tokenizer.chat_template = prompt.chat
+    turns = [{"role": "user", "content": row.instruction}, {"role": "assistant", "content": row.output}]
+    asked = tokenizer.apply_chat_template(turns[:1], add_generation_prompt=True).input_ids
+    whole = tokenizer.apply_chat_template(turns).input_ids
+    assert [i for i, label in zip(example["input_ids"], example["labels"]) if label == -100] == asked
+    if whole[: len(asked)] == asked:
+        assert whole[: len(example["input_ids"])] == example["input_ids"]
+        assert tokenizer.decode(whole[len(example["input_ids"]) :]).strip() == ""
+    else:  # a piece of a whole conversation spans the border between prompt and answer
+        assert (name, kind[:5]) == ("short", "LLaMA")
+        assert tokenizer.decode(whole).strip() == tokenizer.decode(example["input_ids"])
+    assert (asked[0] == tokenizer.bos_token_id) == (kind not in ("bytes", "ChatML"))
+    assert asked.count(tokenizer.bos_token_id) <= 1
+    assert example["input_ids"][-1] in end_ids(tokenizer, None, prompt)
+    more = render_chat(tokenizer, [*turns, {"role": "user", "content": "Another."}])
+    assert more.startswith(render_chat(tokenizer, turns, add_generation_prompt=False))  # turns build on each other
+
+
+@pytest.mark.parametrize("kind", ["LLaMA", "LLaMA as of old"])
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_prompts_are_read_as_llamas_tokenizer_reads_them_by_itself(name, kind, tokenizer):
+    llama = TOKENIZERS[kind](tokenizer)
+    for row in (Row("Name a river.", "in {France}", "The Loire."), Row("Sum", "", "3\n4"), Row("x", "", "né à 東京")):
+        prompt = template(name, llama).render(row.instruction, row.input)
+        text = TEMPLATES[name].render(row.instruction, row.input)
+        assert encode_prompt(llama, prompt) == llama(text).input_ids
+        (found,) = InstructionDataset([row], llama, template(name, llama))
+        assert found["input_ids"][0] == llama.bos_token_id
+        assert found["input_ids"][-1] == llama.eos_token_id
+        assert llama.decode(found["input_ids"], skip_special_tokens=True).strip() == text + row.output
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_chat_template_is_the_same_for_one_turn_and_ends_ready_for_more(name, tokenizer):
-    text = "Name 'a'\n{river}.\\n"
-    turn = {"role": "user", "content": text}
-    show = {"chat_template": TEMPLATES[name].chat, "tokenize": False, "add_generation_prompt": True}
-    first = tokenizer.apply_chat_template([turn], **show)
-    assert first == template(name).render(text)
-    answer = {"role": "assistant", "content": "The Loire."}
-    second = tokenizer.apply_chat_template([turn, answer, {"role": "user", "content": "Another."}], **show)
-    assert second.startswith(first + "The Loire.\n")
-    assert second.endswith(template(name).render("Another.")[-20:])
+def test_a_system_message_is_rendered_and_strange_roles_are_refused(name, tokenizer):
+    tokenizer = with_pieces(tokenizer, "<s> $A", chat_template=template(name, tokenizer).chat)
+    user = {"role": "user", "content": "Name a river."}
+    text = render_chat(tokenizer, [{"role": "system", "content": "Be brief."}, user])
+    assert text.startswith("Be brief.\n")
+    assert text.endswith(TEMPLATES[name].render("Name a river.").removeprefix(TEMPLATES[name].preamble))
+    for turns in ([user, {"role": "system", "content": "x"}], [{"role": "tool", "content": "x"}]):
+        with pytest.raises(ValueError, match=f"does not take .*: the {name} template has .* no {turns[-1]['role']}"):
+            render_chat(tokenizer, turns)
 
 
-def write(folder, kind, rows):
-    path = folder / f"rows.{kind}"
-    if kind == "json":
-        path.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
-    elif kind == "jsonl":
-        path.write_text("\n".join(json.dumps(row) for row in rows) + "\n\n", encoding="utf-8")
-    else:
-        from datasets import Dataset
-
-        Dataset.from_list([{"input": None, **row} for row in rows]).to_parquet(str(path))
-    return str(path)
+def test_automatic_is_the_tokenizers_own_chat_template_or_alpaca(tokenizer, tmp_path):
+    assert template("auto", tokenizer).name == "alpaca"
+    assert template("auto", TOKENIZERS["ChatML"](tokenizer)).name == "chat"
+    for name in TEMPLATES:  # of a tokenizer that a run of ours saved: with its form for rows with an input
+        for pieces in ("$A", "<s> $A"):
+            saved = with_pieces(tokenizer, pieces, chat_template=template(name, with_pieces(tokenizer, pieces)).chat)
+            saved.save_pretrained(tmp_path)
+            assert template("auto", load_tokenizer(tmp_path)).name == template("auto", saved).name == name
+            assert template("auto", saved).render("a", "b").endswith(TEMPLATES[name].render("a", "b"))
 
 
-def test_every_format_reads_the_same(tmp_path):
-    wanted = [Row("Name a river.", "in {France}", "The Loire."), Row("Say é.", "", "é"), Row("Add 1 and 2.", "", "3")]
-    for kind in ("json", "jsonl", "parquet"):
-        assert read_rows(write(tmp_path, kind, ROWS)) == wanted, kind
-
-
-BAD = [
-    ({"input": "x", "output": "y"}, "instruction is missing"),
-    ({"instruction": "  ", "output": "y"}, "instruction is '  '"),
-    ({"instruction": "x"}, "output is missing"),
-    ({"instruction": "x", "output": ""}, "output is ''"),
-    ({"instruction": "x", "output": 3}, "output is 3"),
-    ({"instruction": "x", "output": "y", "input": ["z"]}, r"input is \['z'\]"),
-    ("text", "a str where an object"),
-]
-
-
-@pytest.mark.parametrize("kind", ["json", "jsonl"])
-@pytest.mark.parametrize(("row", "reason"), BAD)
-def test_bad_row_is_named_by_file_and_row_or_skipped_and_counted(row, reason, kind, tmp_path, caplog):
-    path, place = write(tmp_path, kind, [*ROWS, row, *ROWS]), {"json": "row 3", "jsonl": "line 4"}[kind]
-    with pytest.raises(ValueError, match=rf"rows\.{kind}, {place}: {reason}.*--on_bad_row skip"):
-        read_rows(path)
-    with caplog.at_level(logging.WARNING):
-        assert len(read_rows(path, on_bad_row="skip")) == 6
-    assert f"{path}: 1 of 7 rows skipped, the first is {place}" in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "reason"),
-    [
-        ("a.json", "[]", "holds no rows"),
-        ("a.jsonl", "\n", "holds no rows"),
-        ("a.json", '{"instruction": "x"}', "holds a dict where a list"),
-        ("a.json", "[{", "is not JSON"),
-        ("a.jsonl", '{"instruction": "x", "output": "y"}\n{', "line 2 is not JSON"),
-    ],
-)
-def test_unreadable_files_are_named(name, text, reason, tmp_path):
-    (tmp_path / name).write_text(text)
-    with pytest.raises(ValueError, match=rf"{name}.* {reason}"):
-        read_rows(str(tmp_path / name))
-
-
-def test_code_keeps_its_indentation(tmp_path):
-    rows = [
-        {"instruction": " double it ", "output": "\n  \n    x = 1\n    return x \n"},
-        {"instruction": "i", "output": " a"},
-    ]
-    (tmp_path / "rows.json").write_text(json.dumps(rows))
-    assert read_rows(str(tmp_path / "rows.json")) == [
-        Row("double it", "", "    x = 1\n    return x"),
-        Row("i", "", "a"),
-    ]
-
-
-def test_missing_file_empty_after_skipping_and_unknown_option(tmp_path):
-    with pytest.raises(ValueError, match="there is no file .*none.json"):
-        read_rows(str(tmp_path / "none.json"))
-    with pytest.raises(ValueError, match="holds no rows"):
-        read_rows(write(tmp_path, "json", [{}]), on_bad_row="skip")
-    with pytest.raises(ValueError, match="'ignore' is unknown"):
-        read_rows(write(tmp_path, "json", ROWS), on_bad_row="ignore")
+def test_an_own_chat_template_is_trained_in_its_own_format(tokenizer):
+    tokenizer = TOKENIZERS["ChatML"](tokenizer)
+    made = template("chat", tokenizer)
+    assert made.render("Sum up.", "a text") == "[sys]Be kind.[/]\n[user]Sum up.\n\na text<end>\n[assistant]"
+    assert (made.begin, made.end) == ("", "<end>")
+    end = tokenizer.convert_tokens_to_ids("<end>")
+    assert end_ids(tokenizer, None, made) == sorted({tokenizer.eos_token_id, end})
+    config = type("Config", (), {"eos_token_id": [7, 2]})
+    assert end_ids(tokenizer, config, made) == sorted({2, 7, end})
+    thinks = CHATML.replace(
+        "'[' + message['role'] + ']'",
+        "'[' + message['role'] + ']' + ('(no thought) ' if message['role'] == 'assistant' else '')",
+    )
+    tokenizer.chat_template = thinks
+    assert (template("chat", tokenizer).begin, template("chat", tokenizer).end) == ("(no thought) ", "<end>")
+    tokenizer.chat_template = CHATML.replace("<end>", "")
+    assert template("chat", tokenizer).end == "</s>"
+    tokenizer.chat_template = "{% for message in messages %}{{ message['role'] }}{% endfor %}"
+    with pytest.raises(ValueError, match="does not continue the prompt .* take --template alpaca or short"):
+        template("chat", tokenizer)
+    tokenizer.chat_template = "{{ messages[0]['content'] + 3 }}"
+    with pytest.raises(ValueError, match="chat template does not take this conversation: .*concatenate"):
+        template("chat", tokenizer)
 
 
 def test_split_is_disjoint_complete_and_repeats():
@@ -150,7 +198,7 @@ ROW = Row("Name a river.", "", "The Loire.")
 
 
 def dataset(tokenizer, rows=(ROW,), name="short", **options):
-    return InstructionDataset(list(rows), tokenizer, template(name), **options)
+    return InstructionDataset(list(rows), tokenizer, template(name, tokenizer), **options)
 
 
 def test_labels_are_the_response_and_its_eos(tokenizer):
@@ -206,56 +254,58 @@ def test_batches_are_padded_on_the_right(tokenizer):
     assert len(list(batches(made, Collator(0), 2, limit=1))) == 1
 
 
-def test_bos_is_kept_by_truncation(tokenizer):
-    from tokenizers.processors import TemplateProcessing
-
-    backend = type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
-    backend.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)])
-    with_bos = type(tokenizer)(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+@pytest.mark.parametrize("kind", ["BOS", "BOS and EOS"])
+def test_bos_is_kept_by_truncation(kind, tokenizer):
+    with_bos = TOKENIZERS[kind](tokenizer)
     for length in (12, 200):
-        (row,) = dataset(with_bos, [Row("p" * 40, "", "r" * 9)], max_length=length)
-        assert row["input_ids"][0] == 1
-        assert row["input_ids"].count(1) == 1
-        assert row["labels"][0] == -100
+        for prompt in (40, 12 * 16 * 3):
+            (row,) = dataset(with_bos, [Row("p" * prompt, "", "r" * 9)], max_length=length)
+            assert row["input_ids"][0] == 1
+            assert row["input_ids"].count(1) == 1
+            assert row["labels"][0] == -100
+            assert with_bos.decode(row["input_ids"][1:]).startswith("p")
     assert pad_token_id(with_bos) == with_bos.unk_token_id
 
 
-def test_llama_tokenizer():
-    """Real LLaMA pieces: BOS first, EOS last, the text comes back, and prompts are cut as generation sees them."""
-    folder = SHARED / "data" / "llama_tokenizer"
-    if not folder.is_dir():
-        pytest.skip("no ../shared/data/llama_tokenizer")
-    from transformers import LlamaTokenizer
-
-    llama = LlamaTokenizer.from_pretrained(str(folder), add_bos_token=True)
-    for row in (Row("Name a river.", "in {France}", "The Loire."), Row("Sum", "", " 3\n4"), Row("x", "", "né à 東京")):
-        (found,) = dataset(llama, [row], "alpaca")
-        kept = [i for i in found["labels"] if i != -100]
-        prompt = template("alpaca").render(row.instruction, row.input)
-        assert found["input_ids"][: -len(kept)] == llama(prompt).input_ids
-        assert found["input_ids"][0] == llama.bos_token_id
-        assert kept[-1] == llama.eos_token_id
-        assert llama.decode(found["input_ids"], skip_special_tokens=True) == prompt + row.output
+def test_a_pad_token_beyond_the_vocabulary_is_not_taken_and_other_tokens_beyond_it_are_named(tokenizer):
+    """Alpaca's old habit: `[PAD]` is added behind the vocabulary, and the embedding is not resized."""
+    added = with_pieces(tokenizer, "<s> $A", pad_token="[PAD]")
+    size = len(tokenizer)
+    assert added.pad_token_id == size
+    assert pad_token_id(added, size) == added.unk_token_id
+    assert pad_token_id(added, size + 1) == size
+    assert pad_token_id(type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer), 10) == 0
+    dataset(added, vocab_size=size)
+    with pytest.raises(
+        ValueError, match=rf"row 1 of the data set has token {size} \('\[PAD\]'\), .* ends at {size - 1}"
+    ):
+        dataset(added, [ROW, Row("x", "", "[PAD]")], vocab_size=size)
 
 
-def test_line_separators_inside_a_text_do_not_end_a_line(tmp_path):
-    line = json.dumps({"instruction": "say \u2028 this", "output": "a\u0085b"}, ensure_ascii=False)
-    (tmp_path / "a.jsonl").write_text(f"\n{line}\n\n" + '{"instruction": "x"}\n', encoding="utf-8")
-    with pytest.raises(ValueError, match=r"a\.jsonl, line 4: output is missing"):
-        read_rows(str(tmp_path / "a.jsonl"))
-    assert read_rows(str(tmp_path / "a.jsonl"), "skip")[0].instruction == "say \u2028 this"
+def words(count, seed):
+    import random
+
+    rng = random.Random(seed)
+    return " ".join("".join(rng.choices("abcdefghé", k=rng.randint(1, 9))) for _ in range(count))
 
 
-@pytest.mark.parametrize(
-    ("name", "raw", "reason"),
-    [
-        ("a.json", "[{'é'}]".encode("latin-1"), "is not UTF-8"),
-        ("a.parquet", b"PAR1 no more", "cannot be read as a Parquet"),
-    ],
-)
-def test_files_of_another_encoding_or_kind_are_named(name, raw, reason, tmp_path):
-    (tmp_path / name).write_bytes(raw)
-    with pytest.raises(ValueError, match=rf"{name}.*{reason}"):
-        read_rows(str(tmp_path / name))
-    with pytest.raises(ValueError, match="is a folder"):
-        read_rows(str(tmp_path))
+@pytest.mark.parametrize("kind", ["BOS", "LLaMA"])
+def test_a_row_of_megabytes_is_cut_before_it_is_tokenised_to_the_same_ids(kind, tokenizer, monkeypatch):
+    from stitched_llama.training import data
+
+    made = TOKENIZERS[kind](tokenizer)
+    rows = [
+        Row(words(3000, 0), "", words(9, 1)),
+        Row("x", "", words(3000, 2)),
+        Row(words(3000, 3), words(3000, 4), "x" * 9000),
+    ]
+    found = [dataset(made, [row], "alpaca", max_length=64)[0] for row in rows]
+    monkeypatch.setattr(data, "_CHARACTERS", 10**9)
+    assert [dataset(made, [row], "alpaca", max_length=64)[0] for row in rows] == found
+    monkeypatch.undo()
+    start = time.time()
+    huge = dataset(
+        made, [Row(rows[0].instruction * 300, " " * 5_000_000 + "x", rows[1].output * 300)], "alpaca", max_length=64
+    )
+    assert time.time() - start < 5
+    assert len(huge[0]["input_ids"]) == 64

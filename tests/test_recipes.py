@@ -248,7 +248,7 @@ def test_anchors_tuned_alone_are_stitched_as_they_were_measured(anchors, tmp_pat
     model = StitchedLlamaForCausalLM.from_anchors([saved / "0", saved / "1"])
     tokenizer = AutoTokenizer.from_pretrained(saved / "0")
     held_out = split_rows(read_rows(str(data)), 8, seed=StitchTrainingArguments("").seed)[1]
-    part = InstructionDataset(held_out, tokenizer, template("short"), 48)
+    part = InstructionDataset(held_out, tokenizer, template("short", tokenizer), 48)
     losses = evaluate_stitches(model, batches(part, Collator(0), 8), list(found), progress=False)["loss"]
     for key, row in found.items():
         assert losses[key] == pytest.approx(row["loss"], rel=1e-4)

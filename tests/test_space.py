@@ -138,7 +138,7 @@ def test_digest_is_stable_across_versions_and_processes():
     [
         ([LLAMA_13B, LLAMA_7B], {}, ["13,015,864,320", "6,738,415,616", "small to large"]),
         ([LLAMA_7B], {}, ["1 anchor", "two"]),
-        ([LLAMA_7B, {**LLAMA_13B, "vocab_size": 32016}], {}, ["32000", "32016"]),
+        ([LLAMA_7B, {**LLAMA_13B, "vocab_size": 33000}], {}, ["32000", "33000"]),
         ([LLAMA_7B, {**LLAMA_13B, "sliding_window": 4096}], {}, ["4096", "sliding window"]),
         ([LLAMA_7B, {**LLAMA_13B, "model_type": "gpt2"}], {}, ["gpt2", "llama"]),
         ([LLAMA_7B, {"model_type": "llama", "hidden_size": 8}], {}, ["num_hidden_layers"]),

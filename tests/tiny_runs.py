@@ -34,7 +34,8 @@ DEFAULTS = {
 
 
 def dataset(rows=ROWS):
-    return InstructionDataset(rows, byte_tokenizer(), template("short"), max_length=48)
+    tokenizer = byte_tokenizer()
+    return InstructionDataset(rows, tokenizer, template("short", tokenizer), max_length=48)
 
 
 def stitched_model(folders, seed=0, **how):

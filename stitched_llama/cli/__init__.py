@@ -2,7 +2,7 @@
 
 space    list the stitches of anchors and their costs, from config.json alone
 bundle   show or verify a bundle
-chat     talk to a bundle at any size
+chat     talk to a bundle at any size; conversation holds the turns
 recipes  finetune, finetune-vision, shrink, baseline, baseline-vision
 """
 

@@ -47,6 +47,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--max-segments", type=int, default=2, help="3: also routes that pass two junctions (default 2)"
     )
+    parser.add_argument(
+        "--image-size", type=int, help="side of the images, for anchors that take any (DINOv2, ConvNeXt, ...)"
+    )
     parser.add_argument("--dtype", choices=BYTES_PER_NUMBER, default="bfloat16", help="of weights and KV cache")
     parser.add_argument("--quantization", choices=("8bit", "4bit"), help="of the blocks' linear layers")
     parser.add_argument("--context", type=int, default=0, help="tokens attended to, counted in MACs (default 0)")
@@ -57,6 +60,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 def run(options: argparse.Namespace) -> int:
     space = StitchSpace.from_configs(
         options.anchors,
+        options.image_size,
         **{name: getattr(options, name) for name in SPACE_OPTIONS if name != "junctions"},
         junctions=parse_junctions(options.junctions),
         precision=Precision(options.dtype, options.quantization, options.context),

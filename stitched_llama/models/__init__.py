@@ -9,6 +9,7 @@ similar         junctions by what fits
 alignment       a short training of the stitching layers by the large anchor's output
 references      how a bundle names its anchors and tells when one changed
 tokenizers      anchors that belong together have one
+processors      how image processors normalise
 loading         anchors by reference, whole or only a route's blocks
 bundle_tensors  which tensors a bundle holds
 bundle_anchors  the anchors of a bundle, found and checked

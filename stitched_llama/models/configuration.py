@@ -14,6 +14,7 @@ from stitched_llama.pst import PSTConfig
 from stitched_llama.space import (
     BYTES_PER_NUMBER,
     SPACE_OPTIONS,
+    AnchorSpec,
     Precision,
     StitchSpace,
     anchor_specs,
@@ -159,10 +160,14 @@ class StitchedConfig(PreTrainedConfig):
                 f"{type(self).__name__} names no anchors: build it with from_anchor_configs([small, large])"
             )
         return StitchSpace(
-            anchor_specs(self.anchor_configs),
+            self.anchor_specs(),
             **{name: getattr(self, name) for name in SPACE_OPTIONS},
             precision=precision,
         )
+
+    def anchor_specs(self) -> list[AnchorSpec]:
+        """The sizes of the anchors, small to large."""
+        return anchor_specs(self.anchor_configs)
 
     def precision(self, dtype: Any = None, quantization_config: Any = None) -> Precision:
         """In which form the weights will be held when the anchors are loaded with these options; what is stored in 8 or 4 bits

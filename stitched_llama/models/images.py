@@ -1,5 +1,7 @@
 """What every stitched image classifier is, whatever its family; a family adds a name to each class."""
 
+import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,10 +12,11 @@ from transformers.utils.generic import can_return_tuple
 
 from stitched_llama.anchors import ImageContext
 from stitched_llama.pst import PSTConfig
-from stitched_llama.space import Junction
+from stitched_llama.space import ANY_SIZE, AnchorSpec, Junction, anchor_specs
 
 from .configuration import StitchedConfig
 from .modeling_base import NO_BUDGET, BlockOutputs, StitchedPreTrainedModel
+from .processors import normalization, same_normalization
 from .route import walk
 
 
@@ -22,6 +25,10 @@ class StitchedImageConfig(StitchedConfig):
     """Configuration of a stitched image classifier; see `StitchedConfig` for its own fields.
 
     Args:
+        image_size: side of the images, or (height, width), for anchors that run at any (DINOv2, ConvNeXt, ResNet, MobileNetV2);
+            by default the one they were trained at.
+        normalization: for each anchor the `mean` and `std` of its image processor, as shares of the brightest number a picture has,
+            or None where it has no processor; None where all have none.
         train_head: the classifiers train with PST and lie in the bundle (ESTA section 5.1: a head for the new task).
 
     The remaining fields describe it to Transformers and follow from the largest anchor.
@@ -31,6 +38,7 @@ class StitchedImageConfig(StitchedConfig):
     num_channels: int = 3
     hidden_size: int = 768
     train_head: bool = True
+    normalization: list | None = None
 
     @classmethod
     def from_anchor_configs(cls, configs: Any, **options: Any):
@@ -49,6 +57,9 @@ class StitchedImageConfig(StitchedConfig):
                         f"{index}; where they mean the same classes, say so by id2label"
                     )
         return config
+
+    def anchor_specs(self) -> list[AnchorSpec]:
+        return anchor_specs(self.anchor_configs, self.image_size)
 
     def __post_init__(self, **kwargs: Any):
         labels = self.anchor_configs[-1].get("id2label") if self.anchor_configs else None
@@ -87,6 +98,7 @@ class StitchedForImageClassification(StitchedPreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     config_fields = ("num_labels", "id2label", "label2id")
+    own_fields = ("image_size",)
     gradient_checkpointing = False  # Transformers switches it, for blocks that do not see to it themselves
     _supports_sdpa = True
 
@@ -101,7 +113,8 @@ class StitchedForImageClassification(StitchedPreTrainedModel):
         """Runs one stitch.
 
         Args:
-            pixel_values: [batch, channels, height, width], as the anchors' image processor gives them.
+            pixel_values: [batch, channels, height, width], as the largest anchor's image processor gives them; a route that
+                begins in an anchor whose processor normalises otherwise sees them normalised so.
             labels: [batch] classes.
             stitch_id: id or key; None takes the default of the configuration.
 
@@ -134,16 +147,45 @@ class StitchedForImageClassification(StitchedPreTrainedModel):
     def _embed(self, anchor: int, pixel_values: Tensor) -> Tensor:
         self._check_images(pixel_values)
         dtype = next(p.dtype for p in self.anchors[anchor].parameters() if p.is_floating_point())
+        pixel_values = self._normalized_for(anchor, pixel_values)
         return self.families[anchor].embed(self.anchors[anchor], pixel_values.to(dtype))
+
+    def _normalized_for(self, anchor: int, pixel_values: Tensor) -> Tensor:
+        """[batch, channels, height, width], normalised by the largest anchor's processor, as by the own one of `anchor`."""
+        known = [scale for scale in self.config.normalization or [] if scale is not None]
+        if not known or same_normalization(self.config.normalization[anchor], known[-1]):
+            return pixel_values
+        given, wanted = (
+            {name: pixel_values.new_tensor(values).view(-1, 1, 1) for name, values in scale.items()}
+            for scale in (known[-1], self.config.normalization[anchor])
+        )
+        return (pixel_values * given["std"] + given["mean"] - wanted["mean"]) / wanted["std"]
+
+    @classmethod
+    def check_names(cls, config: StitchedImageConfig, names: Sequence[Any], **hub: Any) -> None:
+        """Finds out how each anchor's image processor normalises."""
+        places = [name if isinstance(name, str) else getattr(name, "name_or_path", None) for name in names]
+        scales = [normalization(place, **hub) if place else None for place in places]
+        config.normalization = scales if any(scales) else None
+        if any(scales) and None in scales:
+            logging.getLogger(__name__).warning(
+                "anchor %d has no image processor: its images are taken to be normalised as those of the others",
+                scales.index(None),
+            )
 
     def _check_images(self, pixel_values: Tensor) -> None:
         size = self.config.image_size
         wanted = [self.config.num_channels, *((size, size) if isinstance(size, int) else size)]
-        if list(pixel_values.shape[1:]) != wanted:
-            raise ValueError(
-                f"pixel_values have [channels, height, width] {list(pixel_values.shape[1:])}, these anchors take {wanted}: "
-                "prepare the images with the bundle's image processor"
-            )
+        found = list(pixel_values.shape[1:])
+        if found == wanted:
+            return
+        fix = "prepare the images with the bundle's image processor"
+        if found[:1] != wanted[:1] == [1]:
+            fix += ", from grey ones (ImageSet(..., channels=1), or convert('L'))"
+        if found[:1] == wanted[:1] and len(found) == 3 and all(spec.family in ANY_SIZE for spec in self.space.anchors):
+            side = found[1] if found[1] == found[2] else tuple(found[1:])
+            fix += f", or make the model for their size, which these anchors can run at: from_anchors(..., image_size={side})"
+        raise ValueError(f"pixel_values have [channels, height, width] {found}, these anchors take {wanted}: {fix}")
 
     def train(self, mode: bool = True):
         """As Transformers has it; batch norms of the anchors, and of stitching layers that do not train, keep their running

@@ -15,9 +15,10 @@ class AnchorsMixin:
     """`from_anchors` of stitched models, and what it refuses."""
 
     config_fields: tuple[str, ...] = ()  # what from_anchors passes on to each anchor's config
+    own_fields: tuple[str, ...] = ()  # and to the stitched one
 
     @classmethod
-    def check_names(cls, names: Sequence[Any], **hub: Any) -> None:
+    def check_names(cls, config: Any, names: Sequence[Any], **hub: Any) -> None:
         """Refuses anchors that their configs alone do not tell apart; a kind of model says how."""
 
     @classmethod
@@ -42,7 +43,7 @@ class AnchorsMixin:
         Args:
             anchors: folders, Hub ids or loaded models. A loaded model becomes part of this one: it is frozen, and PST
                 goes into it, as PEFT has it.
-            how: `kernel_size`, `stride`, `direction`, `pairs`, `adapter`, `rescale`, `adapter_norm`, `across_stages` shape the space; `dtype`, `quantization_config`,
+            how: `kernel_size`, `stride`, `direction`, `pairs`, `adapter`, `rescale`, `adapter_norm`, `across_stages` shape the space; `image_size` is the size at which image anchors run that take any; `dtype`, `quantization_config`,
                 `device_map`, `attn_implementation` and the Hub's options reach each anchor's `from_pretrained`;
                 so does `trust_remote_code`, without which no code of an anchor's is run.
 
@@ -52,7 +53,7 @@ class AnchorsMixin:
             OSError: a folder or Hub id has no configuration or cannot be fetched.
             TypeError: an unknown argument.
         """
-        space = {name: how.pop(name) for name in SPACE_OPTIONS if name in how}
+        space = {name: how.pop(name) for name in SPACE_OPTIONS if name in how} | take(how, cls.own_fields)
         fields = {name: how.pop(name) for name in cls.config_fields if name in how}
         load, hub = take(how, LOAD_OPTIONS), take(how, HUB_OPTIONS)
         trust = bool(how.pop("trust_remote_code", False))
@@ -69,7 +70,7 @@ class AnchorsMixin:
         configs = [anchor_config(a, **given, **fields, **hub) if isinstance(a, str) else _stored(a) for a in names]
         cls.check_modality(configs)
         config = cls.config_class.from_anchor_configs(configs, **space)
-        cls.check_names(names, trust_remote_code=trust, **hub)
+        cls.check_names(config, names, trust_remote_code=trust, **hub)
         loaded, references = [], []
         for index, (name, own) in enumerate(zip(names, configs)):
             if isinstance(name, str):

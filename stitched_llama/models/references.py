@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
-from transformers.utils import cached_file
+from transformers.utils import ADAPTER_CONFIG_NAME, cached_file, find_adapter_config_file
 from transformers.utils.hub import extract_commit_hash
 
 from stitched_llama.bundles import WEIGHTS, fingerprint_files, fingerprint_tensors, read_header
@@ -33,9 +33,11 @@ def anchor_config(
         options: of the Hub, and fields of the configuration to set.
 
     Raises:
+        ValueError: the files of an adapter lie beside it.
         OSError: there is none.
         ValueError: a field cannot be, the family is not supported, or it names code.
     """
+    check_no_adapter(name_or_path, **options)
     hub = {name: options[name] for name in HUB_OPTIONS if name in options}
     try:
         with named(f"the config.json of anchor {name_or_path!r}"):
@@ -51,6 +53,24 @@ def anchor_config(
         if not trust_remote_code:
             anchor_spec(fields)  # of a family that needs no code but ours
         return AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code, **options)
+
+
+def check_no_adapter(name_or_path: str, **hub: Any) -> None:
+    """Refuses a folder or repository that also holds an adapter: Transformers would attach it to the model unasked.
+
+    Raises:
+        ValueError: it does.
+    """
+    hub = {name: value for name, value in hub.items() if name in HUB_OPTIONS and value is not None}
+    try:
+        found = find_adapter_config_file(name_or_path, **hub)
+    except OSError:  # out of reach, which is told where its configuration is read
+        return
+    if found is not None:
+        raise ValueError(
+            f"{name_or_path} holds an adapter ({ADAPTER_CONFIG_NAME}), which would be attached to the anchor unasked: merge it "
+            "(PEFT's merge_and_unload, then save_pretrained elsewhere), or take a folder that holds the model alone"
+        )
 
 
 def weight_files(name_or_path: str, needed: Callable[[str], bool] | None = None, **hub: Any) -> dict[str, Path]:

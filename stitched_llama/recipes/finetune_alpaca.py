@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, BitsAndBytesConfig, set_seed
+from transformers import BitsAndBytesConfig, set_seed
 
 from stitched_llama import (
     Budget,
@@ -28,42 +28,34 @@ from stitched_llama.training import (
     InstructionDataset,
     PSTArguments,
     SpaceArguments,
+    TextDataArguments,
     batches,
     check_arguments,
-    drawn,
     dump_record,
+    end_ids,
     evaluate_stitches,
     find_checkpoint,
     format_table,
     is_published,
+    load_tokenizer,
     pad_token_id,
     plot_stitches,
     provenance,
     read_baselines,
-    read_rows,
+    read_parts,
     recipe_parser,
     run_settings,
     sample_budgets,
     smoke_anchors,
     spearman,
-    split_rows,
     template,
 )
 
 
 @dataclass
-class Arguments:
-    """What is tuned on what."""
+class Arguments(TextDataArguments):
+    """What is tuned on what, and how it starts."""
 
-    anchors: list[str] = field(default_factory=list, metadata={"help": "Folders or Hub ids, small to large."})
-    data: str = field(default="tatsu-lab/alpaca", metadata={"help": "Hub id, or a JSON, JSONL or Parquet file."})
-    eval_data: str | None = field(default=None, metadata={"help": "Held-out rows; by default split off the data."})
-    eval_size: int = field(default=500, metadata={"help": "Held-out rows."})
-    on_bad_row: str = field(
-        default="skip", metadata={"help": "error or skip, for rows without instruction or output (Alpaca has 28)."}
-    )
-    template: str = field(default="alpaca", metadata={"help": "Prompt template: alpaca or short."})
-    max_length: int = field(default=512, metadata={"help": "Tokens a row may have."})
     train_on_prompt: bool = field(default=False, metadata={"help": "Learn the prompt too."})
     load_in_8bit: bool = field(default=True, metadata={"help": "Anchors in 8 bits, as the paper has them."})
     load_in_4bit: bool = field(default=False, metadata={"help": "Anchors in 4 bits (NF4) instead."})
@@ -109,18 +101,14 @@ def main() -> None:
             StitchTable().choose(space, budget)
 
     # Data: rows, a held-out part, the published template, labels on the response
-    prompt = template(args.template)
-    tokenizer = AutoTokenizer.from_pretrained(args.anchors[0], trust_remote_code=False)
+    tokenizer = load_tokenizer(args.anchors[0])
+    prompt = template(args.template, tokenizer)
     tokenizer.chat_template = prompt.chat
-    rows = read_rows(args.data, args.on_bad_row)
-    if args.eval_data:
-        held_out = read_rows(args.eval_data, args.on_bad_row)
-        held_out = [held_out[i] for i in drawn(len(held_out), args.eval_size, training.seed)]
-    else:
-        rows, held_out = split_rows(rows, args.eval_size, training.seed)
-    train_set = InstructionDataset(rows, tokenizer, prompt, args.max_length, args.train_on_prompt)
-    eval_set = InstructionDataset(held_out, tokenizer, prompt, args.max_length)
-    collator = Collator(pad_token_id(tokenizer))
+    vocab_size = min(anchor.contract["vocab_size"] for anchor in space.anchors)
+    rows, held_out = read_parts(args, training.seed)
+    train_set = InstructionDataset(rows, tokenizer, prompt, args.max_length, args.train_on_prompt, vocab_size)
+    eval_set = InstructionDataset(held_out, tokenizer, prompt, args.max_length, vocab_size=vocab_size)
+    collator = Collator(pad_token_id(tokenizer, vocab_size))
     held_out_batches = batches(eval_set, collator, training.per_device_eval_batch_size)
 
     # Model: frozen anchors, stitching layers by least squares, then the trainable parts
@@ -137,6 +125,7 @@ def main() -> None:
         device_map={"": training.device.index or 0} if training.device.type == "cuda" else None,
     )  # fmt: skip
     model.to(training.device)
+    model.generation_config.eos_token_id = end_ids(tokenizer, model.generation_config, prompt)
     calibration = model.calibrate(
         batches(train_set, collator, training.per_device_eval_batch_size, limit=args.calibration_size),
         ridge=args.ridge, align_steps=args.align_steps, progress=chief,
@@ -145,7 +134,9 @@ def main() -> None:
         print(calibration)
     model.attach_pst(pst.settings())
     if chief:
-        print(f"{len(train_set)} rows to train on, {len(eval_set)} held out, {len(model.space)} stitches")
+        print(
+            f"{len(train_set)} rows to train on, {len(eval_set)} held out, template {prompt.name}, {len(model.space)} stitches"
+        )
         model.print_trainable_parameters()
 
     # Every stitch before, the fine-tune, every stitch after

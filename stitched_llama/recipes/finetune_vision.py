@@ -22,7 +22,6 @@ from pathlib import Path
 import torch
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     AutoModelForImageClassification,
     set_seed,
 )
@@ -37,6 +36,7 @@ from stitched_llama.training import (
     SpaceArguments,
     batches,
     check_arguments,
+    check_no_adapter,
     collate_images,
     dump_record,
     evaluate_stitches,
@@ -44,6 +44,7 @@ from stitched_llama.training import (
     find_checkpoint,
     format_table,
     is_published,
+    load_processor,
     plot_stitches,
     provenance,
     read_baselines,
@@ -76,6 +77,9 @@ class VisionSpaceArguments(SpaceArguments):
     """The space of ESTA and SN-Net for plain ViTs."""
 
     kernel_size: int = field(default=2, metadata={"help": "Blocks of the sliding window."})
+    image_size: int | None = field(
+        default=None, metadata={"help": "Side of the images, for anchors that take any (DINOv2, ConvNeXt, ...)."}
+    )
 
 
 def main() -> None:
@@ -107,9 +111,9 @@ def main() -> None:
     pst.settings().trainable_params(shape)
     baselines = read_baselines(args.baselines, shape)
 
-    processor = AutoImageProcessor.from_pretrained(args.anchors[-1], use_fast=False, trust_remote_code=False)
-    train_set = ImageSet(images, processor, args.augment, training.seed)
-    eval_set = ImageSet(held_out, processor)
+    processor, channels = load_processor(args.anchors[-1]), shape.anchors[-1].contract["num_channels"]
+    train_set = ImageSet(images, processor, args.augment, training.seed, channels=channels)
+    eval_set = ImageSet(held_out, processor, channels=channels)
     held_out_batches = batches(eval_set, collate_images, training.per_device_eval_batch_size)
 
     # Model: frozen anchors with new heads, stitching layers by least squares, then the trainable parts
@@ -131,6 +135,7 @@ def main() -> None:
     # The fine-tune, every stitch after
     teacher = None
     if args.teacher is not None:
+        check_no_adapter(args.teacher)
         teacher = AutoModelForImageClassification.from_pretrained(args.teacher, trust_remote_code=False)
     trainer = sl.StitchImageTrainer(
         model=model, args=training, train_dataset=train_set, eval_dataset=eval_set, data_collator=collate_images,

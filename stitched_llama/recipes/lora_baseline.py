@@ -15,36 +15,31 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, set_seed
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer, set_seed
 
 from stitched_llama import StitchTrainingArguments
 from stitched_llama.training import (
     Collator,
     FiniteGradients,
     InstructionDataset,
+    TextDataArguments,
     batches,
     check_arguments,
-    drawn,
+    check_no_adapter,
+    end_ids,
     evaluate_plain,
+    load_tokenizer,
     pad_token_id,
-    read_rows,
+    read_parts,
     recipe_parser,
-    split_rows,
     template,
 )
 
 
 @dataclass
-class Arguments:
+class Arguments(TextDataArguments):
     """What is tuned on what."""
 
-    anchors: list[str] = field(metadata={"help": "Folders or Hub ids; each is tuned alone."})
-    data: str = field(default="tatsu-lab/alpaca", metadata={"help": "Hub id, or a JSON, JSONL or Parquet file."})
-    eval_data: str | None = field(default=None, metadata={"help": "Held-out rows; by default split off the data."})
-    eval_size: int = field(default=500, metadata={"help": "Held-out rows."})
-    on_bad_row: str = field(default="skip", metadata={"help": "error or skip, as finetune_alpaca.py has it."})
-    template: str = field(default="alpaca", metadata={"help": "Prompt template: alpaca or short."})
-    max_length: int = field(default=512, metadata={"help": "Tokens a row may have."})
     rank: int = field(default=16, metadata={"help": "LoRA rank on q, k, v, o."})
     dtype: str = field(default="auto", metadata={"help": "Of the anchors: auto, float32, bfloat16 or float16."})
     save: str | None = field(default=None, metadata={"help": "A folder for the tuned models."})
@@ -54,17 +49,18 @@ class Arguments:
 def main() -> None:
     args, training = recipe_parser((Arguments, StitchTrainingArguments), __doc__).parse_args_into_dataclasses()
     check_arguments(training)
-    prompt, found = template(args.template), {}
-    tokenizer = AutoTokenizer.from_pretrained(args.anchors[0], trust_remote_code=False)
-    rows = read_rows(args.data, args.on_bad_row)
-    if args.eval_data:
-        held_out = read_rows(args.eval_data, args.on_bad_row)
-        held_out = [held_out[i] for i in drawn(len(held_out), args.eval_size, training.seed)]
-    else:
-        rows, held_out = split_rows(rows, args.eval_size, training.seed)
-    train_set = InstructionDataset(rows, tokenizer, prompt, args.max_length)
-    collator = Collator(pad_token_id(tokenizer))
-    eval_set = InstructionDataset(held_out, tokenizer, prompt, args.max_length)
+    if not args.anchors:
+        raise SystemExit("--anchors NAME ... is needed: folders or Hub ids, each is tuned alone")
+    for name in args.anchors:
+        check_no_adapter(name)
+    vocab_size = min(AutoConfig.from_pretrained(name, trust_remote_code=False).vocab_size for name in args.anchors)
+    tokenizer, found = load_tokenizer(args.anchors[0]), {}
+    prompt = template(args.template, tokenizer)
+    tokenizer.chat_template = prompt.chat
+    rows, held_out = read_parts(args, training.seed)
+    train_set = InstructionDataset(rows, tokenizer, prompt, args.max_length, vocab_size=vocab_size)
+    collator = Collator(pad_token_id(tokenizer, vocab_size))
+    eval_set = InstructionDataset(held_out, tokenizer, prompt, args.max_length, vocab_size=vocab_size)
     held_out_batches = batches(eval_set, collator, training.per_device_eval_batch_size)
     for index, name in enumerate(args.anchors):
         set_seed(training.seed)
@@ -83,7 +79,9 @@ def main() -> None:
             **after, **{f"{metric}_before": value for metric, value in before.items()}, "seconds": round(time.time() - start, 1),
         }  # fmt: skip
         if args.save:
-            model.merge_and_unload().save_pretrained(Path(args.save) / str(index))
+            tuned = model.merge_and_unload()
+            tuned.generation_config.eos_token_id = end_ids(tokenizer, tuned.generation_config, prompt)
+            tuned.save_pretrained(Path(args.save) / str(index))
             tokenizer.save_pretrained(Path(args.save) / str(index))
     Path(args.rows).parent.mkdir(parents=True, exist_ok=True)
     Path(args.rows).write_text(json.dumps(found, indent=1) + "\n")

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from peft import LoraConfig, get_peft_model
-from transformers import AutoImageProcessor, AutoModelForImageClassification, Trainer, set_seed
+from transformers import AutoModelForImageClassification, Trainer, set_seed
 
 from stitched_llama.pst import show_convolutions
 from stitched_llama.space import anchor_spec
@@ -28,9 +28,11 @@ from stitched_llama.training import (
     ImageTrainingArguments,
     batches,
     check_arguments,
+    check_no_adapter,
     collate_images,
     evaluate_plain,
     few_shot,
+    load_processor,
     read_images,
     recipe_parser,
     some_of,
@@ -53,15 +55,13 @@ def main() -> None:
     ranks = args.rank * len(args.anchors) if len(args.rank) == 1 else args.rank
     if len(ranks) != len(args.anchors):
         raise SystemExit(f"{len(ranks)} ranks for {len(args.anchors)} anchors: give one --rank, or one for each anchor")
+    for name in args.anchors:
+        check_no_adapter(name)
+    processors = [load_processor(name) for name in args.anchors]  # each anchor sees pictures as it was trained to
     images = read_images(args.data, args.train_split)
     held_out = some_of(read_images(args.data, args.eval_split, images.names), args.eval_size, training.seed)
     if args.shots:
         images = few_shot(images, args.shots, training.seed)
-    processor = AutoImageProcessor.from_pretrained(args.anchors[-1], use_fast=False, trust_remote_code=False)
-    train_set = ImageSet(images, processor, args.augment, training.seed)
-    eval_set = ImageSet(held_out, processor)
-    size = training.per_device_eval_batch_size
-    held_out_batches = batches(eval_set, collate_images, size)
     found = {}
     for index, (name, rank) in enumerate(zip(args.anchors, ranks)):
         set_seed(training.seed)
@@ -69,6 +69,10 @@ def main() -> None:
         how = {"ignore_mismatched_sizes": True, "trust_remote_code": False, **labels}
         model = AutoModelForImageClassification.from_pretrained(name, **how)
         spec = anchor_spec(model.config.to_dict())
+        channels, processor = spec.contract["num_channels"], processors[index]
+        train_set = ImageSet(images, processor, args.augment, training.seed, channels=channels)
+        eval_set = ImageSet(held_out, processor, channels=channels)
+        held_out_batches = batches(eval_set, collate_images, training.per_device_eval_batch_size)
         if not args.full:
             targets = sorted({layer for block in spec.blocks for layer, *_ in block.adapted})
             lora = LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, modules_to_save=["classifier"])

@@ -24,7 +24,7 @@ from .budget import Budget, format_bytes, format_count
 from .configs import fields_of, read_config, read_object
 from .cost import BYTES_PER_NUMBER, Precision
 from .decoders import LLAMA_LIKE
-from .families import anchor_spec, anchor_specs
+from .families import ANY_SIZE, anchor_spec, anchor_specs
 from .frontier import best_of_intervals, intervals, pareto_front
 from .lineage import aligned_junctions, block_groups, resolve_junctions
 from .palette import palette_gain, palette_gains
@@ -38,6 +38,7 @@ from .text import first_line, named, printable
 __all__ = [
     "ADAPTERS",
     "ADAPTER_NORMS",
+    "ANY_SIZE",
     "BYTES_PER_NUMBER",
     "AnchorSpec",
     "Budget",

@@ -21,35 +21,50 @@ FAMILIES: dict[str, Callable[..., AnchorSpec]] = dict.fromkeys(LLAMA_LIKE, llama
     "resnet": resnet_spec,
     "mobilenet_v2": mobilenet_v2_spec,
 }
+ANY_SIZE = ("dinov2", "convnext", "resnet", "mobilenet_v2")  # convolutions alone, or positions that are interpolated
 _IMAGE_SIZE = 224
 
 
-def anchor_spec(config: Mapping[str, Any], image_size: int | None = None) -> AnchorSpec:
+def anchor_spec(config: Mapping[str, Any], image_size: int | Sequence[int] | None = None) -> AnchorSpec:
     """The spec of any supported family, chosen by `model_type`.
 
     Args:
-        image_size: side of the image, for families whose config does not say it (ResNet).
+        image_size: side of the images, or (height, width); by default what the config says.
 
     Raises:
-        ValueError: the family is unknown, or a field is missing or impossible.
+        ValueError: the family is unknown or does not run at that size, or a field is missing or impossible.
     """
     family = family_of(config)
     if family not in FAMILIES:
         raise ValueError(f"model_type {family!r} is not supported; one of {', '.join(FAMILIES)} is needed")
-    if family not in LLAMA_LIKE and config.get("image_size") is None:
-        config = {**config, "image_size": image_size or _IMAGE_SIZE}
+    if family not in LLAMA_LIKE:
+        own = config.get("image_size")
+        size = image_size or own or _IMAGE_SIZE
+        if own is not None and _sides(own) != _sides(size) and family not in ANY_SIZE:
+            raise ValueError(
+                f"{family} runs at the image_size it was trained at, {own}, and {size} is asked for: leave image_size out, or take "
+                f"anchors of {', '.join(ANY_SIZE)}"
+            )
+        config = {**config, "image_size": size, "trained_size": own or size}
     spec = FAMILIES[family](config)
     return spec if spec.unit == "token" else replace(spec, rebuild=partial(_entered_at, config))
+
+
+def _sides(size: int | Sequence[int]) -> list[int]:
+    return [size, size] if isinstance(size, int) else list(size)
 
 
 def _entered_at(config: Mapping[str, Any], block: int, grid: tuple[int, int]) -> AnchorSpec:
     return FAMILIES[config["model_type"]](config, (block, grid))
 
 
-def anchor_specs(configs: Sequence[Mapping[str, Any]]) -> list[AnchorSpec]:
-    """The specs of anchors that belong together: one that does not say its image size takes the others'."""
+def anchor_specs(
+    configs: Sequence[Mapping[str, Any]], image_size: int | Sequence[int] | None = None
+) -> list[AnchorSpec]:
+    """The specs of anchors that belong together, at one image size; one that does not say its own takes the others'."""
     sizes = [config["image_size"] for config in configs if config.get("image_size")]
-    specs = [anchor_spec(config, sizes[0] if sizes else None) for config in configs]
+    usual = image_size or (sizes[0] if sizes else None)
+    specs = [anchor_spec(config, image_size if config.get("image_size") else usual) for config in configs]
     return [
         replace(spec, shared_with=parent_of(config, specs)) if shares_embedding(config) else spec
         for config, spec in zip(configs, specs)

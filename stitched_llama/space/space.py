@@ -24,8 +24,10 @@ SPACE_OPTIONS = (
     "max_segments",
 )  # fmt: skip
 MOST_STITCHES = 10_000
+_PADDING = 0.01  # of a vocabulary: Qwen2.5 has 151,936 rows in small models and 152,064 in large ones
 _REMEDIES = {
     "vocab_size": "stitches need one tokenizer",
+    "image_size": "choose equal ones, or give image_size where they run at any",
     "num_labels": "give num_labels, and each anchor gets a new head",
 }
 
@@ -103,11 +105,15 @@ class StitchSpace:
         self._by_key = {stitch.key: stitch for stitch in self._stitches}
 
     @classmethod
-    def from_configs(cls, configs: Sequence[Any], **options: Any) -> "StitchSpace":
+    def from_configs(cls, configs: Sequence[Any], image_size: Any = None, **options: Any) -> "StitchSpace":
         """A space from `config.json` alone: each a folder, a Hub id, a configuration of Transformers, or the fields themselves.
-        No weights are read. `junctions="aligned"` takes what a shrunk anchor's configuration says."""
+        No weights are read. `junctions="aligned"` takes what a shrunk anchor's configuration says.
+
+        Args:
+            image_size: at which image anchors run that take any; by default their own.
+        """
         fields = [fields_of(config) for config in configs]
-        return cls(anchor_specs(fields), **resolve_junctions(fields, options))
+        return cls(anchor_specs(fields, image_size), **resolve_junctions(fields, options))
 
     def _ordered_pairs(self) -> list[tuple[int, int]]:
         """(head, tail) anchors that may be joined."""
@@ -277,6 +283,11 @@ def _add(routes: list, segments: tuple[Segment, ...], junctions: tuple[Junction,
     routes.append((segments, junctions))
 
 
+def _agree(name: str, one: Any, other: Any) -> bool:
+    """Whether anchors may differ so: in nothing but how far a vocabulary is padded."""
+    return one == other or (name == "vocab_size" and abs(one - other) < _PADDING * min(one, other))
+
+
 def _check_anchors(anchors: Sequence[AnchorSpec]) -> None:
     if len(anchors) < 2:
         raise ValueError(f"{len(anchors)} anchor given; a space needs at least two")
@@ -287,7 +298,7 @@ def _check_anchors(anchors: Sequence[AnchorSpec]) -> None:
                 f"{large.params:,}; name them from small to large"
             )
         for name, value in small.contract.items():
-            if name in large.contract and large.contract[name] != value:
+            if name in large.contract and not _agree(name, value, large.contract[name]):
                 raise ValueError(
                     f"anchors do not belong together: {name} is {value} in anchor {i} ({small.family}) and "
                     f"{large.contract[name]} in anchor {i + 1} ({large.family}); {_REMEDIES.get(name, 'choose equal ones')}"

@@ -43,7 +43,8 @@ def vit_spec(config: Config, entry: Entry | None = None) -> AnchorSpec:
 
 
 def dinov2_spec(config: Config, entry: Entry | None = None) -> AnchorSpec:
-    """DINOv2: a ViT whose two branches are scaled, and whose head reads class token and mean patch.
+    """DINOv2: a ViT whose two branches are scaled, and whose head reads class token and mean patch; its position embeddings are those
+    of `trained_size`, interpolated to the image.
 
     Raises:
         ValueError: its feed-forward is SwiGLU.
@@ -58,6 +59,9 @@ def dinov2_spec(config: Config, entry: Entry | None = None) -> AnchorSpec:
     plain = vit_spec(fields, entry)
     scaled = replace(plain.blocks[0], params=plain.blocks[0].params + 2 * width)
     token = width if switch(config, "use_mask_token", True) else 0
+    trained = patch_grid({"image_size": config.get("trained_size", config.get("image_size", 224))}, patch)
+    grid = patch_grid(config, patch)
+    token += width * (trained[0] * trained[1] - grid[0] * grid[1])
     labels = label_count(config)
     return replace(
         plain,

@@ -1,8 +1,12 @@
 """Fine-tuning, evaluation of every stitch, plots.
 
+tables      rows of files, folders, saved data sets and the Hub
+rows        rows in Alpaca's schema: checked, counted, held out
 prompts     templates, also as chat templates
-data        rows in Alpaca's schema to labelled batches
-images      labelled images to batches
+data        rows to labelled batches of token ids
+image_files one picture of a file or an array; labels as numbers
+images      labelled images of arrays, folders and data sets
+image_sets  labelled images to batches
 arguments   training arguments
 checks      what is known to be wrong before a run starts, or with a batch
 finite      losses, gradients and weights that are no numbers end a run
@@ -20,6 +24,10 @@ samples     the same prompts at several sizes
 smoke       pico anchors for --smoke and tests
 """
 
+from stitched_llama.models.processors import load_processor
+from stitched_llama.models.references import check_no_adapter
+from stitched_llama.models.tokenizers import load_tokenizer
+
 from .arguments import (
     DISTILLATIONS,
     ImageDataArguments,
@@ -27,18 +35,21 @@ from .arguments import (
     PSTArguments,
     SpaceArguments,
     StitchTrainingArguments,
+    TextDataArguments,
     recipe_parser,
 )
 from .checkpoints import find_checkpoint, is_published
 from .checks import check_arguments
-from .data import Collator, InstructionDataset, Row, batches, drawn, encode_prompt, pad_token_id, read_rows, split_rows
+from .data import Collator, InstructionDataset, batches, pad_token_id
 from .evaluation import evaluate_plain, evaluate_stitches, image_scores, response_scores, spearman
 from .finite import FiniteGradients
+from .image_sets import EpochOfAugmentation, ImageSet, collate_images
 from .image_trainer import StitchImageTrainer
-from .images import IMAGE_TASKS, EpochOfAugmentation, ImageSet, collate_images, few_shot, read_images, some_of
+from .images import IMAGE_TASKS, few_shot, read_images, some_of
 from .plots import format_table, plot_stitches, read_baselines
-from .prompts import TEMPLATES, Template, template
+from .prompts import TEMPLATES, Template, encode_prompt, end_ids, render_chat, template
 from .record import dump_record, provenance, redacted
+from .rows import Row, drawn, read_parts, read_rows, split_rows
 from .samples import sample_budgets
 from .settings import check_settings, run_settings
 from .smoke import byte_tokenizer, pico_anchor, smoke_anchors
@@ -62,9 +73,11 @@ __all__ = [
     "StitchTrainer",
     "StitchTrainingArguments",
     "Template",
+    "TextDataArguments",
     "batches",
     "byte_tokenizer",
     "check_arguments",
+    "check_no_adapter",
     "check_settings",
     "collate_images",
     "dump_record",
@@ -72,9 +85,12 @@ __all__ = [
     "evaluate_stitches",
     "drawn",
     "encode_prompt",
+    "end_ids",
     "few_shot",
     "find_checkpoint",
     "format_table",
+    "load_processor",
+    "load_tokenizer",
     "pad_token_id",
     "pico_anchor",
     "image_scores",
@@ -83,9 +99,11 @@ __all__ = [
     "provenance",
     "read_baselines",
     "read_images",
+    "read_parts",
     "read_rows",
     "recipe_parser",
     "redacted",
+    "render_chat",
     "response_scores",
     "run_settings",
     "sample_budgets",

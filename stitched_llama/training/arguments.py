@@ -189,6 +189,31 @@ class StitchTrainingArguments(TrainingArguments):
 
 
 @dataclass
+class TextDataArguments:
+    """Which rows train and which are held out, and how they become text."""
+
+    anchors: list[str] = field(default_factory=list, metadata={"help": "Folders or Hub ids, small to large."})
+    data: str = field(
+        default="tatsu-lab/alpaca",
+        metadata={"help": "A Hub id, a JSON, JSONL, CSV or Parquet file, or a folder of these."},
+    )
+    train_split: str = field(default="train", metadata={"help": "The part of a Hub data set or folder to train on."})
+    eval_data: str | None = field(default=None, metadata={"help": "Held-out rows; by default split off the data."})
+    eval_split: str = field(default="train", metadata={"help": "The part of --eval_data that is held out."})
+    eval_size: int = field(default=500, metadata={"help": "Held-out rows."})
+    on_bad_row: str = field(
+        default="skip", metadata={"help": "error or skip, for rows without instruction or output (Alpaca has 28)."}
+    )
+    template: str = field(
+        default="auto",
+        metadata={
+            "help": "Prompt template: alpaca, short, chat (the tokenizer's own), or auto: that if it has one, else alpaca."
+        },
+    )
+    max_length: int = field(default=512, metadata={"help": "Tokens a row may have."})
+
+
+@dataclass
 class ImageDataArguments:
     """Which anchors meet which pictures."""
 

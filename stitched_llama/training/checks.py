@@ -8,8 +8,9 @@ import torch
 from accelerate.utils import parse_flag_from_env
 
 from stitched_llama.bundles import Bundle
+from stitched_llama.models.processors import normalization, same_normalization
 from stitched_llama.pst import PSTConfig
-from stitched_llama.space import SPACE_OPTIONS, StitchSpace
+from stitched_llama.space import ANY_SIZE, SPACE_OPTIONS, StitchSpace
 
 from .data import IGNORED, batches
 
@@ -192,7 +193,7 @@ def check_teacher(student: Any, teacher: Any, args: Any) -> None:
     if not hasattr(student, "image_size"):
         return
     size = getattr(teacher, "image_size", None)
-    if size is not None and size != student.image_size:
+    if size is not None and size != student.image_size and teacher.model_type not in ANY_SIZE:
         raise ValueError(
             f"the teacher takes images of {size}, the stitched model of {student.image_size}: take one of that size"
         )
@@ -202,6 +203,21 @@ def check_teacher(student: Any, teacher: Any, args: Any) -> None:
             raise ValueError(
                 f"class {number} is {name!r} here and {other!r} for the teacher: train it on the same classes"
             )
+
+
+def check_teacher_images(student: Any, teacher: Any) -> None:
+    """Refuses a teacher whose image processor normalises otherwise than that of the anchors: it sees the same numbers.
+
+    Raises:
+        ValueError: names both.
+    """
+    own = next((scale for scale in reversed(student.normalization or []) if scale is not None), None)
+    other = normalization(teacher.name_or_path) if teacher.name_or_path else None
+    if not same_normalization(own, other):
+        raise ValueError(
+            f"the teacher {teacher.name_or_path} takes images normalised by {other}, the stitched model by {own}: take a teacher of "
+            "the same, or tune it on the anchors' first (recipes/vision_baseline.py --save)"
+        )
 
 
 def _expanded(pst: Any, space: StitchSpace) -> Any:

@@ -8,15 +8,22 @@ from torch import Tensor, nn
 from stitched_llama.models.images import check_labels
 from stitched_llama.space import Stitch
 
-from .images import EpochOfAugmentation
+from .checks import check_teacher_images
+from .image_sets import EpochOfAugmentation
 from .trainer import StitchTrainer
 
 
 class StitchImageTrainer(StitchTrainer):
-    """The same for image classifiers: every image is one label (ESTA section 5.1)."""
+    """The same for image classifiers: every image is one label (ESTA section 5.1).
+
+    Raises:
+        ValueError: also where a `teacher` was made for images that are normalised otherwise.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        if self.teacher is not None:
+            check_teacher_images(self.model.config, self.teacher)
         self.add_callback(EpochOfAugmentation)
 
     def _label_count(self, labels: Tensor) -> Tensor:

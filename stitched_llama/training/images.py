@@ -1,21 +1,31 @@
-"""Labelled images: read, check, draw a few of each class, prepare, batch."""
+"""Labelled images: read from arrays, folders and data sets, a few of each class drawn."""
 
-import hashlib
-import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
-from torch.utils.data import ConcatDataset, Dataset, Subset
-from transformers import TrainerCallback
+from torch.utils.data import ConcatDataset, Subset
 
-from .data import drawn
+from stitched_llama.space import first_line
+
+from .image_files import (
+    as_array,
+    as_rgb,
+    channels_last,
+    check_header,
+    classes_of,
+    from_array,
+    is_junk,
+    is_picture_name,
+    open_picture,
+    read_arrays,
+)
+from .rows import drawn
+from .tables import is_table, load_table
 
 # Tasks of VTAB-1k and FGVC (ESTA section 5.1) that the Hub holds as pictures with labels: name -> (Hub id, configuration).
 # VTAB-1k takes 1,000 training pictures of each. Not in this table: Retinopathy, DMLab, KITTI, the variants of CLEVR, dSprites and
@@ -62,23 +72,24 @@ class _Pictures(Sequence):
 
 
 def read_images(source: str, split: str = "train", names: Sequence[str] | None = None) -> Images:
-    """Labelled pictures of a `.npz` file, an image folder, a task of `IMAGE_TASKS` or a Hub data set.
+    """Labelled pictures of a `.npz` file, an image folder, a task of `IMAGE_TASKS`, a Hub data set or a copy of one on disk.
 
-    A `.npz` holds `x_{split}` [images, height, width(, channels)] of uint8, `y_{split}` [images] and optionally `class_names`.
-    A folder holds `{split}/{class}/picture`, or `{class}/picture`: then `"test"` is every fifth of a class by name, `"train"` the rest.
+    A `.npz` holds `x_{split}` of uint8, [images, height, width] or with channels last or first; `y_{split}`, the number or name of a
+    class for each image, or one-hot; and optionally `class_names`. A folder holds `{split}/{class}/picture`, or `{class}/picture`:
+    then `"test"` is every fifth of a class by name, `"train"` the rest. Pictures are turned upright, as EXIF says, and brought to 8
+    bits.
 
     Args:
         split: `"train"` or `"test"`, or what the data set calls it; `"train+val"` joins two parts.
         names: of the classes, where a training part has named them.
 
     Raises:
-        ValueError: the source cannot be read or is empty, a picture cannot be opened, a label is outside the classes, or parts
-            name their classes otherwise.
+        ValueError: the source cannot be read or is empty, a picture cannot be opened, a label is no single class or outside the
+            classes, or parts name their classes otherwise.
     """
     path = Path(source)
     if "+" in split:
-        if names is None and path.is_dir():
-            names = sorted({name for part in split.split("+") for name in _classes(path, part)})
+        names = names or _names_of_all(path, split.split("+"))
         parts = [read_images(source, part, names) for part in split.split("+")]
         names = max((part.names for part in parts), key=len)
         if other := next((part for part in parts if part.names != names[: len(part.names)]), None):
@@ -88,61 +99,84 @@ def read_images(source: str, split: str = "train", names: Sequence[str] | None =
         labels = [label for part in parts for label in part.labels]
         return Images(ConcatDataset([part.pictures for part in parts]), labels, names)
     if path.suffix == ".npz":
-        found = _from_npz(path, split)
-    elif path.is_dir():
+        found = _from_npz(path, split, names)
+    elif path.is_dir() and not is_table(path):
         found = _from_folder(path, split, names)
     else:
-        found = _from_hub(*IMAGE_TASKS.get(source, (source, None)), split)
+        name, config = IMAGE_TASKS.get(source, (source, None))
+        try:
+            table = load_table(name, config, split)
+        except ValueError as error:
+            raise ValueError(
+                f"{name!r} is neither a .npz, a folder, one of {', '.join(IMAGE_TASKS)}, nor a data set of the Hub in reach: {error}"
+            ) from error
+        found = _from_table(table, f"{name}, {split}", names)
     if not len(found.labels):
         raise ValueError(f"{source} holds no pictures in its part {split!r}")
     names = list(names or found.names)
     wrong = next(((i, label) for i, label in enumerate(found.labels) if not 0 <= label < len(names)), None)
     if wrong:
         raise ValueError(f"{source}, {split} picture {wrong[0]}: label {wrong[1]} is outside the {len(names)} classes")
-    return Images(found.pictures, [int(label) for label in found.labels], names)
+    return Images(found.pictures, found.labels, names)
 
 
-def _from_npz(path: Path, split: str) -> Images:
-    if not path.is_file():
-        raise ValueError(f"there is no file {path}")
-    with np.load(path, allow_pickle=False) as arrays:
-        if f"x_{split}" not in arrays or f"y_{split}" not in arrays:
-            raise ValueError(f"{path} has no x_{split} and y_{split}: it holds {', '.join(arrays.files)}")
-        pixels, labels = arrays[f"x_{split}"], arrays[f"y_{split}"]
-        names = [str(name) for name in arrays["class_names"]] if "class_names" in arrays else None
-    if pixels.dtype != np.uint8 or len(pixels) != len(labels):
+def _names_of_all(path: Path, splits: Sequence[str]) -> list[str] | None:
+    """The classes of all parts, where each part by itself may lack some; None where numbers stand for them."""
+    if path.is_dir() and not is_table(path):
+        return sorted({name for part in splits for name in _classes(path, part)})
+    if path.suffix != ".npz" or "class_names" in read_arrays(path, (), ("class_names",)):
+        return None
+    labels = [read_arrays(path, (f"y_{part}",))[f"y_{part}"] for part in splits]
+    texts = [classes_of(part, None, str(path))[1] for part in labels if part.dtype.kind in "US"]
+    return sorted({name for part in texts for name in part}) if texts else None
+
+
+def _from_npz(path: Path, split: str, names: Sequence[str] | None) -> Images:
+    arrays = read_arrays(path, (f"x_{split}", f"y_{split}"), ("class_names",))
+    pixels, where = arrays[f"x_{split}"], f"{path}, x_{split}"
+    if pixels.dtype != np.uint8 or len(pixels) != len(arrays[f"y_{split}"]):
         raise ValueError(
-            f"{path}: x_{split} is {pixels.dtype} {list(pixels.shape)} and y_{split} has {len(labels)} labels; as many uint8 "
+            f"{where} is {pixels.dtype} {list(pixels.shape)} and y_{split} has {len(arrays[f'y_{split}'])} labels; as many uint8 "
             "pictures as labels are needed"
         )
-    names = names or [str(number) for number in range(int(labels.max()) + 1 if len(labels) else 0)]
-    return Images(_Pictures(_from_array, pixels), labels.tolist(), names)
+    own = [str(name) for name in arrays["class_names"]] if "class_names" in arrays else None
+    labels, names = classes_of(arrays[f"y_{split}"], _agreed(own, names, str(path)), f"{path}, y_{split}")
+    return Images(_Pictures(from_array, channels_last(pixels, where)), labels, names)
 
 
-def _from_array(pixels: np.ndarray) -> Any:
-    from PIL import Image
+def _agreed(own: Sequence[str] | None, names: Sequence[str] | None, where: str) -> Sequence[str] | None:
+    """The names of the training part, which a source's own must not contradict; else its own."""
+    if own and names:
+        if other := next(((i, a, b) for i, (a, b) in enumerate(zip(own, names)) if a != b), None):
+            raise ValueError(
+                f"{where} calls class {other[0]} {other[1]!r}, the other part {other[2]!r}: they must agree"
+            )
+    return names or own
 
-    return Image.fromarray(pixels).convert("RGB")
+
+def _entries(folder: Path) -> list[Path]:
+    return sorted(entry for entry in folder.iterdir() if not is_junk(entry))
 
 
 def _root(path: Path, split: str) -> tuple[Path, bool]:
     """Where a part's class folders lie, and whether the parts of an image folder share them."""
-    folders = [folder for folder in path.iterdir() if folder.is_dir() and not folder.name.startswith(".")]
-    parts = sorted(folder.name for folder in folders if any(inner.is_dir() for inner in folder.iterdir()))
+    folders = [folder for folder in _entries(path) if folder.is_dir()]
+    parts = [folder.name for folder in folders if any(inner.is_dir() for inner in _entries(folder))]
     if (path / split).is_dir():
         return path / split, False
     if parts or split not in ("train", "test"):
-        raise ValueError(
-            f"{path} has no folder {split!r}: it holds {', '.join(parts or sorted(f.name for f in folders))}"
-        )
+        raise ValueError(f"{path} has no folder {split!r}: it holds {', '.join(parts or [f.name for f in folders])}")
     return path, True
 
 
 def _classes(path: Path, split: str) -> list[str]:
-    folders = [f for f in _root(path, split)[0].iterdir() if f.is_dir() and not f.name.startswith(".")]
-    if empty := next((f for f in sorted(folders) if not any(f.iterdir())), None):
+    entries = _entries(_root(path, split)[0])
+    if stray := next((entry for entry in entries if entry.is_file() and is_picture_name(entry)), None):
+        raise ValueError(f"{stray} lies beside the folders of classes and has none: move it into one, or remove it")
+    folders = [folder for folder in entries if folder.is_dir()]
+    if empty := next((folder for folder in folders if not _entries(folder)), None):
         raise ValueError(f"{empty} would be a class and holds no pictures: remove it, or fill it")
-    return sorted(folder.name for folder in folders)
+    return [folder.name for folder in folders]
 
 
 def _from_folder(path: Path, split: str, names: Sequence[str] | None) -> Images:
@@ -152,48 +186,35 @@ def _from_folder(path: Path, split: str, names: Sequence[str] | None) -> Images:
     found, labels = [], []
     classes = list(names or classes)
     for label, name in enumerate(classes):
-        files = sorted((root / name).glob("[!.]*")) if (root / name).is_dir() else []
+        files = _entries(root / name) if (root / name).is_dir() else []
         if shared:
             files = [file for number, file in enumerate(files) if (number % 5 == 4) == (split == "test")]
         for file in files:
-            _from_file(file, header=True)
+            check_header(file)
         found += files
         labels += [label] * len(files)
-    return Images(_Pictures(_from_file, found), labels, classes)
+    return Images(_Pictures(open_picture, found), labels, classes)
 
 
-def _from_file(file: Path, header: bool = False) -> Any:
-    """The picture; or only whether its header is that of one."""
-    from PIL import Image
-
-    try:
-        with Image.open(file) as picture:
-            return None if header else picture.convert("RGB")
-    except OSError as error:
-        raise ValueError(f"{file} is no picture that can be opened: {error}") from None
-
-
-def _from_hub(name: str, config: str | None, split: str) -> Images:
-    from datasets import load_dataset
-
-    try:
-        table = load_dataset(name, config, split=split)
-    except Exception as error:  # each back end has its own
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(
-            f"{name!r} is neither a .npz, a folder, one of {', '.join(IMAGE_TASKS)}, nor a data set of the Hub in reach: {reason}"
-        ) from error
+def _from_table(table: Any, where: str, names: Sequence[str] | None) -> Images:
+    """Of a `datasets.Dataset`, whose pictures are opened when asked for."""
     image = next((name for name in _IMAGE_NAMES if name in table.column_names), None)
     label = next((name for name in _LABEL_NAMES if name in table.column_names), None)
     if image is None or label is None:
-        raise ValueError(f"{name} has the columns {table.column_names}: an image and a label are needed")
-    labels = list(table[label])
-    names = getattr(table.features[label], "names", None) or [str(i) for i in range(max(labels) + 1)]
-    return Images(_Pictures(partial(_from_row, image), table), labels, names)
+        raise ValueError(f"{where} has the columns {table.column_names}: an image and a label are needed")
+    own = getattr(table.features[label], "names", None)
+    labels, names = classes_of(as_array(table[label]), _agreed(own, names, where), f"{where}, {label}")
+    return Images(_Pictures(partial(_from_row, table, image, where), range(len(table))), labels, names)
 
 
-def _from_row(column: str, row: dict[str, Any]) -> Any:
-    return row[column].convert("RGB")
+def _from_row(table: Any, column: str, where: str, index: int) -> Any:
+    try:
+        picture = table[index][column]
+        if picture is None:
+            raise ValueError("there is none")
+        return as_rgb(picture)
+    except Exception as error:
+        raise ValueError(f"the picture of {where}, row {index} cannot be opened: {first_line(error)}") from error
 
 
 def _chosen(images: Images, indices: Sequence[int]) -> Images:
@@ -218,89 +239,3 @@ def few_shot(images: Images, shots: int, seed: int) -> Images:
             raise ValueError(f"class {name!r} has {len(own)} pictures, {shots} shots are asked for: ask for fewer")
         chosen += rng.sample(own, shots)
     return _chosen(images, chosen)
-
-
-class ImageSet(Dataset):
-    """Prepared pictures: the processor's pixel values [channels, height, width] and a label.
-
-    Args:
-        processor: an image processor of Transformers; it resizes and normalises.
-        augment: random crop (after padding an eighth of the side) and horizontal flip, others in each epoch (ESTA appendix A,
-            for FGVC and CIFAR; VTAB-1k takes none). A pure function of seed, epoch and picture, so that a resumed run sees
-            the same.
-        seed: of the augmentation.
-        keep_bytes: pictures are prepared once and kept where they take no more than this, else at every visit.
-    """
-
-    def __init__(
-        self, images: Images, processor: Any, augment: bool = False, seed: int = 0, keep_bytes: int = 2 * 2**30
-    ):
-        self.labels, self.augment, self.seed = list(images.labels), augment, seed
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers that outlive an epoch see it too
-        self._pictures, self._processor = images.pictures, processor
-        self.pixels = None
-        first = self._prepared(0)
-        if len(self.labels) * first.nbytes <= keep_bytes:
-            self.pixels = first.new_empty(len(self.labels), *first.shape)  # [images, channels, height, width]
-            for index in range(len(self.labels)):
-                self.pixels[index] = self._prepared(index)
-
-    @property
-    def epoch(self) -> int:
-        """Of the augmentation; `EpochOfAugmentation` tells it, as Accelerate's loaders do so in some of their forms only."""
-        return int(self._epoch)
-
-    @epoch.setter
-    def epoch(self, epoch: int) -> None:
-        self._epoch.fill_(epoch)
-
-    def _prepared(self, index: int) -> Tensor:
-        return self._processor(self._pictures[index], return_tensors="pt")["pixel_values"][0]
-
-    def picture(self, index: int) -> Tensor:
-        """[channels, height, width], not augmented."""
-        return self._prepared(index) if self.pixels is None else self.pixels[index]
-
-    @cached_property
-    def digest(self) -> str:
-        """Of all labels and sixteen prepared pictures: a resumed run has the same."""
-        found = hashlib.sha256(json.dumps(self.labels).encode())
-        for index in sorted({len(self) * part // 16 for part in range(16)}):
-            found.update(self.picture(index).numpy().tobytes())
-        return found.hexdigest()[:16]
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        pixels = self.picture(index)
-        if self.augment:
-            pixels = _augmented(pixels, random.Random(f"{self.seed}/{self.epoch}/{index}"))
-        return {"pixel_values": pixels, "labels": self.labels[index]}
-
-
-class EpochOfAugmentation(TrainerCallback):
-    """Tells an `ImageSet` which epoch begins, or goes on after a resume; `StitchImageTrainer` has it, a plain `Trainer` needs it."""
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any) -> None:
-        images = getattr(train_dataloader, "dataset", None)
-        if isinstance(images, ImageSet):
-            images.epoch = int(state.epoch + 1e-6)
-
-
-def _augmented(pixels: Tensor, rng: random.Random) -> Tensor:
-    """One random crop and flip of [channels, height, width]."""
-    height, width = pixels.shape[1:]
-    margin = max(1, height // 8)
-    padded = torch.nn.functional.pad(pixels, (margin,) * 4, mode="reflect")
-    top, left = rng.randint(0, 2 * margin), rng.randint(0, 2 * margin)
-    cropped = padded[:, top : top + height, left : left + width]
-    return cropped.flip(2) if rng.random() < 0.5 else cropped
-
-
-def collate_images(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-    """pixel_values [batch, channels, height, width], labels [batch]."""
-    return {
-        "pixel_values": torch.stack([row["pixel_values"] for row in rows]),
-        "labels": torch.tensor([row["labels"] for row in rows]),
-    }

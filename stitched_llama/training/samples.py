@@ -8,14 +8,15 @@ from transformers import PreTrainedTokenizerBase
 
 from stitched_llama.space import Stitch, format_count
 
-from .data import Row, encode_prompt, pad_token_id
-from .prompts import Template
+from .data import pad_token_id
+from .prompts import Template, TextTemplate, encode_prompt, end_ids
+from .rows import Row
 
 
 def sample_budgets(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
-    prompt: Template,
+    prompt: Template | TextTemplate,
     rows: Sequence[Row],
     budgets: Sequence[Any] = (),
     max_new_tokens: int = 64,
@@ -25,6 +26,7 @@ def sample_budgets(
 
     Returns one `{"prompt", "wanted", "answers": {"stitch": text}}` a row.
     """
+    prompt = prompt.of(tokenizer) if isinstance(prompt, TextTemplate) else prompt
     sizes = [(f"{budget}: ", model.choose(budget)) for budget in budgets] or [("", stitch) for stitch in _three(model)]
     samples = []
     model.eval()
@@ -40,8 +42,8 @@ def sample_budgets(
                     stitch_id=stitch.stitch_id,
                     max_new_tokens=max_new_tokens,
                     do_sample=False,
-                    eos_token_id=tokenizer.eos_token_id,
-                    pad_token_id=pad_token_id(tokenizer),
+                    eos_token_id=end_ids(tokenizer, model.generation_config, prompt),
+                    pad_token_id=pad_token_id(tokenizer, model.config.vocab_size),
                 )
             answer = tokenizer.decode(tokens[0, input_ids.shape[1] :], skip_special_tokens=True)
             answers[f"{budget}stitch {stitch.stitch_id}, {format_count(stitch.params)}"] = answer

@@ -13,7 +13,8 @@ class StitchedLlamaConfig(StitchedConfig):
     """Configuration of `StitchedLlamaForCausalLM`; see `StitchedConfig` for its own fields.
 
     The remaining fields describe the stitched model to Transformers' caches and generation. They follow from the
-    anchors: `num_hidden_layers` is the deepest route, widths and heads are the largest anchor's.
+    anchors: `num_hidden_layers` is the deepest route, `vocab_size` what they have in common, widths and heads are the largest
+    anchor's.
     """
 
     model_type = "stitched_llama"
@@ -51,7 +52,8 @@ class StitchedLlamaConfig(StitchedConfig):
         space = self.stitch_space()
         largest = self.anchor_config(-1)
         self.num_hidden_layers = max(stitch.depth for stitch in space)
-        for name in ("vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads"):
+        self.vocab_size = min(spec.contract["vocab_size"] for spec in space.anchors)  # further rows are padding
+        for name in ("hidden_size", "num_attention_heads", "num_key_value_heads"):
             setattr(self, name, getattr(largest, name))
         self.head_dim = getattr(largest, "head_dim", None) or largest.hidden_size // largest.num_attention_heads
         lengths = [self.anchor_config(i).max_position_embeddings for i in range(len(self.anchor_configs))]

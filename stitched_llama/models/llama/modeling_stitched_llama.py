@@ -21,7 +21,7 @@ from stitched_llama.space import Junction, Stitch
 
 from ..modeling_base import NO_BUDGET, BlockOutputs, StitchedPreTrainedModel
 from ..route import walk
-from ..tokenizers import check_tokenizers
+from ..tokenizers import check_token_ids, check_tokenizers
 from .configuration_stitched_llama import StitchedLlamaConfig
 from .generation_stitched_llama import StitchedGenerationMixin
 
@@ -113,7 +113,8 @@ class StitchedLlamaForCausalLM(StitchedPreTrainedModel, StitchedGenerationMixin)
             labels: [batch, tokens], -100 where no loss is wanted.
 
         Raises:
-            ValueError: no such stitch, embeddings of another width, or the cache was made by another stitch.
+            ValueError: no such stitch, a token id outside the vocabulary, embeddings of another width, or the cache was made by
+                another stitch.
         """
         if "budget" in kwargs:
             raise ValueError(NO_BUDGET)
@@ -121,6 +122,10 @@ class StitchedLlamaForCausalLM(StitchedPreTrainedModel, StitchedGenerationMixin)
             raise ValueError("exactly one of input_ids and inputs_embeds is needed")
         stitch = self._pinned_or(stitch_id)
         first, last = stitch.segments[0].anchor, stitch.segments[-1].anchor
+        if input_ids is not None and (self.training or labels is not None or input_ids.device.type == "cpu"):
+            check_token_ids(
+                input_ids, self.config.vocab_size
+            )  # on a GPU, where it waits for it, not for each new token
         if inputs_embeds is None:
             inputs_embeds = self.families[first].embed(self.anchors[first], input_ids)
         elif inputs_embeds.shape[-1] != self.space.anchors[first].width:
@@ -147,6 +152,8 @@ class StitchedLlamaForCausalLM(StitchedPreTrainedModel, StitchedGenerationMixin)
         hidden = walk(self.families, specs, self.anchors, self.stitching_layers, stitch, inputs_embeds, context)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.families[last].head(self.anchors[last], hidden[:, kept])
+        if logits.shape[-1] != self.config.vocab_size:  # padded to more rows than another anchor
+            logits = logits[..., : self.config.vocab_size]
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_kwargs)
@@ -157,8 +164,8 @@ class StitchedLlamaForCausalLM(StitchedPreTrainedModel, StitchedGenerationMixin)
         return output
 
     @classmethod
-    def check_names(cls, names: Sequence[Any], **hub: Any) -> None:
-        check_tokenizers(names, **hub)
+    def check_names(cls, config: StitchedLlamaConfig, names: Sequence[Any], **hub: Any) -> None:
+        check_tokenizers(names, [anchor["vocab_size"] for anchor in config.anchor_configs], **hub)
 
     # ---- what calibration asks
 
@@ -169,7 +176,11 @@ class StitchedLlamaForCausalLM(StitchedPreTrainedModel, StitchedGenerationMixin)
         """Activations of one anchor running alone, no gradients.
 
         Shapes: input_ids and attention_mask [batch, tokens] -> each [batch, tokens, width].
+
+        Raises:
+            ValueError: a token id outside the vocabulary.
         """
+        check_token_ids(input_ids, self.config.vocab_size)
         embeds = self.families[anchor].embed(self.anchors[anchor], input_ids)
         return self._block_outputs(anchor, embeds, self._context(anchor, embeds, attention_mask))
 
