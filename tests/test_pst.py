@@ -70,7 +70,7 @@ def test_what_trains_is_what_is_declared(settings, parts, anchors, capsys):
 def test_biases_lie_where_the_route_begins(anchors):
     model = fresh(anchors["unequal"])
     alone, none = ["1[0:5]"], torch.nn.ModuleDict()  # an anchor alone has no stitching layer
-    bias = attach_pst(model.anchors.to("meta"), none, model.space, PSTConfig(rank=0), alone)
+    bias, _ = attach_pst(model.anchors.to("meta"), none, model.space, PSTConfig(rank=0), alone)
     assert {parameter.device.type for parameter in bias.parameters()} == {"meta"}
 
 

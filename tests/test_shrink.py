@@ -260,13 +260,30 @@ def test_junctions_that_are_not_there_are_refused(family, anchors):
         StitchSpace.from_configs(anchors["unequal"], adapter="identity")
 
 
-def test_routes_of_three_segments_pass_two_given_junctions(family):
-    space = StitchSpace.from_configs(family, junctions=[(0, 2), (1, 4), (1, 1, 0, 1)], max_segments=3)
-    assert "1[0:2]>0[1:2]>1[4:5]" in [stitch.key for stitch in space]
-    assert all(len(stitch.junctions) == len(stitch.segments) - 1 for stitch in space)
-    for stitch in space:
-        blocks = stitch.blocks()
-        assert len(set(blocks)) == len(blocks)
+def test_routes_given_whole_pass_any_number_of_junctions(family):
+    keys = ["1[0:1]>0[1:2]>1[3:5]", "0[0:1]>1[1:3]>0[2:3]"]
+    model = StitchedLlamaForCausalLM.from_anchors(family, routes=keys, adapter="identity")
+    assert {stitch.key for stitch in model.space} == {*keys, "0[0:3]", "1[0:5]"}
+    assert all(len(stitch.junctions) == len(stitch.segments) - 1 for stitch in model.space)
+    ids = ids_like(2, 9)
+    hidden = model.anchors[1].model.embed_tokens(ids)
+    rotary = model.anchors[1].model.rotary_emb(hidden, position_ids=torch.arange(9)[None])
+    with torch.no_grad():
+        for anchor, block in [(1, 0), (0, 1), (1, 3), (1, 4)]:
+            hidden = model.anchors[anchor].model.layers[block](hidden, attention_mask=None, position_embeddings=rotary)
+        wanted = model.anchors[1].lm_head(model.anchors[1].model.norm(hidden))
+        torch.testing.assert_close(model(ids, stitch_id=keys[0]).logits, wanted)
+    for routes, message in (
+        (["0[0:3]"], "cannot be read"),
+        (["0[0:4]>1[3:5]"], r"names 0\[0:4\], which is not there"),
+        (["0[1:2]>1[3:5]"], "must begin with the first block"),
+        (["0[0:1]>0[1:3]"], "joins an anchor with itself"),
+        (["0[0:2]>1[3:4]>0[1:3]"], "runs a block twice"),
+        (keys[:1] * 2, "given twice"),
+        ([], "empty list"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            StitchSpace.from_configs(family, routes=routes)
 
 
 def test_text_is_read_packed_and_refused(tmp_path, tokenizer):

@@ -14,11 +14,11 @@ class ImageContext:
     """What all blocks of one forward share.
 
     Attributes:
-        stitch_bias: for each slot the biases of the adapted layers; None without PST.
+        stitch_updates: for each slot what the stitch adds to the adapted layers (`pst.Update`); None where it adds nothing.
         checkpoint: runs a block so that its activations are computed again in the backward pass; None keeps them.
     """
 
-    stitch_bias: Sequence[tuple[Tensor, ...]] | None = None
+    stitch_updates: Sequence[tuple[Any, ...]] | None = None
     checkpoint: Callable[..., Tensor] | None = None
 
 
@@ -72,8 +72,8 @@ class ImageFamily(ABC):
         for index in range(start, stop):
             if index > start:
                 hidden = self.approach(anchor, hidden, index)
-            bias = context.stitch_bias
-            extra = {} if bias is None else {"stitch_bias": bias[slot + index - start]}
+            updates = context.stitch_updates
+            extra = {} if updates is None else {"stitch_updates": updates[slot + index - start]}
             step = partial(self.step, blocks[index], **extra)
             itself = hasattr(blocks[index], "gradient_checkpointing")  # Transformers sees to it
             hidden = step(hidden) if itself or context.checkpoint is None else context.checkpoint(step, hidden)

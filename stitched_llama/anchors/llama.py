@@ -19,7 +19,7 @@ class DecoderContext:
         attention_mask: as the attention implementation wants it; one mask serves every anchor.
         position_ids: [batch, tokens]; the same in every segment.
         past_key_values: slot i belongs to the i-th block of the route, whichever anchor it is of.
-        stitch_bias: for each slot the biases of q, k, v, o; None without PST.
+        stitch_updates: for each slot what the stitch adds to q, k, v, o (`pst.Update`); None where it adds nothing.
         block_kwargs: passed on to every block.
     """
 
@@ -27,7 +27,7 @@ class DecoderContext:
     position_ids: Tensor | None = None
     past_key_values: Cache | None = None
     use_cache: bool = False
-    stitch_bias: Sequence[tuple[Tensor, ...]] | None = None
+    stitch_updates: Sequence[tuple[Any, ...]] | None = None
     block_kwargs: dict[str, Any] = field(default_factory=dict)
 
 
@@ -83,7 +83,8 @@ class LlamaFamily:
         mask, position_ids = (_beside(hidden, given) for given in (context.attention_mask, context.position_ids))
         position_embeddings = decoder.rotary_emb(hidden, position_ids=position_ids)
         for index in range(start, stop):
-            extra = {} if context.stitch_bias is None else {"stitch_bias": context.stitch_bias[slot + index - start]}
+            updates = context.stitch_updates
+            extra = {} if updates is None else {"stitch_updates": updates[slot + index - start]}
             hidden = decoder.layers[index](
                 hidden,
                 attention_mask=mask,

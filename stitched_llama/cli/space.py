@@ -45,7 +45,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "the small anchor, enter block 8 of the large one)",
     )
     parser.add_argument(
-        "--max-segments", type=int, default=2, help="3: also routes that pass two junctions (default 2)"
+        "--routes", nargs="+", metavar="KEY", help="the stitches themselves, such as 1[0:5]>0[3:5]>1[9:30]"
     )
     parser.add_argument(
         "--image-size", type=int, help="side of the images, for anchors that take any (DINOv2, ConvNeXt, ...)"

@@ -73,8 +73,15 @@ class BundleTensors(MeasuredTable):
         part, _, rest = name.partition(".")
         routes = [self.space[key] for key in self.keys]
         if part == "stitching_layers":
-            own = {junction.layer for stitch in routes for junction in stitch.junctions}
+            own = {layer for stitch in routes for layer in stitch.layers}
             return rest.split(".")[0] in self.space.stitching_layers.keys() - own
+        if part == "stitch_lora":
+            own = (
+                {layer for block in self.stitch_lora.layers.values() for layer in block} if self.stitch_lora else set()
+            )
+            others = {f"{a}_{b}" for s in self.space if not s.is_anchor for a, b in s.blocks()}
+            layer = rest.split(".")[-1]
+            return layer not in own and "_".join(layer.split("_")[:2]) in others
         if part == "stitch_bias":
             return rest in {stitch.key for stitch in self.space} - set(self.keys)
         own_blocks = tuple(self.block_prefix(*block) for stitch in routes for block in stitch.blocks())
@@ -116,6 +123,8 @@ class BundleTensors(MeasuredTable):
             head, *rest = name.split(".")
             if head == "stitching_layers" and rest[0] in layers:
                 keep = True
+            elif head == "stitch_lora":
+                keep = self._is_stitch_lora(name, *routes)
             elif head == "stitch_bias":
                 keep = ".".join(rest[1:]) in keys
             elif head == "anchors" and is_low_rank(name):

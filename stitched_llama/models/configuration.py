@@ -37,7 +37,7 @@ class StitchedConfig(PreTrainedConfig):
     Args:
         anchor_configs: the anchors' own configurations as JSON objects, small to large.
         anchors: where each anchor's weights are: `name_or_path`, `revision`, `fingerprint` (part -> digest).
-        kernel_size, stride, direction, pairs, adapter, rescale, adapter_norm, across_stages, junctions, max_segments: options
+        kernel_size, stride, direction, pairs, adapter, rescale, adapter_norm, across_stages, junctions, routes: options
             of `StitchSpace`.
         space_digest: of the space the weights were trained in; another space is refused.
         pst: settings of PST when it is attached (fields of `PSTConfig`).
@@ -57,7 +57,7 @@ class StitchedConfig(PreTrainedConfig):
     adapter_norm: str = "none"
     across_stages: bool = False
     junctions: list | None = None
-    max_segments: int = 2
+    routes: list | None = None
     space_digest: str | None = None
     pst: dict | None = None
     default_stitch_id: int | str | None = None

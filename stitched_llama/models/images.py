@@ -11,7 +11,7 @@ from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention
 from transformers.utils.generic import can_return_tuple
 
 from stitched_llama.anchors import ImageContext
-from stitched_llama.pst import PSTConfig
+from stitched_llama.pst import PSTConfig, updates_of
 from stitched_llama.space import ANY_SIZE, AnchorSpec, Junction, anchor_specs
 
 from .configuration import StitchedConfig
@@ -132,9 +132,9 @@ class StitchedForImageClassification(StitchedPreTrainedModel):
         stitch = self._pinned_or(stitch_id)
         first, last = stitch.segments[0].anchor, stitch.segments[-1].anchor
         hidden = self._embed(first, pixel_values)
-        bias = None if self.stitch_bias is None else self.stitch_bias(stitch.key)
+        updates = updates_of(stitch, self.stitch_bias, self.stitch_lora)
         checkpoint = self._gradient_checkpointing_func if self.gradient_checkpointing and self.training else None
-        context = ImageContext(bias, checkpoint)
+        context = ImageContext(updates, checkpoint)
         hidden = walk(self.families, self.space.anchors, self.anchors, self.stitching_layers, stitch, hidden, context)
         logits = self.families[last].head(self.anchors[last], hidden)
         loss = None

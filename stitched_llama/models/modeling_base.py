@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from stitched_llama.anchors import FAMILIES
 from stitched_llama.layers import StitchingLayer
-from stitched_llama.pst import PSTConfig, StitchBias, attach_pst, is_low_rank, refuse_another
+from stitched_llama.pst import PSTConfig, StitchBias, StitchLora, attach_pst, is_low_rank, refuse_another
 from stitched_llama.space import BYTES_PER_NUMBER, Precision, Stitch
 
 from .calibration import Calibration, calibrate
@@ -42,6 +42,7 @@ class StitchedPreTrainedModel(AnchorsMixin, BundleMixin, PreTrainedModel):
         anchors: the frozen pretrained models, small to large.
         stitching_layers: by name, as `Junction.layer` names them.
         stitch_bias: the biases of PST, or None.
+        stitch_lora: the LoRA of PST that stitches between the anchors share, or None.
         keys: the stitches that can run; fewer than the space when a bundle was loaded for one size.
     """
 
@@ -68,6 +69,7 @@ class StitchedPreTrainedModel(AnchorsMixin, BundleMixin, PreTrainedModel):
                 if junction.layer is not None and junction.layer not in self.stitching_layers:
                     self.stitching_layers[junction.layer] = self._new_stitching_layer(junction)
         self.stitch_bias: StitchBias | None = None
+        self.stitch_lora: StitchLora | None = None
         self.requires_grad_(False)
         self.post_init()
         self._count_bytes_as_loaded()
@@ -250,7 +252,9 @@ class StitchedPreTrainedModel(AnchorsMixin, BundleMixin, PreTrainedModel):
         """
         if self.config.pst is not None:
             raise ValueError(f"PST is attached already ({self.config.pst}): load the anchors anew for other settings")
-        self.stitch_bias = attach_pst(self.anchors, self.stitching_layers, self.space, config, self.keys)
+        self.stitch_bias, self.stitch_lora = attach_pst(
+            self.anchors, self.stitching_layers, self.space, config, self.keys
+        )
         self.config.pst = config.to_dict()
         self.table = self.table.in_training()
         self._count_bytes_as_loaded()
@@ -270,9 +274,8 @@ class StitchedPreTrainedModel(AnchorsMixin, BundleMixin, PreTrainedModel):
     def trainable_parameters(self) -> dict[str, int]:
         """Numbers that train, by part, counted on the built tensors."""
         full = self.config.pst is not None and self.config.pst_config.full
-        counts = dict.fromkeys(
-            ("anchors", "stitching_layers") if full else ("lora", "stitching_layers", "stitch_bias"), 0
-        )
+        parts = ("anchors", "stitching_layers") if full else ("lora", "stitching_layers", "stitch_bias")
+        counts = dict.fromkeys(parts if self.stitch_lora is None else (*parts, "stitch_lora"), 0)
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
                 part = name.split(".")[0]
@@ -304,8 +307,44 @@ class StitchedPreTrainedModel(AnchorsMixin, BundleMixin, PreTrainedModel):
         return [
             (name, parameter)
             for name, parameter in named
-            if name == bias or name.startswith(tuple(prefixes)) or self._trains_whole(name, [stitch], blocks)
+            if name == bias
+            or name.startswith(tuple(prefixes))
+            or self._is_stitch_lora(name, stitch)
+            or self._trains_whole(name, [stitch], blocks)
         ]
+
+    def _is_stitch_lora(self, name: str, *stitches: Stitch) -> bool:
+        """Whether a tensor is of the LoRA of the stitches and lies on one of these routes."""
+        if self.stitch_lora is None or not name.startswith("stitch_lora."):
+            return False
+        blocks = {block for stitch in stitches if not stitch.is_anchor for block in stitch.blocks()}
+        return name.split(".")[-1] in {layer for block in blocks for layer in self.stitch_lora.layers[block]}
+
+    def train_only(self, part: str | None = None) -> None:
+        """Freezes what does not belong to a phase of training where stitches have a LoRA of their own.
+
+        Args:
+            part: `"anchors"`, each anchor's LoRA (and head); `"stitches"`, their LoRA, biases and stitching layers; None, all of
+                them.
+
+        Raises:
+            ValueError: another part, or the stitches have no LoRA of their own (`PSTConfig(stitch_rank=...)`).
+        """
+        if part not in ("anchors", "stitches", None):
+            raise ValueError(f"part {part!r} is unknown; 'anchors', 'stitches' or None is needed")
+        if self.stitch_lora is None:
+            raise ValueError(
+                "anchors and stitches share one LoRA here: attach_pst(PSTConfig(stitch_rank=...)) parts them"
+            )
+        if not hasattr(self, "_phases"):
+            named = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
+            self._phases = {
+                "anchors": [p for name, p in named if name.startswith("anchors.")],
+                "stitches": [p for name, p in named if not name.startswith("anchors.")],
+            }
+        for name, parameters in self._phases.items():
+            for parameter in parameters:
+                parameter.requires_grad_(part in (name, None))
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any):
         """Refused: every anchor has its own embedding and head.

@@ -2,6 +2,7 @@
 
 config  settings and counts
 bias    a bias for each stitch
+updates a LoRA that the stitches share, and how both reach the layers
 attach  LoRA and low-rank updates through PEFT, everything else frozen
 """
 
@@ -15,14 +16,18 @@ from .attach import (
 )
 from .bias import StitchBias
 from .config import PSTConfig
+from .updates import StitchLora, Update, updates_of
 
 __all__ = [
     "PSTConfig",
     "StitchBias",
+    "StitchLora",
+    "Update",
     "attach_pst",
     "carries_adapters",
     "is_low_rank",
     "refuse_another",
     "refuse_to_save",
     "show_convolutions",
+    "updates_of",
 ]

@@ -10,18 +10,20 @@ from torch import nn
 from stitched_llama.anchors import FAMILIES
 from stitched_llama.space import StitchSpace
 
-from .bias import StitchBias, install_bias_hooks, takes_bias
+from .bias import StitchBias
 from .config import PSTConfig
+from .updates import StitchLora, install_update_hooks, takes_updates
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a line at import, and for every 8-bit matmul, otherwise
 
 
 def attach_pst(
     anchors: nn.ModuleList, stitching_layers: nn.ModuleDict, space: StitchSpace, config: PSTConfig, keys: list[str]
-) -> StitchBias | None:
-    """Freezes everything, adds LoRA and the low-rank updates in place, and returns the biases of the stitches `keys`.
+) -> tuple[StitchBias | None, StitchLora | None]:
+    """Freezes everything, adds LoRA and the low-rank updates in place, and returns the biases of the stitches `keys` and the LoRA that
+    stitches between the anchors share.
 
-    Born neutral: no output changes by a bit. Trainable tensors are float32 whatever the anchors are.
+    Identity at initialisation: no output changes by a bit. Trainable tensors are float32 whatever the anchors are.
 
     Raises:
         ValueError: a rank that does not fit, or quantised anchors that are to train whole.
@@ -38,7 +40,7 @@ def attach_pst(
     if config.full:
         anchors.float()
         stitching_layers.float()
-        return None
+        return None, None
     for anchor, spec, rank in zip(anchors, space.anchors, ranks):
         family, targets, biased = FAMILIES[spec.family], [], []
         for name, part in zip(family.block_names(anchor), spec.blocks):
@@ -52,9 +54,9 @@ def attach_pst(
         if rank and targets:
             inject_adapter_in_model(_lora(rank, targets, config), anchor)
             show_convolutions(anchor)
-        if config.stitch_bias:
+        if config.stitch_bias or config.stitch_rank:
             for block, layers in biased:
-                install_bias_hooks(family, block, layers)
+                install_update_hooks(family, block, layers)
     for anchor in anchors:
         refuse_to_save(
             anchor, "it carries PST: save the stitched model, or load the anchor anew from its own folder or Hub id"
@@ -74,13 +76,17 @@ def attach_pst(
     for module in [*anchors.modules(), *stitching_layers.modules()]:
         if isinstance(module, BaseTunerLayer):
             module.update_layer = refuse_another  # PEFT would begin the same layer anew, or switch this one off
-    if not config.stitch_bias:
-        return None
     stitches = [space[key] for key in keys]
     index, block = stitches[0].blocks()[0]
     name = FAMILIES[space.anchors[index].family].block_names(anchors[index])[block]
     device = next(anchors[index].get_submodule(name).parameters()).device
-    return StitchBias(space, stitches, torch.float32, device)
+    between = [stitch for stitch in stitches if not stitch.is_anchor]
+    lora = None
+    if config.stitch_rank:
+        blocks = [block for stitch in between for block in stitch.blocks()]
+        lora = StitchLora(space, blocks, config.stitch_rank, torch.float32, device)
+    biased = between if config.stitch_rank else stitches
+    return StitchBias(space, biased, torch.float32, device) if config.stitch_bias else None, lora
 
 
 def refuse_another(*args: Any, **kwargs: Any) -> None:
@@ -119,7 +125,7 @@ def carries_adapters(model: nn.Module) -> bool:
     """Whether PEFT's layers, or this package's stitch bias, sit in a model."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    return any(isinstance(module, BaseTunerLayer) or takes_bias(module) for module in model.modules())
+    return any(isinstance(module, BaseTunerLayer) or takes_updates(module) for module in model.modules())
 
 
 def is_low_rank(name: str) -> bool:

@@ -6,6 +6,8 @@ from typing import Any
 
 from stitched_llama.space import StitchSpace
 
+_CONVOLUTIONS = ("resnet", "mobilenet_v2", "convnext")
+
 
 @dataclass(frozen=True)
 class PSTConfig:
@@ -13,6 +15,9 @@ class PSTConfig:
 
     Args:
         rank: LoRA rank on q, k, v, o; one for all anchors or one each. 0 leaves the attention frozen.
+        stitch_rank: rank of a second LoRA on q, k, v, o that the stitches between the anchors share and the anchors do without; biases are
+            then the stitches' alone too. Anchors train first, each as it would alone, and are frozen while the stitches train. 0 is
+            the paper's way: one LoRA for anchors and stitches.
         stitching_rank: rank of the stitching layers' update; None is the paper's `in_width / 4`, or the tail's width where
             that is less; 0 freezes them, `"full"` trains them whole. What an adapter has beside its linear core trains unless
             they are frozen.
@@ -26,6 +31,7 @@ class PSTConfig:
     """
 
     rank: int | tuple[int, ...] = 16
+    stitch_rank: int = 0
     stitching_rank: int | str | None = None
     stitch_bias: bool = True
     dropout: float = 0.0
@@ -58,6 +64,11 @@ class PSTConfig:
         for index, (rank, anchor) in enumerate(zip(ranks, space.anchors)):
             narrowest = min(min(d_in, d_out) for block in anchor.blocks for _, d_in, d_out in block.adapted)
             _check_rank(rank, narrowest, f"rank of anchor {index}")
+            _check_rank(self.stitch_rank, narrowest, f"stitch_rank on anchor {index}")
+            if self.stitch_rank and anchor.family in _CONVOLUTIONS:
+                raise ValueError(
+                    f"stitch_rank {self.stitch_rank} is for linear layers, anchor {index} is a {anchor.family}: leave it 0"
+                )
         return ranks
 
     def stitching_ranks(self, space: StitchSpace) -> dict[str, int | None]:
@@ -92,10 +103,16 @@ class PSTConfig:
         bias = sum(
             d_out
             for stitch in space
+            if not (self.stitch_rank and stitch.is_anchor)
             for anchor, block in stitch.blocks()
             for _, _, d_out in space.anchors[anchor].blocks[block].adapted
         )
-        return {"lora": lora, "stitching_layers": stitching, "stitch_bias": bias if self.stitch_bias else 0}
+        counts = {"lora": lora, "stitching_layers": stitching, "stitch_bias": bias if self.stitch_bias else 0}
+        if self.stitch_rank:
+            blocks = {block for stitch in space if not stitch.is_anchor for block in stitch.blocks()}
+            adapted = [layer for anchor, block in blocks for layer in space.anchors[anchor].blocks[block].adapted]
+            counts["stitch_lora"] = sum(self.stitch_rank * (d_in + d_out) for _, d_in, d_out in adapted)
+        return counts
 
     def to_dict(self) -> dict[str, Any]:
         return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}

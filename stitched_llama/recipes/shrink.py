@@ -12,7 +12,7 @@ config.json says what it was cut from; `--junctions aligned` of the other recipe
 
 import time
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -24,6 +24,7 @@ from stitched_llama.shrinking import (
     ShrinkDistillation,
     ShrinkTrainer,
     TokenBlocks,
+    check_lineage,
     cut_model,
     read_documents,
     row_renderer,
@@ -43,6 +44,9 @@ class Arguments:
     block_size: int = field(default=256, metadata={"help": "Tokens of one block of text."})
     eval_blocks: int = field(default=32, metadata={"help": "Blocks of text held out."})
     dtype: str = field(default="float32", metadata={"help": "Of the large model: float32, bfloat16 or float16."})
+    start_from: str | None = field(
+        default=None, metadata={"help": "A small model that was cut in the same way, to train on instead of a new cut."}
+    )
     resume: str | None = field(default=None, metadata={"help": "auto, or the path of a checkpoint."})
 
 
@@ -74,6 +78,10 @@ def main() -> None:
     )
     batches = [{"input_ids": blocks.blocks[i : i + 8]} for i in range(0, min(64, args.eval_blocks), 8)]
     cut = cut_model(teacher, args.depth, args.width, batches)
+    if args.start_from:
+        small = AutoModelForCausalLM.from_pretrained(args.start_from, dtype=torch.float32, trust_remote_code=False)
+        check_lineage(small, cut, teacher)
+        cut = replace(cut, model=small)
     model = ShrinkDistillation(cut.model.float(), teacher, cut.target_blocks, cut.channels, **training.loss_options())
     trainer = ShrinkTrainer(
         model=model, args=training, train_dataset=train_set, eval_dataset=held_out, processing_class=tokenizer

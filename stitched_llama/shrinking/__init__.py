@@ -7,7 +7,7 @@ save          the small model as a plain folder with a card
 text          unlabelled text and chat data in blocks of tokens
 """
 
-from .cut import Cut, cut_model, heads_for_width
+from .cut import Cut, check_lineage, cut_model, heads_for_width
 from .distillation import ShrinkDistillation
 from .save import save_shrunk
 from .text import TokenBlocks, read_documents, row_renderer
@@ -19,6 +19,7 @@ __all__ = [
     "ShrinkDistillation",
     "ShrinkTrainer",
     "TokenBlocks",
+    "check_lineage",
     "cut_model",
     "heads_for_width",
     "read_documents",

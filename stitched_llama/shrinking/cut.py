@@ -104,6 +104,25 @@ def cut_model(
     return Cut(small.eval(), sources, channels)
 
 
+def check_lineage(small: PreTrainedModel, cut: Cut, large: PreTrainedModel) -> None:
+    """Refuses a small model that was not cut from `large` as `cut` was.
+
+    Raises:
+        ValueError: its `shrunk_from` is missing or differs, or its shape does.
+    """
+    lineage = getattr(small.config, "shrunk_from", None) or {}
+    wanted = {"depth": large.config.num_hidden_layers, "target_blocks": cut.target_blocks}
+    for name, value in wanted.items():
+        if lineage.get(name) != value:
+            raise ValueError(
+                f"the small model was not cut in this way: {name} is {lineage.get(name)} in its config, {value} here"
+            )
+    if small.config.hidden_size != cut.model.config.hidden_size:
+        raise ValueError(
+            f"the small model is {small.config.hidden_size} wide, {cut.model.config.hidden_size} is asked for"
+        )
+
+
 def _copy_blocks(small: PreTrainedModel, large: PreTrainedModel, sources: Sequence[int]) -> None:
     family = FAMILIES[large.config.model_type]
     names, large_names = family.block_names(small), family.block_names(large)

@@ -19,10 +19,9 @@ class ShrinkDistillation(nn.Module):
     mean cosine distance of each student block's output to the output of the teacher block it is to reproduce, plus
     `label_weight` times cross-entropy.
 
-    With probability `mixed_share` a batch runs a mixed route instead of the student alone: each student block is taken with one
-    probability, drawn anew for each batch, and elsewhere the teacher's blocks run; of a narrower student, the first blocks
-    and then the teacher's. That trains what stitching uses: student blocks on the teacher's outputs, and student outputs that
-    the teacher's blocks can continue.
+    With probability `mixed_share` a batch runs a mixed route instead of the student alone: the student's first blocks and then the
+    teacher's, or, every second time and at equal width, student blocks at random places. That trains what stitching uses:
+    student outputs that the teacher's blocks can continue, and student blocks on the teacher's outputs.
 
     Args:
         student, teacher: of one class; embedding and head of the student are frozen where they are the teacher's.
@@ -87,7 +86,7 @@ class ShrinkDistillation(nn.Module):
         depth = len(self.target_blocks)
         if not self.training or torch.rand(()) >= self.mixed_share:
             return [True] * depth
-        if self.projections is not None:
+        if self.projections is not None or torch.rand(()) < 0.5:
             stop = int(torch.randint(1, depth + 1, ()))
             return [index < stop for index in range(depth)]
         taken = (torch.rand(depth) < torch.rand(())).tolist()

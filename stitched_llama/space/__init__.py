@@ -9,6 +9,7 @@ lineage   what a shrunk anchor says of the model it was cut from
 families  which family reads which config.json
 configs   reads config.json from a folder or the Hub
 rules     which blocks may be joined
+given     junctions and routes given one by one
 adapters  kinds of stitching layers and their cost
 stitch    segments, junctions, stitches
 cost      exact cost of a route
@@ -26,9 +27,9 @@ from .cost import BYTES_PER_NUMBER, Precision
 from .decoders import LLAMA_LIKE
 from .families import ANY_SIZE, anchor_spec, anchor_specs
 from .frontier import best_of_intervals, intervals, pareto_front
+from .given import parse_junctions
 from .lineage import aligned_junctions, block_groups, resolve_junctions
 from .palette import palette_gain, palette_gains
-from .rules import parse_junctions
 from .space import DIRECTIONS, MOST_STITCHES, PAIRS, SPACE_OPTIONS, StitchSpace
 from .spec import AnchorSpec, Feature, Part
 from .stitch import KEYS, Junction, Segment, Stitch

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .spec import AnchorSpec, Feature
+from .spec import Feature
 
 
 @dataclass(frozen=True)
@@ -123,55 +123,3 @@ def _nearest_depth(head_depth: int, tail_depth: int, kernel_size: int, stride: i
             for n in window:
                 found.setdefault((a, n + 1), Pairing(a + 1, n + 1, a))
     return list(found.values())
-
-
-def check_junctions(junctions: Sequence[Sequence[int]], anchors: Sequence[AnchorSpec]) -> list[list[int]]:
-    """Junctions given one by one, each as `[source anchor, source block, target anchor, target block]`, in ascending order.
-
-    Raises:
-        ValueError: one is no pair or quadruple of whole numbers, lies outside the anchors, joins an anchor with itself, or is given twice;
-            names it.
-    """
-    found: list[list[int]] = []
-    for given in junctions:
-        numbers = list(given) if isinstance(given, (list, tuple)) else [given]
-        full = [0, numbers[0], 1, numbers[1]] if len(numbers) == 2 else numbers
-        if len(full) != 4 or not all(isinstance(number, int) and not isinstance(number, bool) for number in full):
-            raise ValueError(
-                f"junction {given!r} cannot be read: (source block, target block), or (source anchor, source block, target anchor, "
-                "target block), is needed"
-            )
-        source, left, target, entered = full
-        for index, block in ((source, left), (target, entered)):
-            if not 0 <= index < len(anchors) or not 0 <= block < anchors[index].depth:
-                depths = ", ".join(f"anchor {i} has {anchor.depth} blocks" for i, anchor in enumerate(anchors))
-                raise ValueError(f"junction {given!r} names block {block} of anchor {index}: {depths}, numbered from 0")
-        if source == target:
-            raise ValueError(f"junction {given!r} joins anchor {source} with itself: name two anchors")
-        if full in found:
-            raise ValueError(f"junction {given!r} is given twice")
-        found.append(full)
-    if not found:
-        raise ValueError("junctions is an empty list: give one or more, or leave it out for a rule")
-    return sorted(found)
-
-
-def parse_junctions(words: str | Sequence[str] | None) -> list[list[int]] | str | None:
-    """The `junctions` of a space from a command line: `nearest` (None, the rule), `aligned`, or pairs such as `3:8`, also
-    `1:3:0:8` with the anchors.
-
-    Raises:
-        ValueError: a word that is none of these.
-    """
-    words = [words] if isinstance(words, str) else list(words or ["nearest"])
-    if words in (["nearest"], ["aligned"]):
-        return None if words == ["nearest"] else "aligned"
-    found = []
-    for word in words:
-        numbers = word.split(":")
-        if len(numbers) not in (2, 4) or not all(number.isdecimal() for number in numbers):
-            raise ValueError(
-                f"junctions {word!r} cannot be read: 'nearest', 'aligned', or pairs of blocks such as 3:8, is needed"
-            )
-        found.append([int(number) for number in numbers])
-    return found

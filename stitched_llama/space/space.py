@@ -12,8 +12,9 @@ from .adapters import StitchingLayerSpec, check_adapter, strides_reach
 from .configs import fields_of
 from .cost import Precision, route_cost
 from .families import anchor_specs
+from .given import check_junctions, check_routes
 from .lineage import resolve_junctions
-from .rules import Pairing, check_junctions, pairings
+from .rules import Pairing, pairings
 from .spec import AnchorSpec
 from .stitch import Junction, Segment, Stitch, route_key
 
@@ -21,7 +22,7 @@ DIRECTIONS = ("fast-to-slow", "slow-to-fast", "both")
 PAIRS = ("nearest", "any", "chain")
 SPACE_OPTIONS = (
     "kernel_size", "stride", "direction", "pairs", "adapter", "rescale", "adapter_norm", "across_stages", "junctions",
-    "max_segments",
+    "routes",
 )  # fmt: skip
 MOST_STITCHES = 10_000
 _PADDING = 0.01  # of a vocabulary: Qwen2.5 has 151,936 rows in small models and 152,064 in large ones
@@ -46,7 +47,7 @@ class StitchSpace:
             `(source anchor, source block, target anchor, target block)`. A route leaves the source anchor after the source
             block and enters the target anchor before the target block.
             Of text, with a `kernel_size` of 1, a route of more parameters than the largest anchor is left out.
-        max_segments: with 3, also routes that pass two of the given junctions.
+        routes: the stitches, instead of a rule: keys such as `1[0:5]>0[3:5]>1[9:30]`, of two or more segments each.
         precision: the form of weights and cache in which bytes are counted.
 
     Raises:
@@ -68,7 +69,7 @@ class StitchSpace:
         adapter_norm: str = "none",
         across_stages: bool = False,
         junctions: Sequence[Sequence[int]] | None = None,
-        max_segments: int = 2,
+        routes: Sequence[str] | None = None,
         precision: Precision = Precision(),
     ):
         _check_anchors(anchors)
@@ -85,23 +86,28 @@ class StitchSpace:
             images := [name for name in list(self.options)[4:] if (name, adapter) != ("adapter", "identity")]
         ):
             raise ValueError(f"{', '.join(images)} is for images: {self.anchors[0].family} reads tokens")
-        if junctions is not None:
-            self.options["junctions"] = check_junctions(junctions, self.anchors)
+        if junctions is not None or routes is not None:
             if (kernel_size, stride, pairs, across_stages) != (1, 1, "nearest", False) or direction != "fast-to-slow":
                 raise ValueError(
-                    "junctions are given one by one: leave kernel_size, stride, direction, pairs and across_stages out"
+                    "junctions or routes are given one by one: leave kernel_size, stride, direction, pairs and across_stages out"
                 )
-        if max_segments not in (2, 3) or (max_segments == 3 and junctions is None):
-            raise ValueError(f"max_segments is {max_segments}: 2, or 3 together with junctions, is needed")
-        if max_segments == 3:
-            self.options["max_segments"] = max_segments
+            if junctions is not None and routes is not None:
+                raise ValueError("junctions and routes both given: pass one of them")
+        if junctions is not None:
+            self.options["junctions"] = check_junctions(junctions, self.anchors)
+        given = None if routes is None else check_routes(routes, self.anchors)
+        if given is not None:
+            self.options["routes"] = [route_key(segments) for segments in given]
         if across_stages and rescale == "none" and pairs == "chain":
             raise ValueError("routes over three anchors cross stages only with rescale 'bilinear' or 'strided'")
         self.precision = precision
         self.stitching_layers: dict[str, StitchingLayerSpec] = {}
-        routes = [((Segment(i, 0, spec.depth),), ()) for i, spec in enumerate(self.anchors)]
-        routes += self._routes_over_two() + (self._routes_over_three() if pairs == "chain" or max_segments == 3 else [])
-        self._stitches = self._number(routes)
+        found = [((Segment(i, 0, spec.depth),), ()) for i, spec in enumerate(self.anchors)]
+        if given is not None:
+            found += [(segments, self._junctions_of(segments)) for segments in given]
+        else:
+            found += self._routes_over_two() + (self._routes_over_three() if pairs == "chain" else [])
+        self._stitches = self._number(found)
         self._by_key = {stitch.key: stitch for stitch in self._stitches}
 
     @classmethod
@@ -175,6 +181,13 @@ class StitchSpace:
             self.stitching_layers[layer.name] = layer
         return Junction(layer.name, head, pairing.head_stop, tail, pairing.tail_start)
 
+    def _junctions_of(self, segments: Sequence[Segment]) -> tuple[Junction, ...]:
+        """The junctions of a route that was given whole; each has a stitching layer of its own."""
+        return tuple(
+            self._junction(a.anchor, b.anchor, Pairing(a.stop, b.start, f"{a.stop - 1}to{b.start}"))
+            for a, b in zip(segments, segments[1:])
+        )
+
     def _routes_over_two(self) -> list:
         routes = []
         for head, tail in self._ordered_pairs():
@@ -186,13 +199,12 @@ class StitchSpace:
     def _routes_over_three(self) -> list:
         routes = []
         pairs = self._ordered_pairs()
-        again = "max_segments" in self.options  # a route may return to the anchor it began in
-        chains = [(a, b, c) for a, b in pairs for b_, c in pairs if b == b_ and (again or c != a)]
+        chains = [(a, b, c) for a, b in pairs for b_, c in pairs if b == b_ and c != a]
         for a, b, c in chains:
             for p in self._pairings(a, b):
                 for q in self._pairings(b, c):
-                    if q.head_stop <= p.tail_start or (a == c and q.tail_start < p.head_stop):
-                        continue  # no block of the middle anchor is left, or one of the first would run twice
+                    if q.head_stop <= p.tail_start:
+                        continue  # no block of the middle anchor is left
                     segments = (
                         Segment(a, 0, p.head_stop),
                         Segment(b, p.tail_start, q.head_stop),

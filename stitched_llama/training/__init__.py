@@ -15,6 +15,7 @@ trainer     one route a step, the largest anchor as teacher; image_trainer is th
 reports     what a trainer logs and evaluates in the middle of a run
 evaluation  loss and exact match of every stitch
 teaching    what a teacher says and what a student makes of it
+phases      anchors first, then the stitches
 rates       the anchors' own learning rate
 checkpoints which checkpoint to resume from
 settings    what a resumed run must have in common with its checkpoint, and what may change

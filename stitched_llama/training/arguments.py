@@ -67,6 +67,12 @@ class PSTArguments:
     """Fields of `PSTConfig`, as a command line has them."""
 
     rank: list[int] = field(default_factory=lambda: [16], metadata={"help": "LoRA rank, one or one for each anchor."})
+    stitch_rank: int = field(
+        default=0,
+        metadata={
+            "help": "Rank of a second LoRA that the stitches share and the anchors do without; anchors then train first. 0: one LoRA for all."
+        },
+    )
     stitching_rank: str = field(
         default="auto", metadata={"help": "Of the stitching layers: a number, auto (d1/4), full."}
     )
@@ -86,7 +92,13 @@ class PSTArguments:
             raise ValueError(f"stitching_rank {self.stitching_rank!r} is unknown; a number, 'auto' or 'full' is needed")
         stitching = named[self.stitching_rank] if self.stitching_rank in named else int(self.stitching_rank)
         rank = self.rank[0] if len(self.rank) == 1 else tuple(self.rank)
-        return PSTConfig(rank=rank, stitching_rank=stitching, stitch_bias=self.stitch_bias, full=self.full)
+        return PSTConfig(
+            rank=rank,
+            stitch_rank=self.stitch_rank,
+            stitching_rank=stitching,
+            stitch_bias=self.stitch_bias,
+            full=self.full,
+        )
 
 
 @dataclass
@@ -124,6 +136,13 @@ class StitchTrainingArguments(TrainingArguments):
             "without --train_teacher, else 0, as in the papers."
         },
     )
+    anchors_first: float = field(
+        default=0.5,
+        metadata={
+            "help": "With --stitch_rank: share of the steps, at the beginning, that train each anchor as it would alone; the rest train "
+            "the stitches on the frozen anchors."
+        },
+    )
     inplace_teacher: bool = field(
         default=True, metadata={"help": "The largest anchor teaches the drawn stitch; off is SN-Net's way."}
     )
@@ -154,7 +173,7 @@ class StitchTrainingArguments(TrainingArguments):
         if self.interval_count < 1:
             raise ValueError(f"interval_count is {self.interval_count}; one interval or more is needed")
         Importance(self.importance, self.eta)  # refuses what it does not know
-        for name in ("distillation_weight", "anchor_share", "floor", "sampling_warmup"):
+        for name in ("distillation_weight", "anchor_share", "anchors_first", "floor", "sampling_warmup"):
             if getattr(self, name) is not None and not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; a share lies in 0..1")
         super().__post_init__()

@@ -20,6 +20,7 @@ from .checks import check_arguments, check_batch, check_run, check_sets
 from .data import IGNORED
 from .finite import check_step, check_weights, describe_rows, note_fault
 from .interruption import EXIT_CODE, Interruption
+from .phases import part_phases, phase_scheduler
 from .rates import slow_down_anchors
 from .reports import ReportMixin
 from .teaching import distil, in_dtype_of, speaking, word_of
@@ -82,6 +83,7 @@ class StitchTrainer(CheckpointMixin, ReportMixin, Trainer):
         self.step_losses: list[float]
         self._forget_step()
         self._trained = list[nn.Parameter]()
+        self._phase: str | None = None
         self._macs = 0  # of the passes of a step, a token or image
         self._logged: dict[str, list[float]] = defaultdict(list)
         groups = intervals([stitch.params for stitch in self.stitches], self.args.interval_count)
@@ -92,18 +94,37 @@ class StitchTrainer(CheckpointMixin, ReportMixin, Trainer):
 
     def draw(self, step: int) -> Stitch:
         """The student of optimiser step `step`."""
+        first = self.anchor_steps
+        if step < first:
+            anchors = [stitch for stitch in self.stitches if stitch.is_anchor]
+            return anchors[step % len(anchors)]
         if self._sampler is None:
+            parted = self.model.stitch_lora is not None
             self._sampler = StitchSampler(
-                self.stitches,
+                [stitch for stitch in self.stitches if not (parted and stitch.is_anchor)],
                 scheme=self.args.sampling,
                 interval_count=self.args.interval_count,
-                warmup_steps=round(self.args.sampling_warmup * self.state.max_steps),
+                warmup_steps=round(self.args.sampling_warmup * (self.state.max_steps - first)),
                 floor=self.args.floor,
-                anchor_share=self.args.share_of_anchors,
+                anchor_share=0.0 if parted else self.args.share_of_anchors,
                 seed=self.args.seed,
                 always=[anchor.key for anchor in self.stitches if anchor.is_anchor and not self._gains(anchor)],
             )
-        return self.model.space[self._sampler.draw(step, self.importance.averages)]
+        return self.model.space[self._sampler.draw(step - first, self.importance.averages)]
+
+    @property
+    def anchor_steps(self) -> int:
+        """Steps at the beginning that train the anchors in turn, where the stitches have a LoRA of their own; 0 otherwise."""
+        return round(self.args.anchors_first * self.state.max_steps) if self.model.stitch_lora is not None else 0
+
+    def _enter_phase(self, step: int) -> None:
+        """Freezes the stitches' parts while the anchors train, and the anchors' while the stitches do."""
+        if self.model.stitch_lora is None:
+            return
+        phase = "anchors" if step < self.anchor_steps else "stitches"
+        if phase != self._phase:
+            self.model.train_only(phase)
+            self._phase, self._trained = phase, []
 
     def _gains(self, anchor: Stitch) -> bool:
         """Whether a step of its own would teach an anchor anything: it trains anyway, or nothing of it trains."""
@@ -130,6 +151,9 @@ class StitchTrainer(CheckpointMixin, ReportMixin, Trainer):
         self._trained = []
         with self.interruption.awaited():
             done = super().train(checkpoint, *args, **kwargs)
+        if self._phase is not None:
+            self.model.train_only(None)
+            self._phase = None
         check_weights(self.model, self.state.global_step)
         if self.interruption.agreed and self.args.process_index == 0:
             step, folder = self.state.global_step, self.args.output_dir
@@ -170,6 +194,7 @@ class StitchTrainer(CheckpointMixin, ReportMixin, Trainer):
                 f"step {self.state.global_step + 1} has no label to learn, all are {IGNORED} (masked): leave such rows out; the last "
                 f"of them are {self.describe_batch(self.batches_of_step)}"
             )
+        self._enter_phase(self.state.global_step)
         student, word = self.draw(self.state.global_step), None
         self._macs = 3 * student.macs * self._has_own_gradients(student)
         with self._unreduced(model):
@@ -293,9 +318,20 @@ class StitchTrainer(CheckpointMixin, ReportMixin, Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """As Transformers has it; pretrained weights that train take `anchor_lr_scale` times the rate (SN-Net 4: 0.1)."""
         made, optimizer = self.optimizer is None, super().create_optimizer(model)
+        if made and self.model.stitch_lora is not None:
+            part_phases(self.model, optimizer)
         if made and self.args.anchor_lr_scale != 1:
             slow_down_anchors(self.model, optimizer, self.args.anchor_lr_scale)
         return optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """As Transformers has it; where anchors train first, each phase has its own warm-up and decay."""
+        made = self.lr_scheduler is None
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        if made and self.model.stitch_lora is not None:
+            first = round(self.args.anchors_first * num_training_steps)
+            self.lr_scheduler = scheduler = phase_scheduler(self.args, scheduler.optimizer, first, num_training_steps)
+        return scheduler
 
     def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
         """As Transformers has it; what is refused is refused before a repository is made."""

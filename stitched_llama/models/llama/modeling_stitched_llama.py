@@ -17,6 +17,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from stitched_llama.anchors import DecoderContext
+from stitched_llama.pst import updates_of
 from stitched_llama.space import Junction, Stitch
 
 from ..modeling_base import NO_BUDGET, BlockOutputs, StitchedPreTrainedModel
@@ -145,7 +146,7 @@ class StitchedLlamaForCausalLM(StitchedPreTrainedModel, StitchedGenerationMixin)
             position_ids,
             past_key_values,
             use_cache=bool(use_cache),
-            stitch_bias=None if self.stitch_bias is None else self.stitch_bias(stitch.key),
+            stitch_updates=updates_of(stitch, self.stitch_bias, self.stitch_lora),
             block_kwargs=kwargs,
         )
         specs = self.space.anchors

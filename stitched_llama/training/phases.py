@@ -1,0 +1,48 @@
+"""Two phases of one run, where the stitches have a LoRA of their own: the anchors first, then the stitches on frozen anchors."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import get_scheduler
+
+
+def part_phases(model: Any, optimizer: torch.optim.Optimizer) -> None:
+    """Splits every group of the optimiser into what the anchors train and what the stitches train, told by `group["phase"]`."""
+    anchors = {p for name, p in model.named_parameters() if name.startswith("anchors.")}
+    for group in list(optimizer.param_groups):
+        parameters = group["params"]
+        group["params"], group["phase"] = [p for p in parameters if p in anchors], "anchors"
+        optimizer.add_param_group({**group, "params": [p for p in parameters if p not in anchors], "phase": "stitches"})
+
+
+def phase_scheduler(args: Any, optimizer: torch.optim.Optimizer, first: int, steps: int) -> LambdaLR:
+    """The arguments' schedule twice, each with its own warm-up: over `first` steps for the anchors, over the rest for the stitches.
+
+    Raises:
+        ValueError: a schedule that is no function of the step.
+    """
+
+    def factor(count: int) -> Callable[[int], float]:
+        probe = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+        made = get_scheduler(
+            args.lr_scheduler_type,
+            probe,
+            num_warmup_steps=args.get_warmup_steps(count),
+            num_training_steps=count,
+            scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+        )
+        if not isinstance(made, LambdaLR):
+            raise ValueError(
+                f"lr_scheduler_type {args.lr_scheduler_type} is no function of the step, which training in two phases needs: take cosine, "
+                "linear or constant"
+            )
+        return made.lr_lambdas[0]
+
+    own = {"anchors": factor(max(1, first)), "stitches": factor(max(1, steps - first))}
+    scales = {
+        "anchors": lambda step: own["anchors"](step) if step < first else 0.0,
+        "stitches": lambda step: own["stitches"](step - first) if step >= first else 0.0,
+    }
+    return LambdaLR(optimizer, [scales[group["phase"]] for group in optimizer.param_groups])
