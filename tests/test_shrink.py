@@ -15,7 +15,9 @@ from stitched_llama.shrinking import (
     TokenBlocks,
     cut_model,
     heads_for_width,
+    load_delta,
     read_documents,
+    save_delta,
     save_shrunk,
 )
 from stitched_llama.space import block_groups
@@ -319,3 +321,28 @@ def test_junctions_by_what_fits_are_the_aligned_ones(family, tokenizer):
     assert "yes" in str(found)
     space = StitchSpace.from_configs([student.config, teacher.config], junctions=found.junctions, adapter="identity")
     assert {s.key for s in space if not s.is_anchor} == {key for key in found.proposed if ">" in key}
+
+
+def test_a_delta_brings_the_small_model_back_within_its_bits(tmp_path):
+    teacher = large()
+    cut = cut_model(teacher, 3)
+    small = cut.model
+    generator = torch.Generator().manual_seed(4)
+    for parameter in small.model.layers.parameters():
+        parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
+    save_shrunk(ShrinkDistillation(small, teacher, cut.target_blocks), tmp_path / "small", "large")
+    save_delta(small, teacher, tmp_path / "delta")
+    again = load_delta(teacher, tmp_path / "delta")
+    for (name, found), wanted in zip(again.state_dict().items(), small.state_dict().values()):
+        start = cut_model(teacher, 3).model.state_dict()[name]
+        error, change = (found - wanted).norm(), (wanted - start).norm()
+        assert error <= 0.15 * change, name
+    assert again.config.shrunk_from == small.config.shrunk_from
+    size = (tmp_path / "delta/delta.safetensors").stat().st_size
+    assert size < 0.6 * sum(p.numel() for p in small.model.layers.parameters()) + 8000
+    with pytest.raises(ValueError, match="the model has 4 blocks, the difference in .* is to one of 5"):
+        load_delta(large(depth=4), tmp_path / "delta")
+    with pytest.raises(ValueError, match="holds no delta.safetensors"):
+        load_delta(teacher, tmp_path / "small")
+    with pytest.raises(ValueError, match="was not cut in this way"):
+        save_delta(cut_model(teacher, 3).model, teacher, tmp_path / "other")

@@ -1,8 +1,9 @@
 """The model card of a bundle, from its table."""
 
+from math import isfinite
 from pathlib import Path
 
-from stitched_llama.space import Stitch, StitchTable, format_bytes, format_count
+from stitched_llama.space import Stitch, StitchSpace, StitchTable, format_bytes, format_count, palette_gains
 
 _TEXT_USE = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -18,7 +19,7 @@ processor = AutoImageProcessor.from_pretrained("this/bundle")
 model(**processor(image, return_tensors="pt")).logits"""
 
 
-def model_card(anchors: list[dict], stitches: list[Stitch], table: StitchTable) -> str:
+def model_card(anchors: list[dict], space: StitchSpace, stitches: list[Stitch], table: StitchTable) -> str:
     """Markdown with Hub metadata: which anchors are needed, which sizes are published, how to load one."""
     names = [anchor.get("name_or_path") or "an unnamed model" for anchor in anchors]
     hub_ids = [
@@ -40,6 +41,13 @@ def model_card(anchors: list[dict], stitches: list[Stitch], table: StitchTable) 
             rows.append(
                 f"| {stitch.stitch_id} | `{stitch.key}` | {format_count(stitch.params)} | {size} | {' '.join(values)}"
             )
+    gains = palette_gains(space, table)
+    told = [
+        f"Palette gain by {name}: {found['params']:.2f} over parameters, {found['macs']:.2f} over multiply-accumulates (0: no better "
+        "than the small anchor alone; 0.5: a straight line between the anchors)."
+        for name, found in gains.items()
+        if name == table.metric and isfinite(found["params"])
+    ]
     middle = published[len(published) // 2]
     budget = format_count(next(stitch.params for stitch in stitches if stitch.key == middle))
     return "\n".join(
@@ -51,6 +59,6 @@ def model_card(anchors: list[dict], stitches: list[Stitch], table: StitchTable) 
             "```python", "import stitched_llama  # registers the classes",
             *((_IMAGE_USE if images else _TEXT_USE).format(budget=budget).splitlines()), "```", "",
             "## Published sizes", "", "A budget chooses among these; every stitch stays reachable by `stitch_id`.", "",
-            *rows, "",
+            *rows, "", *told, *([""] if told else []),
         ]
     )  # fmt: skip

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from math import nan
 from typing import Any
 
+import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from stitched_llama.space import Stitch, pareto_front
 
@@ -19,12 +21,14 @@ class JunctionProposal:
         r2: stitch key -> R2 of the least-squares fit; none for identity junctions.
         loss: stitch key -> loss before any training, nats a token, of each candidate's stitch and the anchors.
         proposed: keys of the proposed stitches, ascending in parameters: the predicted front.
+        adapter: what joined them, for the option `adapter` of a space.
     """
 
     junctions: list[list[int]]
     r2: dict[str, float]
     loss: dict[str, float]
     proposed: list[str]
+    adapter: str = "linear"
 
     def __str__(self) -> str:
         lines = [f"{'stitch':<24} {'R2':>7} {'loss before training':>20}  proposed"]
@@ -96,4 +100,13 @@ def propose_junctions(
     small = next(stitch for stitch in ascending if stitch.key == f"0[0:{depths[0]}]")
     front = pareto_front([s for s in ascending if s.params >= small.params], loss, higher_is_better=False)
     loss = {stitch.key: loss[stitch.key] for stitch in ascending if stitch.key in loss}
-    return JunctionProposal([junctions[key] for key in front if key in junctions], r2, loss, front)
+    return JunctionProposal([junctions[key] for key in front if key in junctions], r2, loss, front, adapter)
+
+
+def similar_junctions(names: Sequence[str], batches: Iterable[dict[str, Tensor]], **options: Any) -> JunctionProposal:
+    """`propose_junctions` of two decoders by name; they are loaded for it in float32 and freed again."""
+    from .llama import StitchedLlamaForCausalLM
+
+    how = {"dtype": torch.float32, "use_safetensors": True, "trust_remote_code": False}
+    anchors = [AutoModelForCausalLM.from_pretrained(name, **how).eval() for name in names]
+    return propose_junctions(StitchedLlamaForCausalLM, anchors, batches, **options)

@@ -212,7 +212,7 @@ class BundleMixin(BundleTensors):
         if self.can_generate():
             texts[GENERATION] = self.generation_config.to_json_string()
         table = self.table_to_save()
-        texts[CARD] = model_card(config.anchors or [{}] * len(self.anchors), [space[key] for key in keys], table)
+        texts[CARD] = model_card(config.anchors or [{}] * len(self.anchors), space, [space[key] for key in keys], table)
         write_bundle(save_directory, self._bundle_tensors(keys, stitching_dtype), table.to_dict(space, keys), texts)
         if push_to_hub:
             repo_id = upload.pop("repo_id", Path(save_directory).name)

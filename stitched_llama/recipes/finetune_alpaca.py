@@ -9,7 +9,8 @@ about 20 GB in 8 bits for 7B/13B, with activations 24 to 32 GB, and 10 GB more w
 
 import time
 import warnings
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,6 +24,8 @@ from stitched_llama import (
     StitchTrainer,
     StitchTrainingArguments,
 )
+from stitched_llama.models import similar_junctions
+from stitched_llama.space import palette_gains
 from stitched_llama.training import (
     Collator,
     InstructionDataset,
@@ -64,7 +67,10 @@ class Arguments(TextDataArguments):
     align_steps: int = field(default=0, metadata={"help": "Then steps of alignment, for anchors made apart."})
     ridge: float = field(default=1e-4, metadata={"help": "Relative ridge of the least squares."})
     resume: str | None = field(default=None, metadata={"help": "auto (the newest whole one), or a checkpoint's path."})
-    baselines: str | None = field(default=None, metadata={"help": "JSON rows of anchors tuned alone, for the plot."})
+    baselines: str | None = field(
+        default=None, metadata={"help": "JSON rows of anchors tuned alone, for plot and palette gain."}
+    )
+    band: int = field(default=2, metadata={"help": "Blocks beside the nearest depth that --junctions similar tries."})
     budgets: list[str] = field(
         default_factory=list, metadata={"help": "Sizes that answer the samples; three by default."}
     )
@@ -93,7 +99,8 @@ def main() -> None:
     checkpoint = find_checkpoint(args.resume, training.output_dir, settings)
     if is_published(checkpoint, output, args.anchors):
         return
-    space = StitchSpace.from_configs(args.anchors, **asdict(options))
+    shape = options.options()
+    space = StitchSpace.from_configs(args.anchors, **shape)
     pst.settings().trainable_params(space)
     baselines = read_baselines(args.baselines, space)
     for budget in map(Budget.parse, args.budgets):
@@ -110,6 +117,9 @@ def main() -> None:
     eval_set = InstructionDataset(held_out, tokenizer, prompt, args.max_length, vocab_size=vocab_size)
     collator = Collator(pad_token_id(tokenizer, vocab_size))
     held_out_batches = batches(eval_set, collator, training.per_device_eval_batch_size)
+    calibration_batches = partial(
+        batches, train_set, collator, training.per_device_eval_batch_size, limit=args.calibration_size
+    )
 
     # Model: frozen anchors, stitching layers by least squares, then the trainable parts
     quantization = None
@@ -118,17 +128,21 @@ def main() -> None:
         quantization = BitsAndBytesConfig(load_in_4bit=True, **nf4)
     elif args.load_in_8bit:
         quantization = BitsAndBytesConfig(load_in_8bit=True)
+    if options.junctions == ["similar"]:
+        proposal = similar_junctions(args.anchors, calibration_batches(), band=args.band, progress=chief)
+        shape |= {"junctions": proposal.junctions, "adapter": proposal.adapter}
+        if chief:
+            print(proposal)
     mixed = "bfloat16" if training.bf16 else "float16" if training.fp16 else "auto"  # of two halves float32 would come
     model = StitchedLlamaForCausalLM.from_anchors(
-        args.anchors, **asdict(options), dtype=mixed if args.dtype == "auto" else args.dtype,
+        args.anchors, **shape, dtype=mixed if args.dtype == "auto" else args.dtype,
         quantization_config=quantization,
         device_map={"": training.device.index or 0} if training.device.type == "cuda" else None,
     )  # fmt: skip
     model.to(training.device)
     model.generation_config.eos_token_id = end_ids(tokenizer, model.generation_config, prompt)
     calibration = model.calibrate(
-        batches(train_set, collator, training.per_device_eval_batch_size, limit=args.calibration_size),
-        ridge=args.ridge, align_steps=args.align_steps, progress=chief,
+        calibration_batches(), ridge=args.ridge, align_steps=args.align_steps, progress=chief,
     )  # fmt: skip
     if chief:
         print(calibration)
@@ -141,7 +155,7 @@ def main() -> None:
 
     # Every stitch before, the fine-tune, every stitch after
     ranks = {"rank": training.process_index, "world_size": training.world_size}
-    before = evaluate_stitches(model, held_out_batches, progress=chief, **ranks)
+    before = evaluate_stitches(model, held_out_batches, progress=chief, split=True, **ranks)
     for name, values in before.items():
         model.table = model.table.with_metrics(f"{name}_before", values)
     trainer = StitchTrainer(
@@ -149,11 +163,13 @@ def main() -> None:
         processing_class=tokenizer, data_settings=settings,
     )  # fmt: skip
     trained = trainer.train(resume_from_checkpoint=checkpoint)
-    after = evaluate_stitches(model, held_out_batches, progress=chief, **ranks)
+    after = evaluate_stitches(model, held_out_batches, progress=chief, split=True, **ranks)
     for name, values in after.items():
         model.table = model.table.with_metrics(name, values, decides=name == "loss")
     if not chief:
         return
+
+    model.table = replace(model.table, alone=baselines)
 
     # What it leaves: bundle, table, plot, samples, one JSON row
     trainer.save_importance()
@@ -161,17 +177,20 @@ def main() -> None:
     model.save_pretrained(bundle)
     tokenizer.save_pretrained(bundle)
     title = f"{' and '.join(Path(a).name for a in args.anchors)}: every stitch, {trained.global_step} steps"
-    plot_stitches(model.space, model.table, output / "stitches.png", alone=baselines, title=title)
+    plot_stitches(model.space, model.table, output / "stitches.png", title=title)
     text = format_table(model.space, model.table)
     (output / "table.txt").write_text(text + "\n")
     sizes = [stitch.params for stitch in model.space]
     orders = {name: spearman(sizes, [values[s.key] for s in model.space]) for name, values in after.items()}
+    gains = palette_gains(model.space, model.table)
+    for name, gain in gains.items():
+        print(f"palette gain by {name}: {gain['params']:.2f} over parameters, {gain['macs']:.2f} over MACs")
     print(f"{text}\nSpearman of parameters and " + ", ".join(f"{name}: {value:.2f}" for name, value in orders.items()))
     row = provenance() | {
         "anchors": args.anchors, "data": args.data, "train_rows": len(train_set), "held_out_rows": len(eval_set),
         "steps": trained.global_step, "train_seconds": round(trained.metrics["train_runtime"], 1),
         "seconds": round(time.time() - start, 1), "seed": training.seed, "trainable": model.trainable_parameters(),
-        "calibration": asdict(calibration), "spearman": orders, "baselines": baselines,
+        "calibration": asdict(calibration), "spearman": orders, "baselines": baselines, "palette_gain": gains,
         "table": model.table.to_dict(model.space),
     }  # fmt: skip
     (output / "result.json").write_text(dump_record(row))

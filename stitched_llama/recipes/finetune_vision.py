@@ -107,7 +107,7 @@ def main() -> None:
     # What can be known to be wrong before hours are spent
     configs = [AutoConfig.from_pretrained(name, id2label=classes, trust_remote_code=False) for name in args.anchors]
     model_class = image_class(config.model_type for config in configs)
-    shape = model_class.config_class.from_anchor_configs(configs, **asdict(space)).stitch_space()
+    shape = model_class.config_class.from_anchor_configs(configs, **space.options()).stitch_space()
     pst.settings().trainable_params(shape)
     baselines = read_baselines(args.baselines, shape)
 
@@ -117,7 +117,7 @@ def main() -> None:
     held_out_batches = batches(eval_set, collate_images, training.per_device_eval_batch_size)
 
     # Model: frozen anchors with new heads, stitching layers by least squares, then the trainable parts
-    model = model_class.from_anchors(args.anchors, **asdict(space), dtype=args.dtype, id2label=classes)
+    model = model_class.from_anchors(args.anchors, **space.options(), dtype=args.dtype, id2label=classes)
     model.to(training.device)
     calibration = None
     if args.init == "least_squares":

@@ -4,10 +4,12 @@ cut           blocks, channels, heads and units of the large model that the smal
 distillation  distillation loss and alignment of block outputs
 trainer       `transformers.Trainer` for it, and its arguments
 save          the small model as a plain folder with a card
+delta         the small model as a 4-bit difference to the cut it started from
 text          unlabelled text and chat data in blocks of tokens
 """
 
 from .cut import Cut, check_lineage, cut_model, heads_for_width
+from .delta import load_delta, save_delta
 from .distillation import ShrinkDistillation
 from .save import save_shrunk
 from .text import TokenBlocks, read_documents, row_renderer
@@ -22,7 +24,9 @@ __all__ = [
     "check_lineage",
     "cut_model",
     "heads_for_width",
+    "load_delta",
     "read_documents",
     "row_renderer",
+    "save_delta",
     "save_shrunk",
 ]

@@ -27,7 +27,7 @@ def palette_gain(
     that line; below 0: budgets return stitches that are worse than the small anchor.
 
     Args:
-        alone: anchor key -> metric name -> value of that anchor fine-tuned alone.
+        alone: anchor key -> metric name -> value of that anchor fine-tuned alone; by default what the table says.
         by: the cost that budgets count, `"params"` or `"macs"`.
 
     Returns:
@@ -45,10 +45,10 @@ def palette_gain(
             f"the table holds {', '.join(table.metrics) or 'no metric'}, and no {missing[0]}: palette gain needs {metric} of the rows "
             f"that choose and {metric + TEST} of others"
         )
-    pairs = {}
+    pairs, alone = {}, table.alone if alone is None else alone
     for stitch in space:
         found = [{name: values[stitch.key] for name, values in table.metrics.items() if stitch.key in values}]
-        found += [dict(alone[stitch.key])] if stitch.is_anchor and stitch.key in (alone or {}) else []
+        found += [dict(alone[stitch.key])] if stitch.is_anchor and stitch.key in alone else []
         found = [f for f in found if all(math.isfinite(f.get(n, math.nan)) for n in (metric, metric + TEST))]
         if found:
             best = max(found, key=lambda f: sign * f[metric])

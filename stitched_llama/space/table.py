@@ -38,6 +38,7 @@ class StitchTable:
         metric: the metric that decides; one of `metrics`, or None before any evaluation.
         interval_count: cost intervals of training, for choosing by importance.
         importance_score: what `importance` averages; averages of different scores do not mix.
+        alone: key of an anchor -> metric name -> value of that anchor fine-tuned alone, for `palette_gain`.
     """
 
     metrics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
@@ -46,6 +47,7 @@ class StitchTable:
     interval_count: int = 6
     importance_score: str | None = None
     visits: Mapping[str, int] = field(default_factory=dict)
+    alone: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def with_metrics(self, name: str, values: Mapping[str, float], decides: bool = False) -> "StitchTable":
         """A table that also holds `values`; the first metric, or one that `decides`, rules what is published.
@@ -142,10 +144,15 @@ class StitchTable:
 
     def to_dict(self, space: StitchSpace, keys: Iterable[str] | None = None) -> dict[str, Any]:
         """The content of `stitches.json`, for the stitches at hand (all of the space by default); a deciding metric that none of
-        them has is left out."""
+        them has is left out. `palette_gain` is there for those who read the file, and worked out anew from it."""
+        from .palette import palette_gains  # which reads tables
+
         wanted = None if keys is None else set(keys)
         rows = self.to_rows(s for s in space if wanted is None or s.key in wanted)
+        gains = palette_gains(space, self)
         return {
+            "palette_gain": {name: {by: _finite(gain) for by, gain in found.items()} for name, found in gains.items()},
+            "alone": {key: dict(values) for key, values in self.alone.items()},
             "space_digest": space.digest,
             "metric": self.metric if any(self.metric in row["metrics"] for row in rows) else None,
             "interval_count": self.interval_count,
@@ -180,9 +187,17 @@ class StitchTable:
             if not isinstance(score, (str, NoneType)):
                 raise ValueError(f"importance_score is {score!r}: a name or null is needed")
             intervals = _count("interval_count", content["interval_count"], 1)
-            return cls(metrics, importance, content["metric"], intervals, score, visits)
+            alone = {
+                str(key): {str(name): _number(name, value) for name, value in values.items()}
+                for key, values in content.get("alone", {}).items()
+            }
+            return cls(metrics, importance, content["metric"], intervals, score, visits, alone)
         except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
             raise ValueError(f"stitches.json is damaged: {type(error).__name__} {error}") from None
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _check_row(row: Mapping[str, Any]) -> None:

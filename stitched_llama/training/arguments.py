@@ -10,7 +10,16 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from stitched_llama.pst import PSTConfig
 from stitched_llama.sampling import SCHEMES, SCORES, Importance
-from stitched_llama.space import ADAPTER_NORMS, ADAPTERS, DIRECTIONS, KEYS, PAIRS, RESCALES
+from stitched_llama.space import (
+    ADAPTER_NORMS,
+    ADAPTERS,
+    DIRECTIONS,
+    KEYS,
+    PAIRS,
+    RESCALES,
+    SPACE_OPTIONS,
+    parse_junctions,
+)
 
 DISTILLATIONS = ("hard", "soft", "none")
 ANCHOR_SHARE = 0.67
@@ -60,6 +69,26 @@ class SpaceArguments:
     rescale: str = field(default="none", metadata={"help": f"How it changes the resolution: {', '.join(RESCALES)}."})
     adapter_norm: str = field(default="none", metadata={"help": f"Norms around it: {', '.join(ADAPTER_NORMS)}."})
     across_stages: bool = field(default=False, metadata={"help": "Also join stages of different resolution."})
+    junctions: list[str] = field(
+        default_factory=lambda: ["nearest"],
+        metadata={
+            "help": "nearest (a rule), aligned (of a small anchor made by shrink), similar (measured, of two text anchors), or pairs of "
+            "blocks such as 3:8."
+        },
+    )
+    routes: list[str] = field(
+        default_factory=list, metadata={"help": "The stitches themselves, such as 1[0:5]>0[3:5]>1[9:30]."}
+    )
+
+    def options(self) -> dict[str, Any]:
+        """Options of `StitchSpace`; `similar` junctions, which are measured first, are left to the rule.
+
+        Raises:
+            ValueError: junctions that cannot be read.
+        """
+        found = {name: getattr(self, name) for name in SPACE_OPTIONS if name not in ("junctions", "routes")}
+        junctions = None if self.junctions == ["similar"] else parse_junctions(self.junctions)
+        return found | {"junctions": junctions, "routes": self.routes or None}
 
 
 @dataclass
