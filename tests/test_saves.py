@@ -34,7 +34,7 @@ def test_a_reader_beside_a_writer_gets_one_save(tmp_path):
         try:
             for number in range(1, 10**6):
                 write(tmp_path, number)
-                if done.is_set():
+                if done.wait(0.005):
                     return
         except BaseException as error:
             failed.append(error)

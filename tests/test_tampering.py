@@ -117,6 +117,11 @@ def test_a_bundle_without_digests_is_refused_with_both_ways_out(bundle, capsys):
     assert_equal(load(bundle), model)
 
 
+def test_a_way_to_verify_that_is_unknown_is_refused(bundle):
+    with pytest.raises(ValueError, match="verify is 'all'; True, False or 'full' is needed"):
+        load(bundle, verify="all")
+
+
 def test_the_digests_themselves_are_no_less_checked(bundle):
     whole = json.loads((bundle / DIGESTS).read_text())["sha256"]
     for content, named in (

@@ -123,7 +123,7 @@ def _locked(folder: Path, shared: bool = False) -> Iterator[None]:
                     raise OSError(
                         f"another process {what} {folder} for more than {LOCK_SECONDS:.0f} seconds: wait for it, or end it"
                     ) from None
-                time.sleep(0.01)
+                time.sleep(0.002)
             except OSError:  # a file system without locks
                 break
         yield

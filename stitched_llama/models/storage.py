@@ -69,6 +69,8 @@ class BundleMixin(BundleTensors):
             )
         wanted = {key: kwargs.pop(key, None) for key in ("stitch_id", "budget", "anchors", "config")}
         context_tokens, verify = kwargs.pop("context_tokens", 0), kwargs.pop("verify", True)
+        if verify not in (True, False, "full"):
+            raise ValueError(f"verify is {verify!r}; True, False or 'full' is needed")
         trust = bool(kwargs.pop("trust_remote_code", False)) and wanted["anchors"] is not None
         if "torch_dtype" in kwargs:  # what Transformers 4 called dtype
             kwargs.setdefault("dtype", kwargs.pop("torch_dtype"))
