@@ -3,6 +3,7 @@
 Each run is a process of its own, forked from one that has imported everything: a second a run.
 """
 
+import logging
 import os
 import random
 import shutil
@@ -15,6 +16,7 @@ from unittest import mock
 
 import torch
 from tiny_runs import stitched_model, trained, trainer
+from transformers.utils.logging import disable_progress_bar
 
 from stitched_llama.training import find_checkpoint
 
@@ -28,6 +30,9 @@ _PROCESSES.set_forkserver_preload(["fuzzing_kills"])
 def _train(home, output, options):
     """One run from the newest whole checkpoint in `output`, to its end; leaves the weights there."""
     os.environ["HF_HUB_OFFLINE"] = "1"
+    sys.stdout = open(os.devnull, "w")  # what is logged there is of no use here
+    logging.disable(logging.WARNING)
+    disable_progress_bar()
     torch.set_num_threads(1)
     made = trainer(stitched_model([home / "small", home / "large"]), output, max_steps=STEPS, **options)
     made.train(resume_from_checkpoint=find_checkpoint("auto", str(output)))

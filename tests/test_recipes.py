@@ -24,6 +24,7 @@ from stitched_llama.training import (
     InstructionDataset,
     batches,
     evaluate_stitches,
+    is_published,
     read_rows,
     smoke_anchors,
     split_rows,
@@ -173,6 +174,16 @@ def test_a_run_that_ended_is_resumed_by_doing_nothing(smoke, monkeypatch, caplog
         told = capsys.readouterr().err
         assert f"checkpoint-12 began with other settings: {option} {was} there" in told
     assert contents(smoke[0]) == before
+    result = smoke[0] / "result.json"
+    whole, anchors = result.read_text(), json.loads(result.read_text())["anchors"]
+    how = (str(smoke[0] / "checkpoint-12"), smoke[0])
+    assert is_published(*how, anchors)
+    assert not is_published(*how, ["others", anchors[1]])
+    assert not is_published(str(smoke[0] / "checkpoint-6"), smoke[0], anchors)
+    for cut in (whole[:-9], json.dumps(json.loads(whole) | {"samples": None})):
+        result.write_text(cut)
+        assert not is_published(*how, anchors)
+    result.write_text(whole)
 
 
 def test_a_run_that_ended_before_it_was_published_trains_nothing(smoke, installed, tmp_path):

@@ -193,7 +193,7 @@ def main() -> None:
         "calibration": asdict(calibration), "spearman": orders, "baselines": baselines, "palette_gain": gains,
         "table": model.table.to_dict(model.space),
     }  # fmt: skip
-    (output / "result.json").write_text(dump_record(row))
+    (output / "result.json").write_text(dump_record(row | {"samples": None}))
     samples = sample_budgets(model, tokenizer, prompt, eval_set.rows[:3], args.budgets, max_new_tokens=48)
     (output / "result.json").write_text(dump_record(row | {"samples": samples}))
     for sample in samples:

@@ -107,7 +107,11 @@ def is_published(checkpoint: str | None, output: Path, anchors: Sequence[str]) -
         return False
     if result.stat().st_mtime_ns < bundle.stat().st_mtime_ns or sha256(bundle) != sha256(Path(checkpoint) / WEIGHTS):
         return False
-    if json.loads(result.read_text(encoding="utf-8")).get("anchors") != list(anchors):
+    try:
+        row = json.loads(result.read_text(encoding="utf-8"))
+    except ValueError:  # cut short
+        return False
+    if row["anchors"] != list(anchors) or row.get("samples", ()) is None:
         return False
     _tell(f"{checkpoint} is the end of its run, {bundle.parent} and {result} are of it: nothing to do")
     return True
