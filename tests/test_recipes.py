@@ -213,7 +213,10 @@ def test_smoke_leaves_bundle_plot_table_and_row(smoke):
     assert row["held_out_rows"] == 16
     assert row["train_rows"] == 288 - 16
     for stitch in row["table"]["stitches"]:
-        assert set(stitch["metrics"]) == {"loss", "loss_before", "exact_match", "exact_match_before"}, stitch["key"]
+        assert set(stitch["metrics"]) == {
+            "loss", "loss_test", "loss_before", "exact_match", "exact_match_test", "exact_match_before", "loss_test_before",
+            "exact_match_test_before",
+        }, stitch["key"]  # fmt: skip
         assert stitch["metrics"]["loss"] < stitch["metrics"]["loss_before"]
     assert row["table"]["metric"] == "loss"
     assert any(stitch["published"] for stitch in row["table"]["stitches"])
@@ -260,7 +263,7 @@ def test_anchors_tuned_alone_are_stitched_as_they_were_measured(anchors, tmp_pat
     tokenizer = AutoTokenizer.from_pretrained(saved / "0")
     held_out = split_rows(read_rows(str(data)), 8, seed=StitchTrainingArguments("").seed)[1]
     part = InstructionDataset(held_out, tokenizer, template("short", tokenizer), 48)
-    losses = evaluate_stitches(model, batches(part, Collator(0), 8), list(found), progress=False)["loss"]
+    losses = evaluate_stitches(model, batches(part, Collator(0), 8), list(found), progress=False, split=True)["loss"]
     for key, row in found.items():
         assert losses[key] == pytest.approx(row["loss"], rel=1e-4)
         assert row["loss"] < row["loss_before"] - 0.01

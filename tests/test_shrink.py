@@ -21,7 +21,8 @@ from stitched_llama.shrinking import (
     save_shrunk,
 )
 from stitched_llama.space import block_groups
-from stitched_llama.training import pico_anchor
+from stitched_llama.training import SpaceArguments, evaluate_stitches, measured_options, pico_anchor, propose_routes
+from stitched_llama.training.route_search import exchanged_route
 
 
 def large(tied=True, depth=5):
@@ -346,3 +347,41 @@ def test_a_delta_brings_the_small_model_back_within_its_bits(tmp_path):
         load_delta(teacher, tmp_path / "small")
     with pytest.raises(ValueError, match="was not cut in this way"):
         save_delta(cut_model(teacher, 3).model, teacher, tmp_path / "other")
+
+
+def test_routes_are_searched_greedily_from_both_ends():
+    teacher = large(depth=7)
+    cut = cut_model(teacher, 4)
+    small = cut.model.eval()
+    small.config.shrunk_from = {"depth": 7, "target_blocks": cut.target_blocks, "shared": []}
+    spread(small, std=0.1)
+    ids = ids_like(4, 12)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    groups = block_groups(7, 4)
+    free = [index for index, group in enumerate(groups) if len(group) > 1]
+    found = propose_routes(StitchedLlamaForCausalLM, [small, teacher], iter([batch]), progress=False)
+
+    def losses(routes):
+        model = StitchedLlamaForCausalLM.from_anchors([small, teacher], routes=routes, adapter="identity")
+        return evaluate_stitches(model, [batch], routes, progress=False)["loss"]
+
+    upgrades = [exchanged_route(groups, [i == index for i in range(4)]) for index in free]
+    downgrades = [exchanged_route(groups, [i != index for i in range(4)]) for index in free]
+    best_up, best_down = (min(losses(keys).items(), key=lambda item: item[1]) for keys in (upgrades, downgrades))
+    assert found.routes == [best_up[0], best_down[0]]
+    assert found.loss == pytest.approx(dict([best_up, best_down]))
+    with pytest.raises(ValueError, match="made from the second by `stitched-llama shrink`"):
+        propose_routes(StitchedLlamaForCausalLM, [teacher, small], [batch])
+
+
+def test_options_that_are_measured_first(family, capsys):
+    ids = ids_like(2, 9)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    options = measured_options(SpaceArguments(routes=["greedy"]), family, [batch], progress=True)
+    assert StitchSpace.from_configs(family, **(SpaceArguments(routes=["greedy"]).options() | options)).options["routes"]
+    assert options["routes"][0] in capsys.readouterr().out
+    options = measured_options(
+        SpaceArguments(junctions=["similar"]), family, [{"input_ids": ids}], band=0, progress=False
+    )
+    assert options["adapter"] == "identity"
+    assert measured_options(SpaceArguments(), family, [batch]) == {}

@@ -37,7 +37,7 @@ from .mixed import StitchedMixedConfig, StitchedMixedForImageClassification
 from .mobilenet_v2 import StitchedMobileNetV2Config, StitchedMobileNetV2ForImageClassification
 from .modeling_base import StitchedPreTrainedModel
 from .resnet import StitchedResNetConfig, StitchedResNetForImageClassification
-from .similar import JunctionProposal, propose_junctions, similar_junctions
+from .similar import JunctionProposal, propose_junctions
 from .swin import StitchedSwinConfig, StitchedSwinForImageClassification
 from .vit import StitchedViTConfig, StitchedViTForImageClassification
 
@@ -78,7 +78,6 @@ __all__ = [
     "StitchedConfig",
     "image_class",
     "propose_junctions",
-    "similar_junctions",
     "StitchedConvNextConfig",
     "StitchedConvNextForImageClassification",
     "StitchedDinov2Config",

@@ -5,9 +5,7 @@ from dataclasses import dataclass
 from math import nan
 from typing import Any
 
-import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from stitched_llama.space import Stitch, pareto_front
 
@@ -101,12 +99,3 @@ def propose_junctions(
     front = pareto_front([s for s in ascending if s.params >= small.params], loss, higher_is_better=False)
     loss = {stitch.key: loss[stitch.key] for stitch in ascending if stitch.key in loss}
     return JunctionProposal([junctions[key] for key in front if key in junctions], r2, loss, front, adapter)
-
-
-def similar_junctions(names: Sequence[str], batches: Iterable[dict[str, Tensor]], **options: Any) -> JunctionProposal:
-    """`propose_junctions` of two decoders by name; they are loaded for it in float32 and freed again."""
-    from .llama import StitchedLlamaForCausalLM
-
-    how = {"dtype": torch.float32, "use_safetensors": True, "trust_remote_code": False}
-    anchors = [AutoModelForCausalLM.from_pretrained(name, **how).eval() for name in names]
-    return propose_junctions(StitchedLlamaForCausalLM, anchors, batches, **options)

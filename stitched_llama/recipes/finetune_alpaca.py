@@ -2,9 +2,8 @@
 
     accelerate launch -m stitched_llama finetune --anchors huggyllama/llama-7b huggyllama/llama-13b
 
-That is this file, `recipes/finetune_alpaca.py` of a checkout, which `accelerate launch` takes as well. Both anchors stay resident:
-about 20 GB in 8 bits for 7B/13B, with activations 24 to 32 GB, and 10 GB more while calibrating. Not measured at that size.
-`--smoke` does all of it on pico anchors in under a minute; `make demo` runs it on the anchors in `data/`.
+That is this file, `recipes/finetune_alpaca.py` of a checkout. Both anchors stay resident: about 20 GB in 8 bits for 7B/13B, with
+activations 24 to 32 GB, and 10 GB more while calibrating; not measured at that size. `--smoke` does all of it on pico anchors.
 """
 
 import time
@@ -24,7 +23,6 @@ from stitched_llama import (
     StitchTrainer,
     StitchTrainingArguments,
 )
-from stitched_llama.models import similar_junctions
 from stitched_llama.space import palette_gains
 from stitched_llama.training import (
     Collator,
@@ -41,6 +39,7 @@ from stitched_llama.training import (
     format_table,
     is_published,
     load_tokenizer,
+    measured_options,
     pad_token_id,
     plot_stitches,
     provenance,
@@ -67,13 +66,10 @@ class Arguments(TextDataArguments):
     align_steps: int = field(default=0, metadata={"help": "Then steps of alignment, for anchors made apart."})
     ridge: float = field(default=1e-4, metadata={"help": "Relative ridge of the least squares."})
     resume: str | None = field(default=None, metadata={"help": "auto (the newest whole one), or a checkpoint's path."})
-    baselines: str | None = field(
-        default=None, metadata={"help": "JSON rows of anchors tuned alone, for plot and palette gain."}
-    )
+    baselines: str | None = field(default=None, metadata={"help": "JSON rows of anchors tuned alone, to compare."})
     band: int = field(default=2, metadata={"help": "Blocks beside the nearest depth that --junctions similar tries."})
-    budgets: list[str] = field(
-        default_factory=list, metadata={"help": "Sizes that answer the samples; three by default."}
-    )
+    budgets: list[str] = field(default_factory=list, metadata={"help": "Sizes that answer samples; by default three."})
+    evaluate_before: bool = field(default=True, metadata={"help": "Also evaluate every stitch before the fine-tune."})
     smoke: bool = field(default=False, metadata={"help": "All of it on pico anchors in under a minute."})
 
 
@@ -116,10 +112,9 @@ def main() -> None:
     train_set = InstructionDataset(rows, tokenizer, prompt, args.max_length, args.train_on_prompt, vocab_size)
     eval_set = InstructionDataset(held_out, tokenizer, prompt, args.max_length, vocab_size=vocab_size)
     collator = Collator(pad_token_id(tokenizer, vocab_size))
-    held_out_batches = batches(eval_set, collator, training.per_device_eval_batch_size)
-    calibration_batches = partial(
-        batches, train_set, collator, training.per_device_eval_batch_size, limit=args.calibration_size
-    )
+    size = training.per_device_eval_batch_size
+    held_out_batches = batches(eval_set, collator, size)
+    calibration_batches = partial(batches, train_set, collator, size, limit=args.calibration_size)
 
     # Model: frozen anchors, stitching layers by least squares, then the trainable parts
     quantization = None
@@ -128,11 +123,7 @@ def main() -> None:
         quantization = BitsAndBytesConfig(load_in_4bit=True, **nf4)
     elif args.load_in_8bit:
         quantization = BitsAndBytesConfig(load_in_8bit=True)
-    if options.junctions == ["similar"]:
-        proposal = similar_junctions(args.anchors, calibration_batches(), band=args.band, progress=chief)
-        shape |= {"junctions": proposal.junctions, "adapter": proposal.adapter}
-        if chief:
-            print(proposal)
+    shape |= measured_options(options, args.anchors, calibration_batches(), args.band, training.autocast_dtype, chief)
     mixed = "bfloat16" if training.bf16 else "float16" if training.fp16 else "auto"  # of two halves float32 would come
     model = StitchedLlamaForCausalLM.from_anchors(
         args.anchors, **shape, dtype=mixed if args.dtype == "auto" else args.dtype,
@@ -148,22 +139,22 @@ def main() -> None:
         print(calibration)
     model.attach_pst(pst.settings())
     if chief:
-        print(
-            f"{len(train_set)} rows to train on, {len(eval_set)} held out, template {prompt.name}, {len(model.space)} stitches"
-        )
+        print(f"{len(train_set)} rows, {len(eval_set)} held out, template {prompt.name}, {len(model.space)} stitches")
         model.print_trainable_parameters()
 
     # Every stitch before, the fine-tune, every stitch after
-    ranks = {"rank": training.process_index, "world_size": training.world_size}
-    before = evaluate_stitches(model, held_out_batches, progress=chief, split=True, **ranks)
-    for name, values in before.items():
+    evaluate = partial(
+        evaluate_stitches, model, held_out_batches, progress=chief, split=True, autocast=training.autocast_dtype,
+        rank=training.process_index, world_size=training.world_size,
+    )  # fmt: skip
+    for name, values in evaluate().items() if args.evaluate_before else ():
         model.table = model.table.with_metrics(f"{name}_before", values)
     trainer = StitchTrainer(
         model=model, args=training, train_dataset=train_set, eval_dataset=eval_set, data_collator=collator,
         processing_class=tokenizer, data_settings=settings,
     )  # fmt: skip
     trained = trainer.train(resume_from_checkpoint=checkpoint)
-    after = evaluate_stitches(model, held_out_batches, progress=chief, split=True, **ranks)
+    after = evaluate()
     for name, values in after.items():
         model.table = model.table.with_metrics(name, values, decides=name == "loss")
     if not chief:

@@ -28,11 +28,11 @@ from .decoders import LLAMA_LIKE
 from .families import ANY_SIZE, anchor_spec, anchor_specs
 from .frontier import best_of_intervals, intervals, pareto_front
 from .given import parse_junctions
-from .lineage import aligned_junctions, block_groups, resolve_junctions
+from .lineage import aligned_junctions, block_groups, replaced_blocks, resolve_junctions
 from .palette import palette_gain, palette_gains
 from .space import DIRECTIONS, MOST_STITCHES, PAIRS, SPACE_OPTIONS, StitchSpace
 from .spec import AnchorSpec, Feature, Part
-from .stitch import KEYS, Junction, Segment, Stitch
+from .stitch import KEYS, Junction, Segment, Stitch, route_key
 from .table import StitchTable, higher_is_better
 from .text import first_line, named, printable
 
@@ -78,5 +78,7 @@ __all__ = [
     "printable",
     "read_config",
     "read_object",
+    "replaced_blocks",
     "resolve_junctions",
+    "route_key",
 ]

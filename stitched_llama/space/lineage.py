@@ -65,6 +65,23 @@ def aligned_junctions(configs: Sequence[Mapping[str, Any]], specs: Sequence[Anch
     return found
 
 
+def replaced_blocks(configs: Sequence[Mapping[str, Any]], specs: Sequence[AnchorSpec]) -> list[range]:
+    """Of two anchors, the second one's blocks that each block of the first, cut from it, stands for.
+
+    Raises:
+        ValueError: there are not two, or the first was not cut from the second at equal width.
+    """
+    lineage = _lineage(configs[0]) if len(configs) == 2 else None
+    if lineage is None or parent_of(configs[0], specs) != 1 or specs[0].width != specs[1].width:
+        told = ", ".join(f"{spec.depth} blocks of {spec.width}" for spec in specs)
+        raise ValueError(
+            f"{told}: two anchors of equal width are needed, the first made from the second by `stitched-llama shrink`; else leave "
+            "the choice of routes to a rule"
+        )
+    stops = [target + 1 for target in lineage["target_blocks"]]
+    return [range(start, stop) for start, stop in zip([0, *stops], stops)]
+
+
 def resolve_junctions(configs: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> dict[str, Any]:
     """Options of `StitchSpace` with `junctions="aligned"` replaced by the list, and an `adapter` of None by `"linear"`, or
     `"identity"` where aligned junctions join equal widths."""

@@ -18,6 +18,7 @@ teaching    what a teacher says and what a student makes of it
 phases      anchors first, then the stitches
 rates       the anchors' own learning rate
 checkpoints which checkpoint to resume from
+route_search  routes or junctions by measurement
 settings    what a resumed run must have in common with its checkpoint, and what may change
 plots       the picture and the table of a run
 record      where a result comes from
@@ -50,6 +51,7 @@ from .images import IMAGE_TASKS, few_shot, read_images, some_of
 from .plots import format_table, plot_stitches, read_baselines
 from .prompts import TEMPLATES, Template, encode_prompt, end_ids, render_chat, template
 from .record import dump_record, provenance, redacted
+from .route_search import RouteProposal, measured_options, propose_routes
 from .rows import Row, drawn, read_parts, read_rows, split_rows
 from .samples import sample_budgets
 from .settings import check_settings, run_settings
@@ -67,6 +69,7 @@ __all__ = [
     "ImageSet",
     "ImageTrainingArguments",
     "InstructionDataset",
+    "RouteProposal",
     "Row",
     "PSTArguments",
     "SpaceArguments",
@@ -92,11 +95,13 @@ __all__ = [
     "format_table",
     "load_processor",
     "load_tokenizer",
+    "measured_options",
     "pad_token_id",
     "pico_anchor",
     "image_scores",
     "is_published",
     "plot_stitches",
+    "propose_routes",
     "provenance",
     "read_baselines",
     "read_images",

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any
 
+import torch
 from transformers import HfArgumentParser, TrainingArguments
 
 from stitched_llama.pst import PSTConfig
@@ -77,18 +78,23 @@ class SpaceArguments:
         },
     )
     routes: list[str] = field(
-        default_factory=list, metadata={"help": "The stitches themselves, such as 1[0:5]>0[3:5]>1[9:30]."}
+        default_factory=list,
+        metadata={
+            "help": "The stitches themselves, such as 1[0:5]>0[3:5]>1[9:30], or greedy: for each size the one that loses least, "
+            "measured (of a small anchor made by shrink at equal width)."
+        },
     )
 
     def options(self) -> dict[str, Any]:
-        """Options of `StitchSpace`; `similar` junctions, which are measured first, are left to the rule.
+        """Options of `StitchSpace`; `similar` junctions and `greedy` routes, which are measured first, are left to the rule.
 
         Raises:
             ValueError: junctions that cannot be read.
         """
         found = {name: getattr(self, name) for name in SPACE_OPTIONS if name not in ("junctions", "routes")}
         junctions = None if self.junctions == ["similar"] else parse_junctions(self.junctions)
-        return found | {"junctions": junctions, "routes": self.routes or None}
+        routes = None if self.routes == ["greedy"] else self.routes or None
+        return found | {"junctions": junctions, "routes": routes}
 
 
 @dataclass
@@ -221,6 +227,11 @@ class StitchTrainingArguments(TrainingArguments):
                     f"other: that batch is {self.gradient_accumulation_steps} times {rows} rows; set --global_batch_size 0 "
                     "to use the former"
                 )
+
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        """Of mixed precision; None without it."""
+        return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else None
 
     @property
     def share_of_anchors(self) -> float:

@@ -49,6 +49,7 @@ def evaluate_stitches(
     rank: int = 0,
     world_size: int = 1,
     split: bool = False,
+    autocast: torch.dtype | None = None,
 ) -> dict[str, dict[str, float]]:
     """`{"loss": {key: nats}, "exact_match" or "accuracy": {key: share}}`, and with `split` the same of test rows, of the stitches `keys` (all by default).
 
@@ -58,6 +59,7 @@ def evaluate_stitches(
             in memory.
         split: measure on every second row alone, and on the others as `loss_test`, `exact_match_test` or `accuracy_test`: what a
             choice among stitches by the former is worth.
+        autocast: precision of the products, as in mixed-precision training; the logits are scored in float32 either way.
         rank, world_size: each rank takes every `world_size`-th stitch; all ranks get all results.
 
     Raises:
@@ -71,7 +73,7 @@ def evaluate_stitches(
     model.eval()
     found = {}
     for key in tqdm(keys[rank::world_size], desc="evaluate stitches", disable=not progress or rank != 0):
-        found[key] = _evaluate(model, batches, split, stitch_id=key)
+        found[key] = _evaluate(model, batches, split, autocast, stitch_id=key)
     model.train(training)
     if world_size > 1:
         gathered: list[Any] = [None] * world_size
@@ -81,17 +83,21 @@ def evaluate_stitches(
 
 
 @torch.no_grad()
-def evaluate_plain(model: Any, batches: Iterable[dict[str, Tensor]], split: bool = False) -> dict[str, float]:
+def evaluate_plain(
+    model: Any, batches: Iterable[dict[str, Tensor]], split: bool = False, autocast: torch.dtype | None = None
+) -> dict[str, float]:
     """Loss and exact match or accuracy of a plain model of Transformers, by the names of `evaluate_stitches`.
 
     Raises:
         ValueError: there are no labels, or with `split` fewer than two rows.
     """
     model.eval()
-    return _evaluate(model, batches, split)
+    return _evaluate(model, batches, split, autocast)
 
 
-def _evaluate(model: Any, batches: Iterable[dict[str, Tensor]], split: bool, **how: Any) -> dict[str, float]:
+def _evaluate(
+    model: Any, batches: Iterable[dict[str, Tensor]], split: bool, autocast: torch.dtype | None, **how: Any
+) -> dict[str, float]:
     images, rows = model.main_input_name == "pixel_values", 0
     totals = torch.zeros(2, 4, dtype=torch.float64)  # of even and odd rows: loss, labels, right rows, rows
     who = f"stitch {how['stitch_id']}" if how else "the model"
@@ -99,7 +105,8 @@ def _evaluate(model: Any, batches: Iterable[dict[str, Tensor]], split: bool, **h
         check_batch(batch, images)
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
         labels = batch.pop("labels").long()
-        logits = model(**batch, **how, **({} if images else {"use_cache": False})).logits
+        with torch.autocast(labels.device.type, autocast, enabled=autocast is not None):
+            logits = model(**batch, **how, **({} if images else {"use_cache": False})).logits
         scores = (image_scores if images else response_scores)(logits, labels.to(logits.device))
         if not (finite := scores[0].isfinite()).all():
             row = int(finite.logical_not().nonzero()[0])

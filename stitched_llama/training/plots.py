@@ -111,8 +111,8 @@ def plot_stitches(
 
 
 def format_table(space: StitchSpace, table: StitchTable) -> str:
-    """The table of a run as text: one stitch a line, published ones marked."""
-    names = [name for name in table.metrics]
+    """The table of a run as text: one stitch a line, published ones marked; test rows before training are left out."""
+    names = [name for name in table.metrics if not name.endswith("_test_before")]
     published = set(table.published(space))
     lines = [f"{'id':>3} {'key':<24} {'params':>8} " + " ".join(f"{name:>18}" for name in names) + "  importance"]
     for stitch in space:

