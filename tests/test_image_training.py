@@ -390,7 +390,9 @@ def test_sn_nets_procedure_from_checkpoints_to_an_evaluated_bundle(family, optio
         rows = tmp_path / "rows.json"
         python("recipes/vision_baseline.py", "--anchors", *folders, *common, *how, "--rows", rows)
         found = json.loads(rows.read_text())
-        assert [set(row) for row in found.values()] == [{"loss", "accuracy", "trained", "seconds"}] * 2
+        assert [set(row) for row in found.values()] == [
+            {"loss", "loss_test", "accuracy", "accuracy_test", "trained", "seconds"}
+        ] * 2
     python(
         "recipes/finetune_vision.py", "--anchors", adapted / "0", adapted / "1", *common, *options, "--full", "--sampling",
         "uniform", "--no_inplace_teacher", "--anchor_share", "0", "--teacher", adapted / "1", "--anchor_lr_scale", "0.1",

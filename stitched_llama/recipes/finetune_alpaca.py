@@ -36,6 +36,7 @@ from stitched_llama.training import (
     end_ids,
     evaluate_stitches,
     find_checkpoint,
+    format_gains,
     format_table,
     is_published,
     load_tokenizer,
@@ -160,9 +161,8 @@ def main() -> None:
     if not chief:
         return
 
-    model.table = replace(model.table, alone=baselines)
-
     # What it leaves: bundle, table, plot, samples, one JSON row
+    model.table = replace(model.table, alone=baselines)
     trainer.save_importance()
     bundle = output / "bundle"
     model.save_pretrained(bundle)
@@ -171,12 +171,15 @@ def main() -> None:
     plot_stitches(model.space, model.table, output / "stitches.png", title=title)
     text = format_table(model.space, model.table)
     (output / "table.txt").write_text(text + "\n")
-    sizes = [stitch.params for stitch in model.space]
-    orders = {name: spearman(sizes, [values[s.key] for s in model.space]) for name, values in after.items()}
+    orders = {
+        name: spearman([s.params for s in model.space], [values[s.key] for s in model.space])
+        for name, values in after.items()
+    }
     gains = palette_gains(model.space, model.table)
-    for name, gain in gains.items():
-        print(f"palette gain by {name}: {gain['params']:.2f} over parameters, {gain['macs']:.2f} over MACs")
-    print(f"{text}\nSpearman of parameters and " + ", ".join(f"{name}: {value:.2f}" for name, value in orders.items()))
+    print(
+        f"{text}\n{format_gains(gains)}\nSpearman of parameters and "
+        + ", ".join(f"{name}: {value:.2f}" for name, value in orders.items())
+    )
     row = provenance() | {
         "anchors": args.anchors, "data": args.data, "train_rows": len(train_set), "held_out_rows": len(eval_set),
         "steps": trained.global_step, "train_seconds": round(trained.metrics["train_runtime"], 1),

@@ -16,18 +16,15 @@ families, `--shared mean`; it adapts then stitches where `--anchors` names what 
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForImageClassification,
-    set_seed,
-)
+from transformers import AutoConfig, AutoModelForImageClassification, set_seed
 
 import stitched_llama as sl
 from stitched_llama.models import image_class
+from stitched_llama.space import palette_gains
 from stitched_llama.training import (
     ImageDataArguments,
     ImageSet,
@@ -42,6 +39,7 @@ from stitched_llama.training import (
     evaluate_stitches,
     few_shot,
     find_checkpoint,
+    format_gains,
     format_table,
     is_published,
     load_processor,
@@ -143,30 +141,35 @@ def main() -> None:
     )  # fmt: skip
     trained = trainer.train(resume_from_checkpoint=checkpoint)
     ranks = {"rank": training.process_index, "world_size": training.world_size}
-    after = evaluate_stitches(model, held_out_batches, progress=chief, **ranks)
+    after = evaluate_stitches(model, held_out_batches, progress=chief, split=True, **ranks)
     for name, values in after.items():
         model.table = model.table.with_metrics(name, values, decides=name == "accuracy")
     if not chief:
         return
 
     # What it leaves: bundle, table, plot, one JSON row
+    model.table = replace(model.table, alone=baselines)
     trainer.save_importance()
     model.save_pretrained(output / "bundle")
     processor.save_pretrained(output / "bundle")
     title = f"{', '.join(Path(a).name for a in args.anchors)} on {Path(args.data).stem}: {trained.global_step} steps"
-    plot_stitches(model.space, model.table, output / "stitches.png", alone=baselines, title=title)
+    plot_stitches(model.space, model.table, output / "stitches.png", title=title)
     text = format_table(model.space, model.table)
     (output / "table.txt").write_text(text + "\n")
     orders = {
         name: spearman([s.params for s in model.space], [v[s.key] for s in model.space]) for name, v in after.items()
     }
-    print(f"{text}\nSpearman of parameters and " + ", ".join(f"{name}: {value:.2f}" for name, value in orders.items()))
+    gains = palette_gains(model.space, model.table)
+    print(
+        f"{text}\n{format_gains(gains)}\nSpearman of parameters and "
+        + ", ".join(f"{name}: {value:.2f}" for name, value in orders.items())
+    )
     row = provenance() | {
         "anchors": args.anchors, "data": args.data, "classes": len(images.names), "shots": args.shots,
         "train_images": len(train_set), "held_out_images": len(eval_set), "steps": trained.global_step,
         "train_seconds": round(trained.metrics["train_runtime"], 1), "seconds": round(time.time() - start, 1),
         "seed": training.seed, "trainable": model.trainable_parameters(), "calibration": calibration and asdict(calibration),
-        "spearman": orders, "baselines": baselines, "table": model.table.to_dict(model.space),
+        "spearman": orders, "baselines": baselines, "palette_gain": gains, "table": model.table.to_dict(model.space),
     }  # fmt: skip
     (output / "result.json").write_text(dump_record(row))
     print(

@@ -29,7 +29,7 @@ from .families import ANY_SIZE, anchor_spec, anchor_specs
 from .frontier import best_of_intervals, intervals, pareto_front
 from .given import parse_junctions
 from .lineage import aligned_junctions, block_groups, replaced_blocks, resolve_junctions
-from .palette import palette_gain, palette_gains
+from .palette import palette_gain, palette_gains, staircase_gain
 from .space import DIRECTIONS, MOST_STITCHES, PAIRS, SPACE_OPTIONS, StitchSpace
 from .spec import AnchorSpec, Feature, Part
 from .stitch import KEYS, Junction, Segment, Stitch, route_key
@@ -37,6 +37,7 @@ from .table import StitchTable, higher_is_better
 from .text import first_line, named, printable
 
 __all__ = [
+    "staircase_gain",
     "ADAPTERS",
     "ADAPTER_NORMS",
     "ANY_SIZE",

@@ -1,10 +1,9 @@
 """Palette gain: what the sizes between two anchors are worth to someone who chooses by budget."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from .space import StitchSpace
-from .stitch import Stitch
 from .table import StitchTable, higher_is_better
 
 TEST = "_test"
@@ -56,21 +55,22 @@ def palette_gain(
     small, large = space.anchor_stitch(0), space.anchor_stitch(-1)
     if small.key not in pairs or large.key not in pairs or not pairs[large.key][1] > pairs[small.key][1]:
         return math.nan
-    return _area([stitch for stitch in space if stitch.key in pairs], pairs, small, large, by)
+    between = [stitch for stitch in space if getattr(small, by) < getattr(stitch, by) < getattr(large, by)]
+    between = sorted((s for s in between if s.key in pairs), key=lambda stitch: (getattr(stitch, by), stitch.key))
+    return staircase_gain([(getattr(s, by), *pairs[s.key]) for s in (small, *between, large)])
 
 
-def _area(
-    stitches: list[Stitch], pairs: Mapping[str, tuple[float, float]], small: Stitch, large: Stitch, by: str
-) -> float:
-    """The mean height of the staircase of test values, 0 at the small anchor's and 1 at the large one's."""
-    start, stop = getattr(small, by), getattr(large, by)
-    base, gap = pairs[small.key][1], pairs[large.key][1] - pairs[small.key][1]
-    area, chosen = 0.0, small
-    ascending = sorted((s for s in stitches if start < getattr(s, by) < stop), key=lambda s: (getattr(s, by), s.key))
-    for stitch, after in zip([small, *ascending], [*ascending, large]):
-        if pairs[stitch.key][0] > pairs[chosen.key][0]:
-            chosen = stitch
-        area += (getattr(after, by) - getattr(stitch, by)) * (pairs[chosen.key][1] - base) / gap
+def staircase_gain(points: Sequence[tuple[float, float, float]]) -> float:
+    """Palette gain of any models between two, the first and the last of `points`.
+
+    Args:
+        points: (cost, value that chooses, value that judges) of each, ascending in cost; higher values are better.
+    """
+    start, stop, base, gap = points[0][0], points[-1][0], points[0][2], points[-1][2] - points[0][2]
+    area, chosen = 0.0, points[0]
+    for point, after in zip(points, points[1:]):
+        chosen = max(chosen, point, key=lambda candidate: candidate[1])
+        area += (after[0] - point[0]) * (chosen[2] - base) / gap
     return area / (stop - start)
 
 

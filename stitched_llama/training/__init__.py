@@ -48,7 +48,7 @@ from .finite import FiniteGradients
 from .image_sets import EpochOfAugmentation, ImageSet, collate_images
 from .image_trainer import StitchImageTrainer
 from .images import IMAGE_TASKS, few_shot, read_images, some_of
-from .plots import format_table, plot_stitches, read_baselines
+from .plots import format_gains, format_table, plot_stitches, read_baselines
 from .prompts import TEMPLATES, Template, encode_prompt, end_ids, render_chat, template
 from .record import dump_record, provenance, redacted
 from .route_search import RouteProposal, measured_options, propose_routes
@@ -92,6 +92,7 @@ __all__ = [
     "end_ids",
     "few_shot",
     "find_checkpoint",
+    "format_gains",
     "format_table",
     "load_processor",
     "load_tokenizer",

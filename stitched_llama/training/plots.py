@@ -49,7 +49,7 @@ def plot_stitches(
     show and is left out.
 
     Args:
-        alone: anchor key -> metric -> value of that anchor tuned alone, drawn as diamonds.
+        alone: anchor key -> metric -> value of that anchor tuned alone, drawn as diamonds; by default what the table says.
         title: of the whole figure.
 
     Raises:
@@ -86,7 +86,11 @@ def plot_stitches(
             mec="black",
             label="anchor",
         )
-        rivals = [(space[key], found[name] * scale) for key, found in (alone or {}).items() if name in found]
+        rivals = [
+            (space[key], found[name] * scale)
+            for key, found in (table.alone if alone is None else alone).items()
+            if name in found
+        ]
         if rivals:
             axis.plot(
                 [s.params for s, _ in rivals],
@@ -124,3 +128,11 @@ def format_table(space: StitchSpace, table: StitchTable) -> str:
             + (f"{score:11.4g}" if score is not None else " " * 11) + f" {marks}"
         )  # fmt: skip
     return "\n".join([*lines, "* anchor, + published"])
+
+
+def format_gains(gains: Mapping[str, Mapping[str, float]]) -> str:
+    """Palette gains (`space.palette_gains`) as text, one metric a line."""
+    return "\n".join(
+        f"palette gain by {name}: {gain['params']:.2f} over parameters, {gain['macs']:.2f} over MACs"
+        for name, gain in gains.items()
+    )
