@@ -35,11 +35,15 @@ class Fault(BaseException):
     """What no handler of a library may catch."""
 
 
-def kinds(names=None):
-    """Name of a kind of cases -> (prepare, cases, how many), of every module `fuzzing_*` beside this one."""
+def kinds(names=None, short=False):
+    """Name of a kind of cases -> (prepare, cases, how many), of every module `fuzzing_*` beside this one; `short` leaves out those
+    whose cases take seconds (`SHORT = False`).
+    """
     found = {}
     for path in sorted(Path(__file__).parent.glob("fuzzing_*.py")):
         module = importlib.import_module(path.stem)
+        if short and not getattr(module, "SHORT", True):
+            continue
         name = path.stem.removeprefix("fuzzing_")
         found |= module.KINDS if hasattr(module, "KINDS") else {name: (module.prepare, module.cases, module.FULL)}
     return found if names is None else {name: found[name] for name in names}

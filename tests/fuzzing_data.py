@@ -226,11 +226,11 @@ def check_rows(path, rows, whole):
 
 
 TOKENIZER = byte_tokenizer()
-SHORT = template("short", TOKENIZER)
+SHORT_TEMPLATE = template("short", TOKENIZER)
 
 
 def check_tokens(rows):
-    for example, row in zip(InstructionDataset(rows, TOKENIZER, SHORT, 64).examples, rows):
+    for example, row in zip(InstructionDataset(rows, TOKENIZER, SHORT_TEMPLATE, 64).examples, rows):
         ids, labels = example["input_ids"], example["labels"]
         assert len(ids) == len(labels) <= 64
         answer = TOKENIZER.decode([i for i, label in zip(ids, labels) if label != -100], skip_special_tokens=True)

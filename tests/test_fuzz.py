@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 SECONDS = 25.0  # of all kinds together; on a slower machine fewer cases run
-KINDS = kinds()
+KINDS = kinds(short=True)
 
 
 @pytest.fixture(scope="module")

@@ -231,7 +231,7 @@ def test_an_answer_is_printed_as_text(stitched, tokenizer, monkeypatch, capsys):
     chatty = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer, **tokenizer.special_tokens_map)
     chatty.chat_template = "{{ messages[-1].content }}"
     chat = Chat(stitched("unequal", pst=True), chatty, "#2", max_new_tokens=2)
-    monkeypatch.setattr(chat, "ask", lambda text: iter(["fine ", "\x1b[2J"]))
+    monkeypatch.setattr(chat, "ask", lambda text: (piece for piece in ("fine ", "\x1b[2J")))
     lines = iter(["hello", "/quit"])
     monkeypatch.setattr(builtins, "input", lambda prompt: next(lines))
     converse(chat)

@@ -171,15 +171,11 @@ def main() -> None:
     plot_stitches(model.space, model.table, output / "stitches.png", title=title)
     text = format_table(model.space, model.table)
     (output / "table.txt").write_text(text + "\n")
-    orders = {
-        name: spearman([s.params for s in model.space], [values[s.key] for s in model.space])
-        for name, values in after.items()
-    }
+    order = partial(spearman, [stitch.params for stitch in model.space])
+    orders = {name: order([values[stitch.key] for stitch in model.space]) for name, values in after.items()}
     gains = palette_gains(model.space, model.table)
-    print(
-        f"{text}\n{format_gains(gains)}\nSpearman of parameters and "
-        + ", ".join(f"{name}: {value:.2f}" for name, value in orders.items())
-    )
+    told = ", ".join(f"{name}: {value:.2f}" for name, value in orders.items())
+    print(f"{text}\n{format_gains(gains)}\nSpearman of parameters and {told}")
     row = provenance() | {
         "anchors": args.anchors, "data": args.data, "train_rows": len(train_set), "held_out_rows": len(eval_set),
         "steps": trained.global_step, "train_seconds": round(trained.metrics["train_runtime"], 1),

@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForImageClassification, set_seed
@@ -78,6 +79,10 @@ class VisionSpaceArguments(SpaceArguments):
     image_size: int | None = field(
         default=None, metadata={"help": "Side of the images, for anchors that take any (DINOv2, ConvNeXt, ...)."}
     )
+
+    def options(self) -> dict[str, Any]:
+        """Options of `from_anchors`."""
+        return super().options() | {"image_size": self.image_size}
 
 
 def main() -> None:

@@ -39,19 +39,19 @@ def anchor_spec(config: Mapping[str, Any], image_size: int | Sequence[int] | Non
         raise ValueError(f"model_type {family!r} is not supported; one of {', '.join(FAMILIES)} is needed")
     if family not in LLAMA_LIKE:
         own = config.get("image_size")
-        size = image_size or own or _IMAGE_SIZE
+        size = next(value for value in (image_size, own, _IMAGE_SIZE) if value is not None)
         if own is not None and _sides(own) != _sides(size) and family not in ANY_SIZE:
             raise ValueError(
                 f"{family} runs at the image_size it was trained at, {own}, and {size} is asked for: leave image_size out, or take "
                 f"anchors of {', '.join(ANY_SIZE)}"
             )
-        config = {**config, "image_size": size, "trained_size": own or size}
+        config = {**config, "image_size": size, "trained_size": size if own is None else own}
     spec = FAMILIES[family](config)
     return spec if spec.unit == "token" else replace(spec, rebuild=partial(_entered_at, config))
 
 
 def _sides(size: int | Sequence[int]) -> list[int]:
-    return [size, size] if isinstance(size, int) else list(size)
+    return list(size) if isinstance(size, (list, tuple)) else [size, size]
 
 
 def _entered_at(config: Mapping[str, Any], block: int, grid: tuple[int, int]) -> AnchorSpec:
