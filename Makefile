@@ -2,20 +2,26 @@
 PYTHON ?= python3
 VENV ?= .venv
 OUT ?= runs/demo
+REAL ?= runs/demo-real
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE ?= 1
 export PYTHONWARNINGS ?= ignore::FutureWarning
 
-ANCHORS := data/anchors/small data/anchors/large
-# The demo's setting: byte-level rows of some 50 tokens, one batch of 16 a step; the anchors alone share as many steps.
-DEMO := --anchors $(ANCHORS) --data $(OUT)/data/train.json --eval_data $(OUT)/data/heldout.json --eval_size 960 \
-  --template short --max_length 128 --dtype float32 --rank 32 --max_steps 1200 --learning_rate 6e-3 --weight_decay 1e-4 \
-  --warmup_steps 0.06 --per_device_train_batch_size 16 --global_batch_size 16 --per_device_eval_batch_size 96 \
-  --logging_steps 50 --use_cpu
+# A real model (SmolLM2-135M-Instruct, 30 blocks) and a student of 16 blocks that `stitched-llama shrink` made of it, stored as a
+# difference of 4 bits. Rows: what Python's own documentation says.
+FAMILY = --anchors $(1)/small $(1)/large --data $(1)/data/train.json --eval_data $(1)/data/heldout.json --template auto \
+  --max_length 192 --no_load_in_8bit --rank 16 --stitch_rank 32 --learning_rate 1e-3 --weight_decay 0 --warmup_steps 0.05 \
+  --distillation soft --sampling interval --per_device_train_batch_size 8 --global_batch_size 8 --per_device_eval_batch_size 8 \
+  --train_sampling_strategy group_by_length --calibration_size 8 --logging_steps 10 --save_strategy no --use_cpu
+# Eight of the sizes that `--routes greedy` finds, which takes some 150 evaluations
+ROUTES := "0[0:12]>1[23:27]>0[14:16]" "0[0:12]>1[23:29]>0[15:16]" "0[0:11]>1[21:29]>0[15:16]" \
+  "0[0:7]>1[13:15]>0[8:10]>1[19:29]>0[15:16]" "0[0:5]>1[9:11]>0[6:7]>1[13:15]>0[8:10]>1[19:29]>0[15:16]" \
+  "1[0:1]>0[1:5]>1[9:17]>0[9:10]>1[19:30]" "1[0:5]>0[3:5]>1[9:17]>0[9:10]>1[19:30]" "1[0:17]>0[9:10]>1[19:30]"
+LAUNCH := $(BIN)/accelerate launch --cpu --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 
 VISION := $(OUT)-vision
-.PHONY: setup demo demo-vision evidence test lint fuzz clean
+.PHONY: setup demo demo-real demo-vision evidence test lint fuzz clean
 
 setup: $(BIN)/.ready
 
@@ -26,18 +32,28 @@ $(BIN)/.ready: setup.cfg setup.py constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[test]"
 	touch $@
 
+define family
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt gguf
+	$(BIN)/python demo/make_smollm2.py $(1) --student data/smollm2-16
+	$(BIN)/python demo/documentation.py --output $(1)/data
+endef
+
+# Ten sizes, 60 steps of 8 rows.
 demo: setup
-	$(BIN)/python data/skills.py --output $(OUT)/data
-	$(BIN)/python recipes/lora_baseline.py $(DEMO) --max_steps 600 --rows $(OUT)/baselines.json --output_dir $(OUT)/alone
-	$(BIN)/accelerate launch --cpu --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-	  recipes/finetune_alpaca.py $(DEMO) --no_load_in_8bit --baselines $(OUT)/baselines.json --output_dir $(OUT) \
-	  --save_strategy no
+	$(call family,$(OUT))
+	$(LAUNCH) recipes/finetune_alpaca.py $(call FAMILY,$(OUT)) --adapter identity --routes $(ROUTES) --interval_count 8 \
+	  --eval_size 48 --max_steps 60 --anchors_first 0.4 --no_evaluate_before --output_dir $(OUT)
+
+# All fifteen sizes: routes searched, evaluated before and after 300 steps, questions answered by four sizes.
+demo-real: setup
+	$(call family,$(REAL))
+	$(LAUNCH) recipes/finetune_alpaca.py $(call FAMILY,$(REAL)) --routes greedy --interval_count 13 --eval_size 64 \
+	  --max_steps 200 --anchors_first 0.4 --output_dir $(REAL)
 
 # Three ViTs made here on seven of scikit-learn's digits, adapted to all ten with ten pictures a class.
 demo-vision: setup
 	$(BIN)/python data/make_vits.py --output $(VISION)
-	$(BIN)/accelerate launch --cpu --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-	  recipes/finetune_vision.py --anchors $(VISION)/anchors/tiny $(VISION)/anchors/small $(VISION)/anchors/base \
+	$(LAUNCH) recipes/finetune_vision.py --anchors $(VISION)/anchors/tiny $(VISION)/anchors/small $(VISION)/anchors/base \
 	  --data $(VISION)/digits.npz --shots 10 --no_augment --rank 32 16 8 --max_steps 900 --global_batch_size 32 \
 	  --per_device_train_batch_size 32 --base_lr 0.04 --logging_steps 50 --save_strategy no --use_cpu --output_dir $(VISION)
 

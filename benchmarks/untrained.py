@@ -3,8 +3,8 @@
     python benchmarks/untrained.py --anchors SMALL LARGE --eval_data ROWS --eval_size 96 --out rivals.json [--bf16]
 
 SMALL was made from LARGE by `stitched-llama shrink` at equal width. Boomerang distillation (arXiv 2510.05064): blocks of the small model
-are exchanged for the large model's from the last to the first (`small first`) or the other way round (`large first`). Block dropping:
-the large model without the blocks whose output is most similar to their input (ShortGPT, as mergekit's passthrough would write it).
+are exchanged for the large model's from the last to the first (`small first`) or the other way round (`large first`, every second size). Block dropping:
+the large model without the blocks whose output is most similar to their input (every second size; ShortGPT, as mergekit's passthrough would write it).
 Prints a table and, last, one JSON line.
 """
 
@@ -73,6 +73,10 @@ def main() -> None:
     parser.add_argument("--max_length", type=int, default=256)
     parser.add_argument("--template", default="auto")
     parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument(
+        "--routes", nargs="*", help="keys that `--routes greedy` of the recipe found, without their training"
+    )
+    parser.add_argument("--seed", type=int, default=42, help="draws the rows, as in the recipe")
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
@@ -84,7 +88,7 @@ def main() -> None:
     collator = Collator(pad_token_id(tokenizer))
     train, held_out = (
         list(batches(InstructionDataset(part, tokenizer, prompt, options.max_length), collator, options.batch))
-        for part in (lambda parts: (parts[0][:32], parts[1]))(read_parts(options, 0))
+        for part in (lambda parts: (parts[0][:32], parts[1]))(read_parts(options, options.seed))
     )
     anchors = [AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval() for name in options.anchors]
     configs = [anchor.config.to_dict() for anchor in anchors]
@@ -92,10 +96,12 @@ def main() -> None:
     patterns = {"boomerang, small first": [], "boomerang, large first": []}
     for count in range(1, len(groups)):
         patterns["boomerang, small first"].append([index >= count for index in range(len(groups))])
+    for count in range(2, len(groups), 2):
         patterns["boomerang, large first"].append([index < count for index in range(len(groups))])
     routes = {name: [exchanged_route(groups, p) for p in found] for name, found in patterns.items()}
+    routes |= {"greedy, untrained": options.routes} if options.routes else {}
     model = StitchedLlamaForCausalLM.from_anchors(
-        anchors, routes=[r for f in routes.values() for r in f], adapter="identity"
+        anchors, routes=sorted({route for found in routes.values() for route in found}), adapter="identity"
     )
     scores = evaluate_stitches(model, held_out, split=True, autocast=autocast)
 
@@ -112,7 +118,7 @@ def main() -> None:
     order = sorted(range(len(ranks)), key=lambda block: -ranks[block])
     a_block = (large.params - model.space.anchor_stitch(0).params) // (len(ranks) - len(groups))
     found["block dropping"] = []
-    for count in range(1, len(ranks) - len(groups) + 1):
+    for count in range(2, len(ranks) - len(groups) + 1, 2):
         values = evaluate_plain(without(anchors[1], set(order[:count])), held_out, split=True, autocast=autocast)
         macs = large.macs - count * (large.macs - model.space.anchor_stitch(0).macs) // (len(ranks) - len(groups))
         key = f"1 without {' '.join(map(str, sorted(order[:count])))}"
