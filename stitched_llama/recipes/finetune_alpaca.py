@@ -133,11 +133,12 @@ def main() -> None:
     )  # fmt: skip
     model.to(training.device)
     model.generation_config.eos_token_id = end_ids(tokenizer, model.generation_config, prompt)
-    calibration = model.calibrate(
-        calibration_batches(), ridge=args.ridge, align_steps=args.align_steps, progress=chief,
-    )  # fmt: skip
+    calibration = None
+    if len(model.stitching_layers):
+        how = {"ridge": args.ridge, "align_steps": args.align_steps, "progress": chief}
+        calibration = model.calibrate(calibration_batches(), **how)
     if chief:
-        print(calibration)
+        print(calibration or "identity junctions: nothing to calibrate")
     model.attach_pst(pst.settings())
     if chief:
         print(f"{len(train_set)} rows, {len(eval_set)} held out, template {prompt.name}, {len(model.space)} stitches")
@@ -180,7 +181,7 @@ def main() -> None:
         "anchors": args.anchors, "data": args.data, "train_rows": len(train_set), "held_out_rows": len(eval_set),
         "steps": trained.global_step, "train_seconds": round(trained.metrics["train_runtime"], 1),
         "seconds": round(time.time() - start, 1), "seed": training.seed, "trainable": model.trainable_parameters(),
-        "calibration": asdict(calibration), "spearman": orders, "baselines": baselines, "palette_gain": gains,
+        "calibration": calibration and asdict(calibration), "spearman": orders, "baselines": baselines, "palette_gain": gains,
         "table": model.table.to_dict(model.space),
     }  # fmt: skip
     (output / "result.json").write_text(dump_record(row | {"samples": None}))

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from stitched_llama.shrinking import (
@@ -30,7 +30,7 @@ from stitched_llama.shrinking import (
     row_renderer,
     save_shrunk,
 )
-from stitched_llama.training import dump_record, provenance
+from stitched_llama.training import dump_record, provenance, recipe_parser
 
 
 @dataclass
@@ -52,7 +52,8 @@ class Arguments:
 
 def main() -> None:
     start = time.time()
-    parser = HfArgumentParser((Arguments, ShrinkArguments))
+    usage = "--large LARGE --depth N --data FILE [FILE ...] --output_dir OUT"
+    parser = recipe_parser((Arguments, ShrinkArguments), __doc__, usage, epilog="")
     args, training = parser.parse_args_into_dataclasses()
     set_seed(training.seed)
     output = Path(training.output_dir)

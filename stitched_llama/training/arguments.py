@@ -42,13 +42,15 @@ class _RecipeParser(HfArgumentParser):
         return tuple(found)
 
 
-def recipe_parser(arguments: Sequence[type], description: str) -> HfArgumentParser:
+def recipe_parser(
+    arguments: Sequence[type], description: str, usage: str = "--anchors ANCHOR [ANCHOR ...]", epilog: str = KEYS
+) -> HfArgumentParser:
     """The parser of a recipe's command line; `--help` begins with the description."""
     return _RecipeParser(
         arguments,
-        usage="%(prog)s --anchors ANCHOR [ANCHOR ...] [options]",
+        usage=f"%(prog)s {usage} [options]",
         description=description,
-        epilog=KEYS,
+        epilog=epilog,
         formatter_class=_Help,
     )
 
