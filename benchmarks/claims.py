@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from curves import aligned, importance, interpolate, monotone, starving
+from curves import importance, interpolate, monotone, starving
 from judgements import (
     FACTORS,
     Verdict,
@@ -29,47 +29,34 @@ from judgements import (
 from rows import Rows
 from tasks import Run
 
-BOTH = ("language", "vision")
-VISION, LANGUAGE = ("vision",), ("language",)
-
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim, what its paper says, the settings it needs, the judgement, and what was tried where it does not hold.
-
-    `only_if`: the condition of one that was asked again under it, after it did not hold as it stands; it never just holds.
-    """
+    """A claim, what its paper says, the settings it needs, the judgement, and what was tried where it does not hold."""
 
     letter: str
     text: str
     paper: str
-    settings: Callable[[str], dict[str, dict[str, Any]]]
-    judge: Callable[[Rows, str], Verdict]
-    tasks: tuple[str, ...] = BOTH
+    settings: dict[str, dict[str, Any]]
+    judge: Callable[[Rows], Verdict]
     tried: str = ""
-    only_if: str = ""
 
-    def runs(self, task: str) -> list[Run]:
-        """Of the first seed; a setting that says another is measured with as many seeds from there on."""
-        return [
-            Run(**{"task": task, "name": name, "seed": 0} | settings) for name, settings in self.settings(task).items()
-        ]
+    def runs(self) -> list[Run]:
+        return [Run(name, 0, **settings) for name, settings in self.settings.items()]
 
 
-def verdicts(claims: Sequence[Claim], rows: Rows, task: str, seeds: int) -> list[dict[str, str]]:
+def verdicts(claims: Sequence[Claim], rows: Rows, seeds: int) -> list[dict[str, str]]:
     """One line a claim; one that lacks a row of a seed was not measured."""
     found = []
     for claim in claims:
-        whole = all(len(rows[name]) == seeds for name in claim.settings(task))
-        here, verdict = claim.judge(rows, task) if whole else ("", "not measured")
+        whole = all(len(rows[name]) == seeds for name in claim.settings)
+        here, verdict = claim.judge(rows) if whole else ("", "not measured")
         if whole and claim.tried and verdict != "holds":
             here += f". Tried: {claim.tried}"
-        if verdict == "holds" and claim.only_if:
-            here, verdict = f"{here}. Only if: {claim.only_if}", "only if"
         found.append(
             {"letter": claim.letter, "claim": claim.text, "paper": claim.paper, "here": here, "verdict": verdict}
-            | {"runs": ", ".join(sorted(claim.settings(task)))}
-            | {"command": f"python benchmarks/evidence.py --task {task} --only {claim.letter}"}
+            | {"runs": ", ".join(sorted(claim.settings))}
+            | {"command": f"python benchmarks/evidence.py --only {claim.letter}"}
         )
     return found
 
@@ -77,14 +64,13 @@ def verdicts(claims: Sequence[Claim], rows: Rows, task: str, seeds: int) -> list
 # ---- settings
 
 FULL = {"pst": {"full": True}}
-# SN-Net's way: all weights, one stitch a step, drawn evenly, no word of a teacher
+# SN-Net's way: all weights, one stitch a step, drawn evenly, no distillation
 PLAIN = {"sampling": "uniform", "inplace_teacher": False, "anchor_share": 0.0, "distillation": "none"}
 SN_NET = FULL | {"training": PLAIN}
 # two routes a step and half the steps, none of them for an anchor alone
 BESIDE = {"train_teacher": True, "anchor_share": 0.0, "max_steps": 450}
 ESTA = {"training": BESIDE | {"sampling": "esta", "importance": "snip"}}
 UNTAUGHT = {"training": {"distillation": "none"}}
-UNBIASED = {"pst": {"stitch_bias": False}}
 # stitching layers alone, on what the anchors know: the fourth paper's way
 GAP = {
     "family": "resnet-swin", "part": "source", "training": PLAIN | {"learning_rate": 2e-3, "max_steps": 300},
@@ -97,130 +83,100 @@ RATES = {
     ", higher rate": {"training": {"learning_rate": 1e-2}},
 }
 SHOTS = (1, 4, 8, 16)  # the paper's; the default's are ten
-# ranks of LoRA instead of (32, 16, 8) and 32: as many numbers more as the biases of all stitches, a half and a quarter
-SCALED = {"vision": (32, 27, 14), "language": 34}
-HALF = {"vision": (16, 8, 4), "language": 16}
-QUARTER = {"vision": (8, 4, 2), "language": 8}
 EVEN = {"sampling": "uniform", "anchor_share": 0.67}
 LONGER = EVEN | {"max_steps": 2700}
-
-
-OTHER = ", other seeds"
 
 
 def _gap(adapter: str, rescale: str) -> dict[str, Any]:
     return GAP | {"space": {"adapter": adapter, "rescale": rescale, "adapter_norm": "batch"}}
 
 
-def _other_seeds(settings: dict[str, Any]) -> dict[str, Any]:
-    """A setting from seed 3 on, with the runs it refers to."""
-    named = {what: settings[what] + OTHER for what in ("rate_of", "adapted") if what in settings}
-    lasts = {"lasts": tuple(name + OTHER for name in settings["lasts"])} if "lasts" in settings else {}
-    return settings | {"seed": 3} | named | lasts
+SETTINGS: dict[str, dict[str, Any]] = {
+    "default": {"hits": True},
+    # pictures the anchors' heads know
+    "fitted": {"kind": "untrained", "part": "source"},
+    "drawn": {"kind": "untrained", "part": "source", "init": "kaiming"},
+    "default, as long as snnet": {"lasts": ("alone full", "snnet"), "rate_of": "default"},
+    "esta": ESTA,
+    "esta, equal time": ESTA | {"lasts": ("default",), "rate_of": "esta"},
+    "esta, no distillation": {"training": ESTA["training"] | {"distillation": "none"}},
+    "snnet": SN_NET | {"adapted": "alone full"},
+    "snnet, one stage": SN_NET,
+    "snnet, one stage, equal time": SN_NET | {"lasts": ("default",), "rate_of": "snnet, one stage"},
+    "teacher beside, equal time": {"training": BESIDE, "lasts": ("default",), "rate_of": "esta"},
+    "anchor share a third": {"training": {"anchor_share": 0.33}},
+    "uniform": {"training": EVEN},
+    "uniform, longer": {"training": LONGER},
+    "uniform, longer, 60 shots": {"training": LONGER, "shots": 60},
+    "interval": {"training": EVEN | {"sampling": "interval"}},
+    "uniform, teacher beside": {"training": BESIDE | {"sampling": "uniform"}},
+    "interval, teacher beside": {"training": BESIDE | {"sampling": "interval"}},
+    "no distillation": UNTAUGHT,
+    "soft distillation": {"training": {"distillation": "soft"}},
+    "no floor": {"training": {"floor": 0.0}},
+    "lower rate": {"training": {"learning_rate": 2e-3}},
+    "higher rate": {"training": {"learning_rate": 1e-2}},
+    "kaiming": {"init": "kaiming"},
+    "mean": {"init": "mean"},
+    "ridge 1e-2": {"ridge": 1e-2},
+    "no bias": {"pst": {"stitch_bias": False}},
+    # as many more numbers as the biases of all stitches; the default's ranks are 32, 16, 8
+    "no bias, scaled rank": {"pst": {"stitch_bias": False, "rank": (32, 27, 14)}},
+    "stitch lora": {"pst": {"stitch_bias": False}, "peer": "stitch lora"},
+    "rank quarter": {"pst": {"rank": (8, 4, 2)}},
+    "rank half": {"pst": {"rank": (16, 8, 4)}},
+    **{
+        name + ending: {"pst": {"rank": 0}, "peer": name} | rate
+        for name in ("adapter", "adaptformer") for ending, rate in RATES.items()
+    },
+    "full": FULL,
+    "full, no distillation": FULL | UNTAUGHT,
+    "full, equal time": FULL | {"lasts": ("default",), "rate_of": "full"},
+    "no distillation, equal time": UNTAUGHT | {"lasts": ("default",), "rate_of": "no distillation"},
+    "default, as long as adapted": {"lasts": ("alone", "adapted"), "rate_of": "default"},
+    "full, as long as adapted full": FULL | {"lasts": ("alone full", "adapted full"), "rate_of": "full"},
+    "adapted": {"adapted": "alone"},
+    "adapted, no distillation": {"adapted": "alone"} | UNTAUGHT,
+    "adapted full": FULL | {"adapted": "alone full"},
+    "adapted full, no distillation": FULL | {"adapted": "alone full"} | UNTAUGHT,
+    "eta 0.8": {"training": {"eta": 0.8}},
+    "eta 0.99": {"training": {"eta": 0.99}},
+    **{f"shots {number}": {"shots": number} for number in SHOTS},
+    **{f"shots {number}, alone": {"kind": "alone", "shots": number} for number in SHOTS},
+    **{f"shots {number}, alone full": {"kind": "alone", "shots": number} | FULL for number in SHOTS},
+    **{f"shots {n}, snnet": SN_NET | {"adapted": f"shots {n}, alone full", "shots": n} for n in SHOTS},
+    "stitching layers only": {"pst": {"rank": 0, "stitching_rank": "full", "stitch_bias": False}, "training": PLAIN},
+    "slow to fast": {"space": {"direction": "slow-to-fast"}},
+    "any pairs": {"space": {"pairs": "any"}},
+    "kernel 1": {"space": {"kernel_size": 1}},
+    "kernel 3": {"space": {"kernel_size": 3}},
+    "stride 2": {"space": {"kernel_size": 2, "stride": 2}},
+    "angles, target": FULL | {"angles": True},
+    "angles, source": FULL | {"angles": True, "part": "source"},
+    "source": {"part": "source"},
+    "convnext": {"family": "convnext"},
+    "convnext, alone full": {"kind": "alone", "family": "convnext"} | FULL,
+    "convnext, snnet": SN_NET | {"family": "convnext", "adapted": "convnext, alone full"},
+    "gap linear": _gap("linear", "bilinear"),
+    "gap conv3x3": _gap("conv3x3_relu", "bilinear"),
+    "gap bottleneck": _gap("bottleneck", "bilinear"),
+    "gap conv3x3 strided": _gap("conv3x3_relu", "strided"),
+    "gap bottleneck strided": _gap("bottleneck", "strided"),
+    "gap bottleneck undownsampled": _gap("bottleneck", "none"),
+    "alone": {"kind": "alone"},
+    "alone full": {"kind": "alone"} | FULL,
+    "alone, equal cost": {"kind": "alone", "lasts": ("default",), "rate_of": "alone"},
+}  # fmt: skip
 
 
-def _settings(*names: str) -> Callable[[str], dict[str, dict[str, Any]]]:
-    def of(task: str) -> dict[str, dict[str, Any]]:
-        known: dict[str, dict[str, Any]] = {
-            "default": {"hits": True},
-            # pictures the anchors' heads know
-            "fitted": {"kind": "untrained", "part": "source" if task == "vision" else ""},
-            "drawn": {"kind": "untrained", "part": "source" if task == "vision" else "", "init": "kaiming"},
-            "default, as long as snnet": {"lasts": ("alone full", "snnet"), "rate_of": "default"},
-            "esta": ESTA,
-            "esta, equal time": ESTA | {"lasts": ("default",), "rate_of": "esta"},
-            "snnet": SN_NET | {"adapted": "alone full"},
-            "snnet, one stage": SN_NET,
-            "snnet, one stage, equal time": SN_NET | {"lasts": ("default",), "rate_of": "snnet, one stage"},
-            "longer": {"training": {"max_steps": 1800}},  # two defaults; its peer lasts as long as those, which were timed beside it
-            "longer, no distillation": {"training": {"max_steps": 1800, "distillation": "none"}},
-            "alone, as long as longer": {"kind": "alone", "lasts": ("default", "default"), "rate_of": "alone"},
-            "teacher beside, equal time": {"training": BESIDE, "lasts": ("default",), "rate_of": "esta"},
-            "anchor share a third": {"training": {"anchor_share": 0.33}},
-            "uniform": {"training": EVEN},
-            "uniform, longer": {"training": LONGER},
-            "uniform, longer, 60 shots": {"training": LONGER, "shots": 60},
-            "windows of 2": {"space": {"kernel_size": 2}},
-            "uniform, windows of 2": {"training": EVEN, "space": {"kernel_size": 2}},
-            "uniform, longer, windows of 2": {"training": LONGER, "space": {"kernel_size": 2}},
-            "interval": {"training": EVEN | {"sampling": "interval"}},
-            "uniform, teacher beside": {"training": BESIDE | {"sampling": "uniform"}},
-            "interval, teacher beside": {"training": BESIDE | {"sampling": "interval"}},
-            "no distillation": UNTAUGHT,
-            "soft distillation": {"training": {"distillation": "soft"}},
-            "no floor": {"training": {"floor": 0.0}},
-            "lower rate": {"training": {"learning_rate": 2e-3}},
-            "higher rate": {"training": {"learning_rate": 1e-2}},
-            "kaiming": {"init": "kaiming"},
-            "mean": {"init": "mean"},
-            "ridge 1e-2": {"ridge": 1e-2},
-            "no bias": UNBIASED,
-            "no bias, scaled rank": {"pst": {"stitch_bias": False, "rank": SCALED[task]}},
-            "stitch lora": {"pst": {"stitch_bias": False}, "peer": "stitch lora"},
-            "rank quarter": {"pst": {"rank": QUARTER[task]}},
-            "rank half": {"pst": {"rank": HALF[task]}},
-            **{
-                name + ending: {"pst": {"rank": 0}, "peer": name} | rate
-                for name in ("adapter", "adaptformer") for ending, rate in RATES.items()
-            },
-            "full": FULL,
-            "full, no distillation": FULL | UNTAUGHT,
-            "full, equal time": FULL | {"lasts": ("default",), "rate_of": "full"},
-            "no distillation, equal time": UNTAUGHT | {"lasts": ("default",), "rate_of": "no distillation"},
-            "default, as long as adapted": {"lasts": ("alone", "adapted"), "rate_of": "default"},
-            "full, as long as adapted full": FULL | {"lasts": ("alone full", "adapted full"), "rate_of": "full"},
-            "adapted": {"adapted": "alone"},
-            "adapted, no distillation": {"adapted": "alone"} | UNTAUGHT,
-            "adapted full": FULL | {"adapted": "alone full"},
-            "adapted full, no distillation": FULL | {"adapted": "alone full"} | UNTAUGHT,
-            "eta 0.8": {"training": {"eta": 0.8}},
-            "eta 0.99": {"training": {"eta": 0.99}},
-            **{f"shots {number}": {"shots": number} for number in SHOTS},
-            **{f"shots {number}, alone": {"kind": "alone", "shots": number} for number in SHOTS},
-            **{f"shots {number}, alone full": {"kind": "alone", "shots": number} | FULL for number in SHOTS},
-            **{f"shots {n}, snnet": SN_NET | {"adapted": f"shots {n}, alone full", "shots": n} for n in SHOTS},
-            "stitching layers only": {"pst": {"rank": 0, "stitching_rank": "full", "stitch_bias": False}, "training": PLAIN},
-            "esta, no distillation": {"training": ESTA["training"] | {"distillation": "none"}},
-            "slow to fast": {"space": {"direction": "slow-to-fast"}},
-            "any pairs": {"space": {"pairs": "any"}},
-            "kernel 1": {"space": {"kernel_size": 1}},
-            "kernel 3": {"space": {"kernel_size": 3}},
-            "stride 2": {"space": {"kernel_size": 2, "stride": 2}},
-            "angles, target": FULL | {"angles": True},
-            "angles, source": FULL | {"angles": True, "part": "source"},
-            "source": {"part": "source"},
-            "second": {"family": "second"},
-            "apart": {"family": "apart"},
-            "apart, aligned": {"family": "apart", "align": 400},
-            "convnext": {"family": "convnext"},
-            "convnext, alone full": {"kind": "alone", "family": "convnext"} | FULL,
-            "convnext, snnet": SN_NET | {"family": "convnext", "adapted": "convnext, alone full"},
-            "gap linear": _gap("linear", "bilinear"),
-            "gap conv3x3": _gap("conv3x3_relu", "bilinear"),
-            "gap bottleneck": _gap("bottleneck", "bilinear"),
-            "gap conv3x3 strided": _gap("conv3x3_relu", "strided"),
-            "gap bottleneck strided": _gap("bottleneck", "strided"),
-            "gap bottleneck undownsampled": _gap("bottleneck", "none"),
-            "alone": {"kind": "alone"},
-            "alone full": {"kind": "alone"} | FULL,
-            "alone, as long as snnet": {"kind": "alone", "lasts": ("alone full", "snnet"), "rate_of": "alone"},
-            "alone, equal cost": {"kind": "alone", "lasts": ("default",), "rate_of": "alone"},
-        }  # fmt: skip
-        long = known["default, as long as snnet"]
-        known["untaught, as long as snnet"] = long | UNTAUGHT
-        known["no bias, as long as snnet"] = long | UNBIASED
-        known["untaught, no bias, as long as snnet"] = long | UNTAUGHT | UNBIASED
-        known |= {name + OTHER: _other_seeds(known[name]) for name in known if name + OTHER in names}
-        return {name: known[name] for name in names}
-
-    return of
+def _settings(*names: str) -> dict[str, dict[str, Any]]:
+    return {name: SETTINGS[name] for name in names}
 
 
 _FACTORS = _settings(*FACTORS.values(), "alone", "alone full")
 _SN_NET = ("default", "esta", "snnet", "snnet, one stage", "alone full")
 _DRAWS = ("esta", "uniform, teacher beside", "interval, teacher beside")
 _GAPS = ("gap linear", "gap conv3x3", "gap bottleneck", "gap conv3x3 strided", "gap bottleneck strided")
-_LONG = ("default", "alone full", "snnet", "alone", "alone, as long as snnet", "default, as long as snnet")
 _RATES = ("lower rate", "higher rate")
 _PEERS = [[name + ending for ending in RATES] for name in ("adapter", "adaptformer")]
 _SHOTS = [f"shots {number}" for number in SHOTS]
@@ -244,70 +200,44 @@ _REMEDIES = (
     "ridge 1e-2",
 )
 
-
-def _starving_long(name: str, *seeds: str) -> tuple[Callable, Callable]:
-    """Settings and judgement: whether anchors starve in one that lasts as long as SN-Net's three stages, in these seeds."""
-    judges = [starving("alone, as long as snnet" + own, name + own, cheaper="alone" + own) for own in seeds]
-    return _settings(*(setting + own for own in seeds for setting in (*_LONG, name))), together(*judges)
-
-
 CLAIMS = (
-    Claim("a", "stitches interpolate between the anchors", "ESTA Figs 3, 4: smooth curves", _settings("default"), interpolate("default"), tried="on pictures 2,700 steps (a3); the papers' ways (a4); soft labels, other rates, fewer steps for the anchors (S5)"),
-    Claim("a2", "so they do for anchors made otherwise", "-", _settings("second", "apart"), interpolate("second", "apart"), LANGUAGE),
-    Claim("a3", "so they do after 2,700 steps, drawn evenly", "-", _settings("uniform, longer"), interpolate("uniform, longer"), VISION),
+    Claim("a", "stitches interpolate between the anchors", "ESTA Figs 3, 4: smooth curves", _settings("default"), interpolate("default"), tried="2,700 steps (a3); the papers' ways (a4); soft labels, other rates, fewer steps for the anchors (S5)"),
+    Claim("a3", "so they do after 2,700 steps, drawn evenly", "-", _settings("uniform, longer"), interpolate("uniform, longer")),
     Claim("a4", "so they do trained the papers' ways, in ESTA's steps and in SN-Net's three stages", "ESTA Figs 3, 4; SN-Net Fig 6", _settings("esta", "snnet", "alone full"), interpolate("esta", "snnet")),
     Claim("b1", "least squares beats Kaiming, before training and after", "SN-Net Fig 8: yes", _settings("fitted", "drawn", "default", "kaiming"), start),
-    Claim("b2", "for shared layers `joint` beats `mean`", "ours; SN-Net: `mean`", _settings("default", "mean"), better("default", "mean"), VISION),
+    Claim("b2", "for shared layers `joint` beats `mean`", "ours; SN-Net: `mean`", _settings("default", "mean"), better("default", "mean")),
     Claim("c1", "PST beats full fine-tuning", "ESTA Fig 6a: yes", _FACTORS, factor(0), tried="three rates of PST, two and three of full (LOG.md); lower ranks (i1); equal time (c6)"),
     Claim("c2", "adapt-and-stitch beats the same run on adapted anchors (h)", "ESTA Fig 6d: yes", _FACTORS, factor(1), tried="equal time, as adapting takes twice as many steps more (c6)"),
     Claim("c3", "in-place distillation helps (g)", "ESTA Fig 9b: a little", _FACTORS, factor(2)),
     Claim("c4", "better than SN-Net in one stage and in three, in equal steps, for less memory and weights", "9.7 of 13.2 GB, 4.6 of 124.2 M", _settings(*_SN_NET), cost),
     Claim("c5", "in-place distillation helps ESTA as written", "ESTA Fig 9b: a little", _settings("esta", "esta, no distillation"), better("esta", "esta, no distillation")),
-    Claim("c6", "PST, adapt-and-stitch (of PST, of full) and distillation earn their place in equal time", "ESTA Fig 6", lambda task: _FACTORS(task) | _settings(*(name for pair in _TIMED for name in pair))(task), equal_time(*_TIMED)),
+    Claim("c6", "PST, adapt-and-stitch (of PST, of full) and distillation earn their place in equal time", "ESTA Fig 6", _FACTORS | _settings(*(name for pair in _TIMED for name in pair)), equal_time(*_TIMED)),
     Claim("d", "anchors in the run keep up with anchors tuned alone by LoRA, in as many steps", "ESTA Figs 3, 4: on par", _settings("default", "alone"), starving("alone", "default"), tried="two steps of three are an anchor's (S2)"),
-    Claim("e1", "the bias a stitch beats none, and a scaled rank", "ESTA Fig 6b: yes", _settings("default", "no bias", "no bias, scaled rank"), better("default", "no bias", "no bias, scaled rank"), tried="on pictures four times the rate for the biases (LOG.md): worse"),
+    Claim("e1", "the bias a stitch beats none, and a scaled rank", "ESTA Fig 6b: yes", _settings("default", "no bias", "no bias, scaled rank"), better("default", "no bias", "no bias, scaled rank"), tried="four times the rate for the biases (LOG.md): worse"),
     Claim("e2", "and a LoRA of each stitch's own", "ESTA Fig 6b: yes", _settings("default", "stitch lora"), better("default", "stitch lora")),
-    Claim("f1", "drawing by importance beats even draws", "ESTA Fig 6c: yes", _settings("default", "uniform", "interval"), better("default", "uniform", "interval"), tried="on pictures no floor (S5); six scores (LOG.md)"),
-    Claim("f1b", "so it does in windows of two blocks", "-", _settings("windows of 2", "uniform, windows of 2"), better("windows of 2", "uniform, windows of 2"), LANGUAGE),
-    Claim("f2", "so it does in ESTA as written", "ESTA Fig 6c: yes", _settings(*_DRAWS), better(*_DRAWS), VISION),
+    Claim("f1", "drawing by importance beats even draws", "ESTA Fig 6c: yes", _settings("default", "uniform", "interval"), better("default", "uniform", "interval"), tried="no floor (S5); six scores (LOG.md)"),
+    Claim("f2", "so it does in ESTA as written", "ESTA Fig 6c: yes", _settings(*_DRAWS), better(*_DRAWS)),
     Claim("f3", "eta .9 and .99 beat .8", "ESTA Fig 9c: slightly", _settings("default", "eta 0.8", "eta 0.99"), together(better("default", "eta 0.8"), better("eta 0.99", "eta 0.8"))),
     Claim("i1", "the rank matters little", "ESTA Fig 7: barely", _settings("rank quarter", "rank half", "default"), alike("default", ("rank half",), ("rank quarter",))),
-    Claim("i2", "Adapter and AdaptFormer do as well as LoRA", "ESTA Fig 7: similar", _settings("default", *_PEERS[0], *_PEERS[1]), alike("default", *_PEERS), VISION, tried="three rates of each, the best stands here"),
-    Claim("j", "more shots, better stitches", "ESTA Fig 8", _settings(*_FEW), ascending(*_FEW), VISION),
-    Claim("j2", "with 1, 4, 8 and 16 shots better than SN-Net", "ESTA Fig 8: yes", _settings(*_SN_NETS), together(*(better(name, f"{name}, snnet") for name in _SHOTS)), VISION),
-    Claim("j3", "and anchors keep up with those tuned alone by LoRA", "ESTA Fig 8: on par", _settings(*_SHOTS, *(f"{name}, alone" for name in _SHOTS)), together(*(starving(f"{name}, alone", name) for name in _SHOTS)), VISION),
-    Claim("k", "stitches' gradients conflict more on the target: larger angles, more beyond 90°", "ESTA Figs 2, 13: yes", _settings("angles, target", "angles, source"), angles, VISION),
-    Claim("l", "the stitches that matter differ between tasks", "ESTA Fig 11: yes", _settings("default", "source", "uniform", "interval"), differ("default", "source", "uniform", "interval"), VISION),
-    Claim("m", "ConvNeXt: a smooth curve, above SN-Net's", "ESTA Fig 9a: yes", _settings("convnext", "convnext, snnet", "convnext, alone full"), interpolate("convnext", peer="convnext, snnet"), VISION),
+    Claim("i2", "Adapter and AdaptFormer do as well as LoRA", "ESTA Fig 7: similar", _settings("default", *_PEERS[0], *_PEERS[1]), alike("default", *_PEERS), tried="three rates of each, the best stands here"),
+    Claim("j", "more shots, better stitches", "ESTA Fig 8", _settings(*_FEW), ascending(*_FEW)),
+    Claim("j2", "with 1, 4, 8 and 16 shots better than SN-Net", "ESTA Fig 8: yes", _settings(*_SN_NETS), together(*(better(name, f"{name}, snnet") for name in _SHOTS))),
+    Claim("j3", "and anchors keep up with those tuned alone by LoRA", "ESTA Fig 8: on par", _settings(*_SHOTS, *(f"{name}, alone" for name in _SHOTS)), together(*(starving(f"{name}, alone", name) for name in _SHOTS))),
+    Claim("k", "stitches' gradients conflict more on the target: larger angles, more beyond 90°", "ESTA Figs 2, 13: yes", _settings("angles, target", "angles, source"), angles),
+    Claim("l", "the stitches that matter differ between tasks", "ESTA Fig 11: yes", _settings("default", "source", "uniform", "interval"), differ("default", "source", "uniform", "interval")),
+    Claim("m", "ConvNeXt: a smooth curve, above SN-Net's", "ESTA Fig 9a: yes", _settings("convnext", "convnext, snnet", "convnext, alone full"), interpolate("convnext", peer="convnext, snnet")),
     Claim("n1", "fast to slow beats slow to fast", "SN-Net Fig 9a: for most", _settings("default", "slow to fast"), better("default", "slow to fast")),
-    Claim("n2", "nearest pairs beat any pair", "SN-Net Fig 9b: for most", _settings("default", "any pairs"), better("default", "any pairs"), VISION),
-    Claim("n3", "a window of 2 at stride 1 beats others", "SN-Net 4: 2 (no figure)", _settings("default", "kernel 1", "kernel 3", "stride 2"), better("default", "kernel 1", "kernel 3", "stride 2"), VISION),
-    Claim("n3b", "a window of 2 beats one of 1", "SN-Net 4: 2 (no figure)", _settings("default", "windows of 2"), better("windows of 2", "default"), LANGUAGE),
-    Claim("n4", "more than the stitching layers must train", "SN-Net Fig 9c: yes", _settings("snnet, one stage", "stitching layers only"), better("snnet, one stage", "stitching layers only"), VISION),
-    Claim("o1", "across gaps 3x3 and bottleneck beat linear adapters", "Traft, Cheney Fig 2: yes", _settings(*_GAPS), gaps(("gap conv3x3", "gap linear"), ("gap bottleneck", "gap linear")), VISION),
-    Claim("o2", "a separate downsample is as good as a strided one", "Traft, Cheney Fig 2: better", _settings(*_GAPS), gaps(("gap conv3x3", "gap conv3x3 strided"), ("gap bottleneck", "gap bottleneck strided"), margin=1), VISION),
-    Claim("o3", "a bottleneck is as good as a 3x3, for fewer operations", "Traft, Cheney Fig 3: yes", _settings(*_GAPS, "gap bottleneck undownsampled"), gaps(("gap bottleneck", "gap conv3x3"), ("gap bottleneck", "gap bottleneck undownsampled"), margin=1, cheaper=True), VISION),
-    Claim("p", "parameters, operations and stitches are the papers'", "their tables", _settings(), counted, VISION),
-    Claim("S1", "importance ranks stitches drawn evenly as quality does", "ours: Spearman >= .6, 4 of 5", _settings("uniform, longer"), importance("uniform, longer"), VISION, tried="six scores, averages corrected for their short history or not, of a hundred visits or ten, fewer steps, every stitch on the same rows (LOG.md); more pictures (S1b); language (S1c)"),
-    Claim("S1b", "so it does with six times the pictures", "ours", _settings("uniform, longer, 60 shots"), importance("uniform, longer, 60 shots"), VISION),
-    Claim("S1c", "importance ranks stitches drawn evenly as quality does, in windows of two", "ours: Spearman >= .6, 4 of 5", _settings("uniform, longer, windows of 2"), importance("uniform, longer, windows of 2"), LANGUAGE, only_if="windows of two and 2,700 steps, chosen after S1 failed and after a look at seed 0; not after 900 (S1d)"),
-    Claim("S1d", "so it does there in a third of the steps", "ours: Spearman >= .6, 4 of 5", _settings("uniform, windows of 2"), importance("uniform, windows of 2"), LANGUAGE, tried="2,700 steps (S1c)"),
-    Claim("S1e", "so it does in three seeds that nobody had looked at", "ours: Spearman >= .6, 4 of 5", _settings("uniform, longer, windows of 2, other seeds"), importance("uniform, longer, windows of 2, other seeds"), LANGUAGE, only_if="windows of two and 2,700 steps, set before these seeds ran"),
-    Claim("S2", "no anchor starves: within 3 points of its own run, equal cost", "ours", _settings("default", *_BESIDE, "alone", "alone, equal cost"), starving("alone, equal cost", "default", "teacher beside, equal time"), tried="their share of the steps; all routes in one step, a taught small anchor (LOG.md); on language twice and 2.6 times the steps (S2b, S2d, S2e), nobody's word (S2c, S2f), no biases (S2g); what helps there: neither (S2h), tuning each first (S2i), all weights (S2j)"),
-    Claim("S2b", "the same where all take twice as long", "ours", _settings("default", "longer", "alone", "alone, as long as longer"), starving("alone, as long as longer", "longer", cheaper="alone"), LANGUAGE, tried="no word of the teacher (S2c)"),
-    Claim("S2c", "and without the teacher's word", "ours", _settings("default", "longer, no distillation", "alone", "alone, as long as longer"), starving("alone, as long as longer", "longer, no distillation", cheaper="alone"), LANGUAGE, only_if="1,800 steps, nobody's word and the mean over seeds, chosen after S2 and S2b failed"),
-    Claim("S2d", "and where all take as long as SN-Net's three stages", "ours", *_starving_long("default, as long as snnet", ""), LANGUAGE, only_if="2.6 times the steps, tried after S2, S2b and S2c", tried="no word of the teacher at twice the steps (S2c)"),
-    Claim("S2e", "so they are in three seeds that nobody had looked at", "ours", *_starving_long("default, as long as snnet", OTHER), LANGUAGE, only_if="2.6 times the steps, set before these seeds ran", tried="no word of the teacher (S2f)"),
-    Claim("S2f", "and there without the teacher's word", "ours", *_starving_long("untaught, as long as snnet", OTHER), LANGUAGE, only_if="2.6 times the steps and nobody's word, set before these seeds ran"),
-    Claim("S2g", "and there without biases", "ours", *_starving_long("no bias, as long as snnet", OTHER), LANGUAGE, only_if="2.6 times the steps and no biases, which were better for the large anchor at 900 steps of seeds 0 to 2; set before these seeds ran so"),
-    Claim("S2h", "and there without either", "ours", *_starving_long("untaught, no bias, as long as snnet", OTHER), LANGUAGE, only_if="2.6 times the steps, no biases and nobody's word, set before these seeds ran so"),
-    Claim("S2i", "and in stages: each tuned first, then stitched, in as much time as S2d and S2e", "ours", *_starving_long("adapted", "", OTHER), LANGUAGE, only_if="adapt-then-stitch, tried after all of the above"),
-    Claim("S2j", "and where all weights train, beside own runs by LoRA and of all weights", "ours", _settings("default", "full", "alone full", "adapted full", "full, as long as adapted full", "snnet", "alone", "alone, as long as snnet"), together(starving("alone, as long as snnet", "full, as long as adapted full", cheaper="alone"), starving("alone full", "full, as long as adapted full")), LANGUAGE, only_if="`--full` and 2.6 times the steps, looked at once c6 had measured them"),
+    Claim("n2", "nearest pairs beat any pair", "SN-Net Fig 9b: for most", _settings("default", "any pairs"), better("default", "any pairs")),
+    Claim("n3", "a window of 2 at stride 1 beats others", "SN-Net 4: 2 (no figure)", _settings("default", "kernel 1", "kernel 3", "stride 2"), better("default", "kernel 1", "kernel 3", "stride 2")),
+    Claim("n4", "more than the stitching layers must train", "SN-Net Fig 9c: yes", _settings("snnet, one stage", "stitching layers only"), better("snnet, one stage", "stitching layers only")),
+    Claim("o1", "across gaps 3x3 and bottleneck beat linear adapters", "Traft, Cheney Fig 2: yes", _settings(*_GAPS), gaps(("gap conv3x3", "gap linear"), ("gap bottleneck", "gap linear"))),
+    Claim("o2", "a separate downsample is as good as a strided one", "Traft, Cheney Fig 2: better", _settings(*_GAPS), gaps(("gap conv3x3", "gap conv3x3 strided"), ("gap bottleneck", "gap bottleneck strided"), margin=1)),
+    Claim("o3", "a bottleneck is as good as a 3x3, for fewer operations", "Traft, Cheney Fig 3: yes", _settings(*_GAPS, "gap bottleneck undownsampled"), gaps(("gap bottleneck", "gap conv3x3"), ("gap bottleneck", "gap bottleneck undownsampled"), margin=1, cheaper=True)),
+    Claim("p", "parameters, operations and stitches are the papers'", "their tables", _settings(), counted),
+    Claim("S1", "importance ranks stitches drawn evenly as quality does", "ours: Spearman >= .6, 4 of 5", _settings("uniform, longer"), importance("uniform, longer"), tried="six scores, averages corrected for their short history or not, of a hundred visits or ten, fewer steps, every stitch on the same rows (LOG.md); more pictures (S1b)"),
+    Claim("S1b", "so it does with six times the pictures", "ours", _settings("uniform, longer, 60 shots"), importance("uniform, longer, 60 shots")),
+    Claim("S2", "no anchor starves: within 3 points of its own run, equal cost", "ours", _settings("default", *_BESIDE, "alone", "alone, equal cost"), starving("alone, equal cost", "default", "teacher beside, equal time"), tried="their share of the steps; all routes in one step, a taught small anchor (LOG.md)"),
     Claim("S3", "the dial never goes down beyond chance", "ours", _settings("default"), monotone),
-    Claim("S4", "the default beats ESTA and SN-Net in equal time", "ours: in every seed", _settings(*_SN_NET, "default, as long as snnet", "esta, equal time", "snnet, one stage, equal time"), equal_time(("default", "esta, equal time"), ("default, as long as snnet", "snnet"), ("default", "snnet, one stage, equal time")), tried="no word of the teacher, soft labels, fewer steps for anchors, floor, draws, `mean`, ridge (S5, S5b); rates and ranks, all routes in one step, four times the rate for stitching layers (LOG.md)"),
-    Claim("S4b", "its steps and draws beat SN-Net's three stages in equal time where all weights train in both", "ours", _settings("full", "alone full", "adapted full", "full, as long as adapted full", "snnet"), equal_time(("full, as long as adapted full", "snnet")), LANGUAGE),
-    Claim("S5", "the default beats what else was tried", "ours", _settings("default", *_REMEDIES), better("default", *_REMEDIES), VISION),
-    Claim("S5b", "the default beats what else was tried", "ours", _settings("default", "uniform", "no distillation", "soft distillation"), better("default", "uniform", "no distillation", "soft distillation"), LANGUAGE),
-    Claim("S6", "an alignment stage lifts the valley of anchors apart", "ours", _settings("apart", "apart, aligned"), aligned, LANGUAGE, only_if="the loss before any fine-tune, of one pair of anchors (another, on the books: alignment-books.txt)"),
-    Claim("S6b", "and something of that is left after the fine-tune", "ours", _settings("apart", "apart, aligned"), better("apart, aligned", "apart"), LANGUAGE),
+    Claim("S4", "the default beats ESTA and SN-Net in equal time", "ours: in every seed", _settings(*_SN_NET, "default, as long as snnet", "esta, equal time", "snnet, one stage, equal time"), equal_time(("default", "esta, equal time"), ("default, as long as snnet", "snnet"), ("default", "snnet, one stage, equal time")), tried="no distillation, soft labels, fewer steps for anchors, floor, draws, `mean`, ridge (S5); rates and ranks, all routes in one step, four times the rate for stitching layers (LOG.md)"),
+    Claim("S5", "the default beats what else was tried", "ours", _settings("default", *_REMEDIES), better("default", *_REMEDIES)),
 )  # fmt: skip

@@ -15,14 +15,14 @@ def shape(rows: Sequence[Row]) -> tuple[str, float, float]:
     """How far the stitches of some runs lie on a line between the anchors, the lowest Spearman, and the mean distance."""
     ranks, drops, off = [], [], []
     for row in rows:
-        stitches, metric = row["stitches"], row.metric
+        stitches, accuracy = row["stitches"], row.accuracy
         ranks.append(row["spearman"])
-        values = [metric[s["key"]] for s in stitches]
+        values = [accuracy[s["key"]] for s in stitches]
         pairs = [(i, j) for i in range(len(values)) for j in range(i)]
         drops.append(sum(values[i] < values[j] for i, j in pairs) / len(pairs))
-        ends = sorted((s["params"], metric[s["key"]]) for s in stitches if s["anchor"])
+        ends = sorted((s["params"], accuracy[s["key"]]) for s in stitches if s["anchor"])
         inner = [s for s in stitches if not s["anchor"]]
-        off.append(statistics.mean(metric[s["key"]] - line(ends, s["params"]) for s in inner))
+        off.append(statistics.mean(accuracy[s["key"]] - line(ends, s["params"]) for s in inner))
     here = (
         f"Spearman {spread(ranks, 2)}; inverted pairs {spread([100 * d for d in drops])} %; {spread(off)} off the line"
     )
@@ -34,17 +34,17 @@ def _part(lowest: float, off: float) -> str:
     return "holds" if lowest >= 0.9 and off >= -3 else "only in part" if lowest >= 0.5 else "does not"
 
 
-def interpolate(*names: str, peer: str | None = None) -> Callable[[Rows, str], Verdict]:
+def interpolate(*names: str, peer: str | None = None) -> Callable[[Rows], Verdict]:
     """The shape of the curve of each setting, and how far the first's lies above a peer's."""
 
-    def judge(rows: Rows, task: str) -> Verdict:
+    def judge(rows: Rows) -> Verdict:
         parts, found = [], []
         for name in names:
             here, *measures = shape(rows[name])
             parts.append(f"{name}: {here}")
             found.append(_part(*measures))
         if peer:
-            text, verdict = better(names[0], peer)(rows, task)
+            text, verdict = better(names[0], peer)(rows)
             parts.append(text)
             found.append(verdict)
         return "; ".join(parts), several(found)
@@ -52,21 +52,14 @@ def interpolate(*names: str, peer: str | None = None) -> Callable[[Rows, str], V
     return judge
 
 
-def starving(own: str, name: str, *beside: str, cheaper: str | None = None) -> Callable[[Rows, str], Verdict]:
+def starving(own: str, name: str, *beside: str) -> Callable[[Rows], Verdict]:
     """No anchor of `name` more than 3 points behind its `own` run, by the mean over the seeds: one run of one anchor varies by as
-    much as the bound. `beside` is told, not judged. Where `cheaper` own runs were better, as longer ones need not be, those decide.
-    """
+    much as the bound. `beside` is told, not judged."""
 
-    def judge(rows: Rows, task: str) -> Verdict:
+    def judge(rows: Rows) -> Verdict:
         found = {setting: gaps_to_alone(rows, setting, own) for setting in (name, *beside)}
         here = "; ".join(f"{setting}: {text}" for setting, (text, _) in found.items())
-        worst = found[name][1]
-        if cheaper:
-            text, other = gaps_to_alone(rows, name, cheaper)
-            steps = rows[cheaper][0]["settings"]["max_steps"]
-            here += f"; against its own run of {steps:,} steps, which cost less, {text}"
-            worst = min(worst, other)
-        return here, "holds" if worst >= -3 else "does not"
+        return here, "holds" if found[name][1] >= -3 else "does not"
 
     return judge
 
@@ -76,17 +69,17 @@ def gaps_to_alone(rows: Rows, name: str, own: str) -> tuple[str, float]:
     parts, worst = [], []
     for index in range(len(rows[name][0].anchors)):
         pairs = zip(rows[name], rows[own], strict=True)
-        gaps = [row.metric[sorted(row.anchors)[index]] - alone.metric[str(index)] for row, alone in pairs]
+        gaps = [row.accuracy[sorted(row.anchors)[index]] - alone.accuracy[str(index)] for row, alone in pairs]
         parts.append(f"anchor {index} {spread(gaps)}")
         worst.append(statistics.mean(gaps))
     return ", ".join(parts), min(worst)
 
 
-def importance(name: str) -> Callable[[Rows, str], Verdict]:
-    """Inside intervals of two and more stitches; rank by held-out metric decides, by held-out loss stands beside it, and how well
+def importance(name: str) -> Callable[[Rows], Verdict]:
+    """Inside intervals of two and more stitches; rank by held-out accuracy decides, by held-out loss stands beside it, and how well
     the held-out rows repeat themselves: what one half of them says of the other bounds what any score can be told to know."""
 
-    def judge(rows: Rows, task: str) -> Verdict:
+    def judge(rows: Rows) -> Verdict:
         found = [_ranked(row) for row in rows[name]]
         if not all(found):
             return "too few draws to tell", "open"
@@ -109,7 +102,7 @@ def _ranked(row: Row) -> dict[str, float]:
     """What importance, and one half of the held-out rows, say of the stitches of an interval: means over the intervals; empty
     where too few stitches were drawn."""
     rated = [s for s in row["stitches"] if s["importance"] is not None]
-    score, quality = {s["key"]: s["importance"] for s in rated}, row.metric
+    score, quality = {s["key"]: s["importance"] for s in rated}, row.accuracy
     less_loss = {key: -loss for key, loss in row["loss"].items()}
     here, there = row["halves"]
     groups = [[s["key"] for s in group if s["key"] in score] for group in row.intervals()]
@@ -147,24 +140,7 @@ def _ceiling(halves: float) -> float:
     return (2 * halves / (1 + halves)) ** 0.5 if halves > 0 else 0.0
 
 
-def aligned(rows: Rows, task: str) -> Verdict:
-    """Loss of the stitches on the task's rows before any training, over the line between the anchors', a mean. One pair of anchors
-    and no seed in it: how much, not how sure."""
-
-    def valley(row: Row, losses: dict[str, float]) -> float:
-        ends = sorted((s["params"], losses[s["key"]]) for s in row["stitches"] if s["anchor"])
-        return statistics.mean(losses[s["key"]] - line(ends, s["params"]) for s in row["stitches"] if not s["anchor"])
-
-    own = rows["apart, aligned"]
-    first = [valley(row, row["loss_unaligned"]) for row in own]
-    then = [valley(row, row["loss_fitted"]) for row in own]
-    seconds = [a["calibration_seconds"] - b["calibration_seconds"] for a, b in zip(own, rows["apart"])]
-    lifted = 1 - statistics.mean(then) / statistics.mean(first)
-    here = f"valley {statistics.mean(first):.2f} to {statistics.mean(then):.2f} nats ({100 * lifted:.0f} %) in {spread(seconds, 0)} s"
-    return here, "holds" if lifted > 0 else "does not"
-
-
-def monotone(rows: Rows, task: str) -> Verdict:
+def monotone(rows: Rows) -> Verdict:
     counts = [row.falls(half) for row in rows["default"] for half in (0, 1)]
     pairs, worse, beyond = (sum(values) for values in zip(*counts))
     if not pairs:

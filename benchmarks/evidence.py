@@ -1,10 +1,10 @@
 """The papers' claims, measured at demo scale: `make evidence`, or
 
-    python benchmarks/evidence.py --task vision|language [--seeds 0 1 2] [--only a c] [--workers 2]
+    python benchmarks/evidence.py [--seeds 0 1 2] [--only a c] [--workers 2]
 
 Peers, in the same run: each setting beside this package's default, anchors tuned alone by plain PEFT, SN-Net's procedure. Runs are
 independent processes of one thread each; a run that is done is read again, unless another version or machine wrote it: that is
-refused, and where the committed rows are of another all is measured anew into `runs/evidence-TASK`. Writes `rows/` and, of all
+refused, and where the committed rows are of another all is measured anew into `runs/evidence-vision`. Writes `rows/` and, of all
 claims, `evidence.json`, `table.txt` and `curves.png`; prints the table and, last, one JSON line.
 """
 
@@ -28,7 +28,7 @@ import torch
 from claims import CLAIMS, verdicts
 from rows import Row, Rows
 from studies import adapted_folder
-from tasks import ROOT, TASKS, Run
+from tasks import ROOT, Run, Vision
 
 from stitched_llama import StitchTrainingArguments
 from stitched_llama.bundles import write_atomically
@@ -38,11 +38,10 @@ from stitched_llama.training import dump_record, provenance
 def row_path(output: Path, run: Run) -> Path:
     """Where a run's row lies; the name changes with anything that decides what the run does, and says nothing of options left
     alone: a new one leaves the rows there are."""
-    own = [f for f in fields(StitchTrainingArguments) if f.name in StitchTrainingArguments.__annotations__]
-    ours = {f.name: f.default for f in own if f.default is not MISSING}
-    task = TASKS[run.task]
+    own = set(StitchTrainingArguments.__annotations__) - {"anchors_first"}  # for a second LoRA, which no run has
+    ours = {f.name: f.default for f in fields(StitchTrainingArguments) if f.name in own and f.default is not MISSING}
     unlike = {f.name: getattr(run, f.name) for f in fields(run) if getattr(run, f.name) != _default(f)}
-    decided = [unlike, task.steps, task.training, task.full_rate, task.ranks[run.family], ours]
+    decided = [unlike, Vision.steps, Vision.training, Vision.full_rate, Vision.ranks[run.family], ours]
     content = json.dumps(decided, sort_keys=True)
     name = run.name.replace(", ", "-").replace(" ", "-")
     return output / "rows" / f"{name}-{run.seed}-{hashlib.sha256(content.encode()).hexdigest()[:8]}.json"
@@ -52,9 +51,9 @@ def _default(field: Field) -> Any:
     return field.default if field.default_factory is MISSING else field.default_factory()
 
 
-def folder_of(task: str, here: dict[str, Any]) -> Path:
+def folder_of(here: dict[str, Any]) -> Path:
     """The committed results; a folder of one's own where other versions or another machine measured those."""
-    committed, own = ROOT / "benchmarks" / "results" / f"evidence-{task}", ROOT / "runs" / f"evidence-{task}"
+    committed, own = ROOT / "benchmarks" / "results" / "evidence-vision", ROOT / "runs" / "evidence-vision"
     row = next((committed / "rows").glob("*.json"), None)
     if row is None or not _unlike(json.loads(row.read_text()), here):
         return committed
@@ -103,7 +102,7 @@ def complete(runs: list[Run], output: Path, cache: Path, workers: int, smoke: bo
     is done again for these alone: its row stays, as steps of other rows follow from its seconds."""
 
     def left(run: Run) -> bool:
-        return adapted_folder(cache, run.task, run.name, run.seed, smoke).is_dir()
+        return adapted_folder(cache, run.name, run.seed, smoke).is_dir()
 
     missing = []
     for run in runs:
@@ -113,9 +112,9 @@ def complete(runs: list[Run], output: Path, cache: Path, workers: int, smoke: bo
         read_row(row_path(output, run), here)
         if (run.name, run.seed) in needed and not left(run):
             missing.append((run, cache / "again"))
-    anchors = {TASKS[r.task].place(cache, r.family, r.seed): (TASKS[r.task], r.family, r.seed) for r, _ in missing}
+    anchors = {(run.family, run.seed) for run, _ in missing}
     with ThreadPoolExecutor(workers) as pool:
-        list(pool.map(lambda made: made[0].prepare(cache, *made[1:]), anchors.values()))
+        list(pool.map(lambda made: Vision.prepare(cache, *made), sorted(anchors)))
         measured = pool.map(lambda one: measure(*one, cache, smoke), missing)
         for number, ((run, _), seconds) in enumerate(zip(missing, measured), 1):
             print(f"{number}/{len(missing)} {run.name}, seed {run.seed}: {seconds:.0f} s", flush=True)
@@ -134,7 +133,7 @@ def with_steps(run: Run, runs: list[Run], output: Path, here: dict) -> Run:
     if not all(paths[name].is_file() for name in (*run.lasts, run.rate_of)):
         return run  # asked with `--no_run` only: there is no row of it either
     rows = {name: read_row(paths[name], here) for name in (*run.lasts, run.rate_of)}
-    seconds = sum(rows[name]["train_seconds"] + rows[name].get("aligned_seconds", 0.0) for name in run.lasts)
+    seconds = sum(rows[name]["train_seconds"] for name in run.lasts)
     peer = rows[run.rate_of]
     steps = max(1, round(peer["settings"]["max_steps"] * seconds / peer["train_seconds"]))
     return replace(run, training={**run.training, "max_steps": steps})
@@ -147,14 +146,11 @@ def about(rows: list[Row]) -> str:
     return f"{len(rows)} rows of the commits {' '.join(commits)}; {unnamed} of them do not say the processor's model"
 
 
-def tabulate(found: list[dict[str, str]], made: dict[str, str], head: str, task: str) -> str:
+def tabulate(found: list[dict[str, str]], made: dict[str, str], head: str) -> str:
     """The table as text: anchors first, then a paragraph of columns for each claim."""
     widths = {"letter": 3, "claim": 32, "paper": 24, "here": 76, "verdict": 12}
     lines = [f"Trained: {text}" if name == "trained" else f"Anchors of {name}: {text}" for name, text in made.items()]
-    lines += textwrap.wrap(head, 150) + [
-        f"One claim alone: python benchmarks/evidence.py --task {task} --only LETTER",
-        "",
-    ]
+    lines += [*textwrap.wrap(head, 150), "One claim alone: python benchmarks/evidence.py --only LETTER", ""]
     for row in [{"letter": "", **{name: name for name in list(widths)[1:]}}, *found]:
         cells = [textwrap.wrap(row[name], width) or [""] for name, width in widths.items()]
         for parts in itertools.zip_longest(*cells, fillvalue=""):
@@ -165,11 +161,10 @@ def tabulate(found: list[dict[str, str]], made: dict[str, str], head: str, task:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure the papers' claims at demo scale.")
-    parser.add_argument("--task", choices=TASKS, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", help="claims by letter; all by default")
     parser.add_argument(
-        "--output", type=Path, help="default: benchmarks/results/evidence-TASK, where this machine measured that"
+        "--output", type=Path, help="default: benchmarks/results/evidence-vision, where this machine measured that"
     )
     parser.add_argument("--cache", type=Path, default=ROOT / "runs" / "evidence", help="anchors and adapted anchors")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
@@ -178,19 +173,15 @@ def main() -> None:
     options = parser.parse_args()
     cache = options.cache.resolve()
     cache.mkdir(parents=True, exist_ok=True)
-    claims = [
-        claim for claim in CLAIMS if options.task in claim.tasks and claim.letter in (options.only or claim.letter)
-    ]
+    claims = [claim for claim in CLAIMS if claim.letter in (options.only or claim.letter)]
     if not claims:
-        raise SystemExit(
-            f"no claim of {options.task} is called {options.only}; there are {', '.join(c.letter for c in CLAIMS)}"
-        )
-    settings = {run.name: run for claim in claims for run in claim.runs(options.task)}
-    runs = [replace(run, seed=run.seed + seed) for run in settings.values() for seed in options.seeds]
+        raise SystemExit(f"no claim is called {options.only}; there are {', '.join(c.letter for c in CLAIMS)}")
+    settings = {run.name: run for claim in claims for run in claim.runs()}
+    runs = [replace(run, seed=seed) for run in settings.values() for seed in options.seeds]
     torch.set_num_threads(1)  # as every run has it
     here = provenance()
-    smoke = cache / "smoke" / f"evidence-{options.task}"
-    output = options.output or (smoke if options.smoke else folder_of(options.task, here))
+    smoke = cache / "smoke" / "evidence-vision"
+    output = options.output or (smoke if options.smoke else folder_of(here))
     stages = [
         lambda run: not run.adapted and not run.lasts,
         lambda run: run.adapted and not run.lasts,
@@ -206,12 +197,12 @@ def main() -> None:
     runs = [run for run in done if row_path(output, run).is_file()]
 
     rows = Rows([Row(run.name, run.seed, read_row(row_path(output, run), here)) for run in runs])
-    found = verdicts(claims, rows, options.task, len(options.seeds))
-    made = {family or options.task: TASKS[options.task].made[family] for family in {run.family: None for run in runs}}
-    made["trained"] = TASKS[options.task].trained
-    table = tabulate(found, made, about(rows.rows), options.task)
+    found = verdicts(claims, rows, len(options.seeds))
+    made = {family or "vision": Vision.made[family] for family in {run.family: None for run in runs}}
+    made["trained"] = Vision.trained
+    table = tabulate(found, made, about(rows.rows))
     print(table)
-    command = f"python benchmarks/evidence.py --task {options.task} --seeds {' '.join(map(str, options.seeds))}"
+    command = f"python benchmarks/evidence.py --seeds {' '.join(map(str, options.seeds))}"
     command += " --no_run" * options.no_run
     if options.only:
         command += f" --only {' '.join(options.only)}"
@@ -227,7 +218,7 @@ def main() -> None:
     if not options.only:
         write_atomically(output / "table.txt", lambda path: Path(path).write_text(table + "\n"))
         write_atomically(output / "evidence.json", lambda path: Path(path).write_text(dump_record(record)))
-        rows.plot(output / "curves.png", options.task)
+        rows.plot(output / "curves.png")
     print(json.dumps(json.loads(dump_record(record))))
 
 

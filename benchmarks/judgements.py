@@ -44,9 +44,9 @@ def several(verdicts: Sequence[str]) -> str:
     return verdicts[0] if len(set(verdicts)) == 1 else " / ".join(verdicts)
 
 
-def better(name: str, *others: str) -> Callable[[Rows, str], Verdict]:
+def better(name: str, *others: str) -> Callable[[Rows], Verdict]:
     """`name` above each of `others`; dial, mean of all sizes and what trains stand there."""
-    return together(*(lambda rows, task, other=other: _compared(rows, name, other) for other in others))
+    return together(*(lambda rows, other=other: _compared(rows, name, other) for other in others))
 
 
 def _compared(rows: Rows, name: str, other: str) -> Verdict:
@@ -69,16 +69,16 @@ def _publish_stitches(rows: Rows, *names: str) -> bool:
     return any(row.publishes_stitches for name in names for row in rows[name])
 
 
-def start(rows: Rows, task: str) -> Verdict:
+def start(rows: Rows) -> Verdict:
     """Held-out loss of all sizes before any training, then the dial after it."""
     fitted, drawn = (rows.each(name, lambda row: statistics.mean(row["loss"].values())) for name in ("fitted", "drawn"))
-    here, verdict = better("default", "kaiming")(rows, task)
+    here, verdict = better("default", "kaiming")(rows)
     before = f"before training, loss of all {spread(fitted, 2)} and {spread(drawn, 2)} with kaiming"
     lower = sign([other - value for value, other in zip(fitted, drawn, strict=True)])
     return f"{before}; after it {here}", f"{lower} / {verdict}"
 
 
-def factor(index: int) -> Callable[[Rows, str], Verdict]:
+def factor(index: int) -> Callable[[Rows], Verdict]:
     """One factor of the three at a time, the other two held: the mean difference of the four pairs, by the dial where any of the
     eight settings publishes a stitch."""
 
@@ -91,7 +91,7 @@ def factor(index: int) -> Callable[[Rows, str], Verdict]:
                 other = next(n for n in FACTORS if n[index] != level and n[:index] + n[index + 1 :] == held)
                 yield "+".join(held), FACTORS[names], FACTORS[other]
 
-    def judge(rows: Rows, task: str) -> Verdict:
+    def judge(rows: Rows) -> Verdict:
         def effect(measure: Callable[[Row], float]) -> tuple[list[float], str]:
             each = {held: rows.differences(name, other, measure) for held, name, other in pairs()}
             told = ", ".join(f"{held} {spread(values)}" for held, values in each.items())
@@ -106,7 +106,7 @@ def factor(index: int) -> Callable[[Rows, str], Verdict]:
     return judge
 
 
-def cost(rows: Rows, task: str) -> Verdict:
+def cost(rows: Rows) -> Verdict:
     """Quality of the default against SN-Net's in one stage, then in its own three, of as many steps without those of the anchors;
     memory of training and numbers that train against the former."""
     parts, peer = [], "snnet, one stage"
@@ -123,11 +123,11 @@ def cost(rows: Rows, task: str) -> Verdict:
     return "; ".join(parts), " / ".join([*quality, sign(less), sign(fewer)])
 
 
-def alike(name: str, *others: Sequence[str]) -> Callable[[Rows, str], Verdict]:
+def alike(name: str, *others: Sequence[str]) -> Callable[[Rows], Verdict]:
     """That `name` is as good as each of others, which is the best by the mean of several settings: not where the difference is
     beyond chance, open where it is 2 points or more nevertheless."""
 
-    def judge(rows: Rows, task: str) -> Verdict:
+    def judge(rows: Rows) -> Verdict:
         parts, found = [], []
         for peers in others:
             best = max(peers, key=lambda peer: statistics.mean(rows.each(peer, lambda row: row.front)))
@@ -140,20 +140,20 @@ def alike(name: str, *others: Sequence[str]) -> Callable[[Rows, str], Verdict]:
     return judge
 
 
-def together(*judges: Callable[[Rows, str], Verdict]) -> Callable[[Rows, str], Verdict]:
+def together(*judges: Callable[[Rows], Verdict]) -> Callable[[Rows], Verdict]:
     """Several judgements of one claim."""
 
-    def judge(rows: Rows, task: str) -> Verdict:
-        found = [one(rows, task) for one in judges]
+    def judge(rows: Rows) -> Verdict:
+        found = [one(rows) for one in judges]
         return "; ".join(here for here, _ in found), several([verdict for _, verdict in found])
 
     return judge
 
 
-def ascending(*names: str) -> Callable[[Rows, str], Verdict]:
+def ascending(*names: str) -> Callable[[Rows], Verdict]:
     """Each setting above the one before it, by the dial."""
 
-    def judge(rows: Rows, task: str) -> Verdict:
+    def judge(rows: Rows) -> Verdict:
         dials = [rows.each(name, lambda row: row.front) for name in names]
         here = ", ".join(f"{name} {spread(values)}" for name, values in zip(names, dials))
         steps = [[b - a for a, b in zip(low, high, strict=True)] for low, high in zip(dials, dials[1:])]
@@ -162,7 +162,7 @@ def ascending(*names: str) -> Callable[[Rows, str], Verdict]:
     return judge
 
 
-def angles(rows: Rows, task: str) -> Verdict:
+def angles(rows: Rows) -> Verdict:
     """Larger angles, and more pairs that pull apart."""
     parts, found = [], []
     for name in ("angles, target", "angles, source"):
@@ -172,7 +172,7 @@ def angles(rows: Rows, task: str) -> Verdict:
     return "; ".join(parts), " / ".join(sign([a - b for a, b in zip(*pair)]) for pair in zip(*found))
 
 
-def differ(name: str, other: str, *same: str) -> Callable[[Rows, str], Verdict]:
+def differ(name: str, other: str, *same: str) -> Callable[[Rows], Verdict]:
     """Whether the most important stitch of an interval changes with the task more often than with the draws (`same`)."""
 
     def share(one: Row, another: Row) -> float:
@@ -185,7 +185,7 @@ def differ(name: str, other: str, *same: str) -> Callable[[Rows, str], Verdict]:
                 changed.append(best != max(known, key=lambda s: scores[s["key"]])["key"])
         return statistics.mean(changed) if changed else 0.0
 
-    def judge(rows: Rows, task: str) -> Verdict:
+    def judge(rows: Rows) -> Verdict:
         across = list(map(share, rows[name], rows[other]))
         within = [statistics.mean(values) for values in zip(*(map(share, rows[name], rows[peer]) for peer in same))]
         here = f"another stitch in {spread([100 * a for a in across], 0)} % of the intervals, with other draws in {spread([100 * w for w in within], 0)} %"
@@ -194,15 +194,15 @@ def differ(name: str, other: str, *same: str) -> Callable[[Rows, str], Verdict]:
     return judge
 
 
-def gaps(*pairs: tuple[str, str], margin: float = 0.0, cheaper: bool = False) -> Callable[[Rows, str], Verdict]:
+def gaps(*pairs: tuple[str, str], margin: float = 0.0, cheaper: bool = False) -> Callable[[Rows], Verdict]:
     """Mean quality and operations of the stitches that cross a gap, and whether the first of a pair is better than the other;
     than the other less `margin` points, where as good is enough; and, with `cheaper`, takes fewer operations."""
 
     def inner(row: Row, what: str) -> float:
         own = [s for s in row["stitches"] if s["gap"]]
-        return statistics.mean(row.metric[s["key"]] if what == "quality" else s["macs"] for s in own)
+        return statistics.mean(row.accuracy[s["key"]] if what == "quality" else s["macs"] for s in own)
 
-    def judge(rows: Rows, task: str) -> Verdict:
+    def judge(rows: Rows) -> Verdict:
         parts, found = [], []
         for name, other in pairs:
             difference = rows.differences(name, other, lambda row: inner(row, "quality"))
@@ -216,7 +216,7 @@ def gaps(*pairs: tuple[str, str], margin: float = 0.0, cheaper: bool = False) ->
     return judge
 
 
-def counted(rows: Rows, task: str) -> Verdict:
+def counted(rows: Rows) -> Verdict:
     import counts
 
     printed = [(published, ours) for _, _, published, ours, _ in counts.rows() if published == published]
@@ -226,7 +226,7 @@ def counted(rows: Rows, task: str) -> Verdict:
     )
 
 
-def equal_time(*pairs: tuple[str, str]) -> Callable[[Rows, str], Verdict]:
+def equal_time(*pairs: tuple[str, str]) -> Callable[[Rows], Verdict]:
     """Each pair is two settings that were to take as long, all stages counted: SN-Net adapts its anchors first."""
 
     def seconds(rows: Rows, name: str) -> list[float]:
@@ -234,10 +234,10 @@ def equal_time(*pairs: tuple[str, str]) -> Callable[[Rows, str], Verdict]:
         own = rows.each(name, lambda row: row["train_seconds"])
         return [a + b for a, b in zip(own, seconds(rows, adapted))] if adapted else own
 
-    def judge(rows: Rows, task: str) -> Verdict:
+    def judge(rows: Rows) -> Verdict:
         parts, found = [], []
         for one, other in pairs:
-            here, verdict = better(one, other)(rows, task)
+            here, verdict = better(one, other)(rows)
             times = " to ".join(spread(seconds(rows, name), 0) for name in (one, other))
             parts.append(f"{here}, {times} s")
             found.append(verdict)

@@ -24,14 +24,14 @@ class Row:
         return self.content[name]
 
     @property
-    def metric(self) -> dict[str, float]:
+    def accuracy(self) -> dict[str, float]:
         """key -> points of 100."""
-        return {key: 100 * value for key, value in self.content[self.content["metric"]].items()}
+        return {key: 100 * value for key, value in self["accuracy"].items()}
 
     @property
     def mean(self) -> float:
         """Mean quality of all stitches."""
-        return statistics.mean(self.metric.values())
+        return statistics.mean(self.accuracy.values())
 
     @property
     def anchors(self) -> list[str]:
@@ -110,7 +110,7 @@ class Rows:
         """`name` less `other`, seed by seed."""
         return [a - b for a, b in zip(self.each(name, measure), self.each(other, measure), strict=True)]
 
-    def plot(self, path: Path, task: str) -> None:
+    def plot(self, path: Path) -> None:
         """Quality against parameters: the default's stitches with anchors starred, and the dials it and its peers give, chosen on
         one half of the held-out rows and judged on the other."""
         import matplotlib
@@ -134,7 +134,7 @@ class Rows:
             )
             stitches = rows[0]["stitches"]
             size = [s["params"] for s in stitches]
-            values = [[row.metric[s["key"]] for row in rows] for s in stitches]
+            values = [[row.accuracy[s["key"]] for row in rows] for s in stitches]
             middle = [statistics.mean(v) for v in values]
             if name == "default":
                 reach = [
@@ -150,11 +150,11 @@ class Rows:
         if alone and self["default"]:
             params = {s["key"]: s["params"] for s in self["default"][0]["stitches"] if s["anchor"]}
             size = [params[key] for key in sorted(params)]
-            quality = [statistics.mean(row.metric[str(i)] for row in alone) for i in range(len(size))]
+            quality = [statistics.mean(row.accuracy[str(i)] for row in alone) for i in range(len(size))]
             axis.plot(size, quality, "D", color="black", label="anchor tuned alone by LoRA")
         axis.set_xlabel("parameters of the stitch")
-        axis.set_ylabel("accuracy (%)" if task == "vision" else "exact match (%)")
-        axis.set_title(f"{task}: every stitch and its peers; stars are the anchors")
+        axis.set_ylabel("accuracy (%)")
+        axis.set_title("vision: every stitch and its peers; stars are the anchors")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.12))
         write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=120, format="png"))

@@ -1,4 +1,4 @@
-"""One fine-tune of the evidence: a task, a seed, and what differs from this package's defaults.
+"""One fine-tune of the evidence: a seed, and what differs from this package's defaults.
 
     python benchmarks/studies.py RUN.json ROW.json
 
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from peers import attach_peer
-from tasks import TASKS, Run
+from tasks import Run, Vision
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
@@ -35,7 +35,7 @@ def execute(run: Run, cache: Path, smoke: bool = False) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     set_seed(run.seed)
-    task = TASKS[run.task](cache, run)
+    task = Vision(cache, run)
     full = run.pst.get("full", False)
     rate = {"learning_rate": task.full_rate} if full else {}
     settings = {"max_steps": task.steps, **task.training, **rate, **run.training}
@@ -48,7 +48,7 @@ def execute(run: Run, cache: Path, smoke: bool = False) -> dict[str, Any]:
     )  # fmt: skip
     measure = _alone if run.kind == "alone" else _stitched
     row = measure(run, task, arguments, cache, smoke)
-    return provenance() | {"run": asdict(run), "settings": settings, "metric": task.metric} | row
+    return provenance() | {"run": asdict(run), "settings": settings} | row
 
 
 def _stitched(run: Run, task: Any, arguments: Any, cache: Path, smoke: bool) -> dict[str, Any]:
@@ -57,7 +57,7 @@ def _stitched(run: Run, task: Any, arguments: Any, cache: Path, smoke: bool) -> 
 
     anchors = task.anchors
     if run.adapted:
-        folder = adapted_folder(cache, run.task, run.adapted, run.seed, smoke)
+        folder = adapted_folder(cache, run.adapted, run.seed, smoke)
         anchors = [str(folder / str(i)) for i in range(len(anchors))]
     model = task.model(anchors, run.space)
     row: dict[str, Any] = {}
@@ -66,34 +66,30 @@ def _stitched(run: Run, task: Any, arguments: Any, cache: Path, smoke: bool) -> 
         for layer in model.stitching_layers.values():
             layer.init_kaiming()
     else:
-        steps = min(run.align, 2) if smoke else run.align
-        found = model.calibrate(task.calibration(), shared=run.init, ridge=run.ridge, align_steps=steps, progress=False)
-        row["aligned_seconds"] = round(time.process_time() - start, 1) if run.align else 0.0
-        row |= {"r2": found.r2, "loss_fitted": found.loss, "loss_unaligned": found.loss_unaligned}
+        found = model.calibrate(task.calibration(), shared=run.init, ridge=run.ridge, progress=False)
+        row |= {"r2": found.r2, "loss_fitted": found.loss}
     row["calibration_seconds"] = round(time.process_time() - start, 1)
     held_out = _batches(task)
     if run.kind == "untrained":
-        return row | {"train_seconds": 0.0} | _quality(model, held_out, task.metric)
+        return row | {"train_seconds": 0.0} | _quality(model, held_out)
     pst = run.pst if run.pst.get("full") else {"rank": task.rank, **run.pst}
     model.attach_pst(sl.PSTConfig(**pst))
     if run.peer:
         attach_peer(model, run.peer, _ranks(task))
     row["trained"] = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    trainer = getattr(sl, task.trainer)(
-        model=model, args=arguments, train_dataset=task.train, data_collator=task.collate
-    )
+    trainer = sl.StitchImageTrainer(model=model, args=arguments, train_dataset=task.train, data_collator=task.collate)
     before, start = _memory(reset=True), time.process_time()
     trainer.train()
     row["train_seconds"] = round(time.process_time() - start, 1)
     row["memory_mb"] = None if before is None else round((_memory() - before) / 1024, 1)
     start = time.process_time()
-    row |= _quality(model, held_out, task.metric, run.hits)
+    row |= _quality(model, held_out, run.hits)
     row["evaluation_seconds"] = round(time.process_time() - start, 1)
     row["stitches"] = [
         {"key": s.key, "params": s.params, "macs": s.macs, "anchor": s.is_anchor, "importance": trainer.importance.averages.get(s.key),
          "visits": trainer.importance.visits.get(s.key, 0), "gap": _crosses(model, s)} for s in model.space
     ]  # fmt: skip
-    row["spearman"] = spearman([s.params for s in model.space], [row[task.metric][s.key] for s in model.space])
+    row["spearman"] = spearman([s.params for s in model.space], [row["accuracy"][s.key] for s in model.space])
     if run.angles:
         row["angles"] = _angles(model, task)
     return row
@@ -106,21 +102,21 @@ def _alone(run: Run, task: Any, arguments: Any, cache: Path, smoke: bool) -> dic
 
     from stitched_llama.training import evaluate_plain
 
-    row: dict[str, Any] = {task.metric: {}, "loss": {}, "train_seconds": 0.0, "trained": 0}
-    folder = adapted_folder(cache, run.task, run.name, run.seed, smoke)
+    row: dict[str, Any] = {"accuracy": {}, "loss": {}, "train_seconds": 0.0, "trained": 0}
+    folder = adapted_folder(cache, run.name, run.seed, smoke)
     shutil.rmtree(folder, ignore_errors=True)
     arguments.label_names = ["labels"]
     for index, (anchor, rank) in enumerate(zip(task.anchors, _ranks(task))):
         model = task.plain(anchor)
         if not run.pst.get("full"):
-            lora = LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS, modules_to_save=task.head or None)
+            lora = LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS, modules_to_save=["classifier"])
             model = get_peft_model(model, lora)
         start = time.process_time()
         Trainer(model=model, args=arguments, train_dataset=task.train, data_collator=task.collate).train()
         row["train_seconds"] += time.process_time() - start
         row["trained"] += sum(p.numel() for p in model.parameters() if p.requires_grad)
         scores = evaluate_plain(model, _batches(task))
-        row["loss"][str(index)], row[task.metric][str(index)] = scores["loss"], scores[task.metric]
+        row["loss"][str(index)], row["accuracy"][str(index)] = scores["loss"], scores["accuracy"]
         plain = model if run.pst.get("full") else model.merge_and_unload()
         plain.save_pretrained(folder / str(index))
         task.processor.save_pretrained(folder / str(index))
@@ -137,24 +133,22 @@ def _batches(task: Any) -> list[dict[str, Any]]:
     return list(batches(task.test, task.collate, min(96, len(task.test) // 2)))
 
 
-def _quality(model: Any, held_out: list[dict], metric: str, hits: bool = False) -> dict[str, Any]:
-    """Loss and metric of every stitch on all held-out rows, the metric on either half of them, and row by row with `hits`: a
+def _quality(model: Any, held_out: list[dict], hits: bool = False) -> dict[str, Any]:
+    """Loss and accuracy of every stitch on all held-out rows, the accuracy on either half of them, and row by row with `hits`: a
     hexadecimal number a stitch and half, whose bits are the rows, the first the highest."""
     import torch
 
-    from stitched_llama.training import image_scores, response_scores
+    from stitched_llama.training import image_scores
 
-    images = metric == "accuracy"
     rows = [sum(len(batch["labels"]) for batch in held_out[half::2]) for half in (0, 1)]
-    found: dict[str, Any] = {"loss": {}, metric: {}, "halves": [{}, {}], "half_rows": rows, "hits": [{}, {}]}
+    found: dict[str, Any] = {"loss": {}, "accuracy": {}, "halves": [{}, {}], "half_rows": rows, "hits": [{}, {}]}
     model.eval()
     for key in model.keys:
         losses, right = [], []
         with torch.no_grad():
             for batch in held_out:
-                inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-                logits = model(**inputs, stitch_id=key, **({} if images else {"use_cache": False})).logits
-                loss, count, hit = (image_scores if images else response_scores)(logits, batch["labels"])
+                logits = model(batch["pixel_values"], stitch_id=key).logits
+                loss, count, hit = image_scores(logits, batch["labels"])
                 losses.append((float(loss.double().sum()), float(count.double().sum())))
                 right.append(hit.int().tolist())
         found["loss"][key] = sum(loss for loss, _ in losses) / sum(count for _, count in losses)
@@ -162,7 +156,7 @@ def _quality(model: Any, held_out: list[dict], metric: str, hits: bool = False) 
             own = [hit for part in right[half::2] for hit in part]
             found["halves"][half][key] = sum(own) / len(own)
             found["hits"][half][key] = f"{int(''.join(map(str, own)), 2):x}"
-        found[metric][key] = sum(map(sum, right)) / sum(map(len, right))
+        found["accuracy"][key] = sum(map(sum, right)) / sum(map(len, right))
     if not hits:
         del found["hits"]
     return found
@@ -223,9 +217,9 @@ def _angles(model: Any, task: Any) -> dict[str, float]:
     }
 
 
-def adapted_folder(cache: Path, task: str, name: str, seed: int, smoke: bool) -> Path:
+def adapted_folder(cache: Path, name: str, seed: int, smoke: bool) -> Path:
     """Where an `alone` run leaves its anchors."""
-    return cache / ("adapted-smoke" if smoke else "adapted") / f"{task}-{name}-{seed}-{TASKS[task].steps}"
+    return cache / ("adapted-smoke" if smoke else "adapted") / f"{name}-{seed}-{Vision.steps}"
 
 
 def main() -> None:

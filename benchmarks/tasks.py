@@ -1,4 +1,4 @@
-"""What the evidence is measured on: the description of a run, and the two tasks with their anchors and data."""
+"""What the evidence is measured on: the description of a run, and its anchors and data."""
 
 from __future__ import annotations
 
@@ -8,11 +8,9 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-DEMO = ROOT / "data" / "anchors"
 
 
 @dataclass(frozen=True)
@@ -21,24 +19,22 @@ class Run:
 
     Attributes:
         name: of the setting, equal over seeds.
-        space, pst, training: options of `StitchSpace`, `PSTConfig` and `StitchTrainingArguments` unlike the task's own.
+        space, pst, training: options of `StitchSpace`, `PSTConfig` and `StitchTrainingArguments` unlike `Vision`'s.
         kind: `"stitched"`; `"untrained"`, the same without any training; or `"alone"`: each anchor by plain PEFT LoRA, or whole
             where `pst` says `full`.
-        family: anchors other than the task's first family.
+        family: anchors other than the ViTs.
         init: start of the stitching layers: `"joint"`, `"mean"` (both least squares) or `"kaiming"`.
         ridge: of the least squares, relative to the mean variance of the features.
-        align: steps of the alignment stage of `calibrate`.
         adapted: name of an `alone` run of this seed whose tuned anchors are stitched: adapt-then-stitch.
         peer: what trains instead of LoRA or the biases (`peers.py`).
-        part: of the task's data: `"source"`, what the anchors were pretrained on (vision); all for `""`.
-        shots: pictures a class (vision); 0 is the task's own.
+        part: of the data: `"source"`, what the anchors were pretrained on; all for `""`.
+        shots: pictures a class; 0 for ten.
         angles: also the pairwise gradient angles between stitches at the end.
         hits: also which held-out rows each stitch got right.
         lasts: names of runs of this seed; this one takes as many steps as fit into their seconds.
         rate_of: the run whose seconds a step tell how many those are.
     """
 
-    task: str
     name: str
     seed: int
     space: dict = field(default_factory=dict)
@@ -48,7 +44,6 @@ class Run:
     family: str = ""
     init: str = "joint"
     ridge: float = 1e-4
-    align: int = 0
     adapted: str | None = None
     peer: str = ""
     part: str = ""
@@ -62,8 +57,6 @@ class Run:
 class Vision:
     """Anchors of scikit-learn's digits 0 to 6 (`data/make_vits.py`, a family of its own for each seed), adapted to all ten."""
 
-    metric, trainer = "accuracy", "StitchImageTrainer"
-    head = ["classifier"]
     steps = 900
     training = {
         "per_device_train_batch_size": 32, "global_batch_size": 32, "learning_rate": 5e-3, "weight_decay": 1e-4,
@@ -142,85 +135,6 @@ class Vision:
         return AutoModelForImageClassification.from_pretrained(
             anchor, ignore_mismatched_sizes=True, trust_remote_code=False, id2label=dict(enumerate(self.names))
         )
-
-
-class Language:
-    """Two byte-level LLaMAs, fine-tuned on 24 instruction skills (`data/skills.py`).
-
-    Every seed of a fine-tune starts from the same anchors.
-    """
-
-    metric, trainer = "exact_match", "StitchTrainer"
-    head: list[str] = []
-    ranks = {"": 32, "second": 32, "apart": 32}
-    space: dict = {}
-    steps = 900
-    training = {
-        "per_device_train_batch_size": 16, "global_batch_size": 16, "learning_rate": 6e-3, "weight_decay": 1e-4,
-        "warmup_steps": 0.06, "interval_count": 6,
-    }  # fmt: skip
-    full_rate = 1e-3
-    made = {
-        "": "the demo's pair (data/anchors), 128 and 76 wide, 9 and 7 blocks; the small one cut from the large and aligned to it",
-        "second": "such a pair of another seed, 1,000 and 500 steps instead of 3,000 and 1,500",
-        "apart": "the demo's large one, and a small one of its shape trained by itself, neither cut nor aligned",
-    }
-    trained = "steps of 24 x 128 bytes of terse skills and English documentation, no instruction among them"
-
-    def __init__(self, cache: Path, run: Run):
-        from transformers import AutoTokenizer
-
-        from stitched_llama.training import Collator, InstructionDataset, pad_token_id, read_rows, template
-
-        own = self.place(cache, run.family, run.seed)
-        places = {"": (DEMO, DEMO), "second": (own, own), "apart": (own, DEMO)}[run.family]
-        self.anchors = [str(place / name) for place, name in zip(places, ("small", "large"))]
-        self.rank = self.ranks[run.family]
-        self.processor = tokenizer = AutoTokenizer.from_pretrained(self.anchors[0], trust_remote_code=False)
-        self.collate = Collator(pad_token_id(tokenizer))
-        rows = [read_rows(str(cache / "skills" / name)) for name in ("train.json", "heldout.json")]
-        self.train, self.test = (
-            InstructionDataset(part, tokenizer, template("short", tokenizer), 128) for part in rows
-        )
-
-    @staticmethod
-    def place(cache: Path, family: str, seed: int) -> Path:
-        """The folder of a family's anchors; of the skills for the demo's own."""
-        return cache / (f"language-{family}" if family else "skills")
-
-    @classmethod
-    def prepare(cls, cache: Path, family: str, seed: int) -> None:
-        """Makes skills, which every family meets, and anchors that are not there yet."""
-        folder, make = cls.place(cache, family, seed), ("data/make_anchors.py", "--preset", "demo", "--threads", 1)
-        skills = cls.place(cache, "", seed)
-        with _SKILLS:
-            if not skills.is_dir():
-                _python("data/skills.py", output=skills)
-        if folder.is_dir():
-            return
-        if family == "apart":
-            _python(*make, "--large", "data/anchors/large", "--apart", "--seed", 1, output=folder)
-        else:
-            _python(*make, "--large-steps", 1000, "--small-steps", 500, "--seed", 2, output=folder)
-
-    def model(self, anchors: list[str], space: dict) -> Any:
-        import stitched_llama as sl
-
-        return sl.StitchedLlamaForCausalLM.from_anchors(anchors, **{**self.space, **space}, dtype="float32")
-
-    def calibration(self) -> Any:
-        from stitched_llama.training import batches
-
-        return batches(self.train, self.collate, 32, limit=512)
-
-    def plain(self, anchor: str) -> Any:
-        from transformers import AutoModelForCausalLM
-
-        return AutoModelForCausalLM.from_pretrained(anchor, dtype="float32", trust_remote_code=False)
-
-
-_SKILLS = Lock()  # families are made side by side
-TASKS: dict[str, type] = {"vision": Vision, "language": Language}
 
 
 def _python(*arguments: Any, output: Path) -> None:

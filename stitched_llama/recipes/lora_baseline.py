@@ -1,6 +1,6 @@
 """Fine-tune each anchor alone with plain PEFT LoRA (Alpaca-LoRA): the peers that every stitched run is set beside.
 
-    stitched-llama baseline --anchors data/anchors/small data/anchors/large --data train.json ...
+    stitched-llama baseline --anchors SMALL LARGE --data train.json ...
 
 That is this file, `recipes/lora_baseline.py` of a checkout.
 Same rows, template and optimiser as `finetune_alpaca.py`, anchors as they are stored; nothing of `stitched_llama.models` is used.
