@@ -1,6 +1,6 @@
 """Sizes between two models that cost no training, on the rows a fine-tune is judged on.
 
-    python benchmarks/untrained.py --anchors SMALL LARGE --eval_data ROWS --eval_size 96 --out rivals.json [--bf16]
+    python benchmarks/untrained.py --anchors SMALL LARGE --data ROWS --eval_data ROWS --eval_size 96 --out rivals.json [--bf16]
 
 SMALL was made from LARGE by `stitched-llama shrink` at equal width. Boomerang distillation (arXiv 2510.05064): blocks of the small model
 are exchanged for the large model's from the last to the first (`small first`) or the other way round (`large first`, every second size). Block dropping:
@@ -67,7 +67,7 @@ def without(model: Any, dropped: set[int]) -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure sizes between that cost no training.")
     parser.add_argument("--anchors", nargs=2, required=True, help="folders or Hub ids, small and large")
-    parser.add_argument("--data", default=None, help="rows to rank the blocks by; by default those held out")
+    parser.add_argument("--data", required=True, help="rows to rank the blocks by, not those held out")
     parser.add_argument("--eval_data", required=True)
     parser.add_argument("--eval_size", type=int, default=96)
     parser.add_argument("--max_length", type=int, default=256)
@@ -81,7 +81,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     options.train_split = options.eval_split = "train"
-    options.on_bad_row, options.data = "skip", options.data or options.eval_data
+    options.on_bad_row = "skip"
     start, autocast = time.time(), torch.bfloat16 if options.bf16 else None
     tokenizer = load_tokenizer(options.anchors[0])
     prompt = template(options.template, tokenizer)

@@ -174,10 +174,10 @@ class StitchTrainingArguments(TrainingArguments):
         },
     )
     anchors_first: float = field(
-        default=0.5,
+        default=0.6,
         metadata={
             "help": "With --stitch_rank: share of the steps, at the beginning, that train each anchor as it would alone; the rest train "
-            "the stitches on the frozen anchors."
+            "the stitches on the frozen anchors. With 0.6 the whole run costs about twice what the anchors' own steps cost."
         },
     )
     inplace_teacher: bool = field(
