@@ -38,17 +38,17 @@ define family
 	$(BIN)/python demo/documentation.py --output $(1)/data
 endef
 
-# Ten sizes, 60 steps of 8 rows.
+# Ten sizes, 40 steps of 8 rows.
 demo: setup
 	$(call family,$(OUT))
 	$(LAUNCH) recipes/finetune_alpaca.py $(call FAMILY,$(OUT)) --adapter identity --routes $(ROUTES) --interval_count 8 \
-	  --eval_size 48 --max_steps 60 --anchors_first 0.4 --no_evaluate_before --output_dir $(OUT)
+	  --eval_size 48 --max_steps 40 --anchors_first 0.5 --no_evaluate_before --output_dir $(OUT)
 
-# All fifteen sizes: routes searched, evaluated before and after 300 steps, questions answered by four sizes.
+# All fifteen sizes: routes searched, evaluated before and after 200 steps.
 demo-real: setup
 	$(call family,$(REAL))
 	$(LAUNCH) recipes/finetune_alpaca.py $(call FAMILY,$(REAL)) --routes greedy --interval_count 13 --eval_size 64 \
-	  --max_steps 200 --anchors_first 0.4 --output_dir $(REAL)
+	  --max_steps 200 --output_dir $(REAL)
 
 # Three ViTs made here on seven of scikit-learn's digits, adapted to all ten with ten pictures a class.
 demo-vision: setup
