@@ -14,6 +14,7 @@ from typing import Any
 
 from stitched_llama.space import format_count, staircase_gain
 
+_COSTS = {"params": "params", "macs": "macs_per_token"}
 Point = tuple[float, float, float]  # cost, loss on the rows that choose, loss on the rows that are shown
 
 
@@ -23,12 +24,13 @@ def read_run(path: Path, by: str) -> tuple[list[Point], dict[str, list[Point]]]:
     between, anchors = [], {}
     for stitch in row["table"]["stitches"]:
         values = stitch["metrics"]
-        found = [(stitch[by], values["loss"], values["loss_test"])]
+        cost = stitch[_COSTS[by]]
+        found = [(cost, values["loss"], values["loss_test"])]
         if ">" in stitch["key"]:
             between += found
         else:
             alone = row["baselines"].get(stitch["key"])
-            anchors[stitch["key"]] = found + ([(stitch[by], alone["loss"], alone["loss_test"])] if alone else [])
+            anchors[stitch["key"]] = found + ([(cost, alone["loss"], alone["loss_test"])] if alone else [])
     return between, anchors
 
 

@@ -1,8 +1,11 @@
 """Palette gain: what sizes between two anchors are worth, against figures worked out by hand."""
 
+import json
 import math
+import random
 
 import pytest
+from conftest import ROOT
 
 from stitched_llama import StitchSpace, StitchTable, palette_gain
 from stitched_llama.space import palette_gains
@@ -93,3 +96,26 @@ def test_bad_input_is_named(space):
 def test_gains_of_every_metric_with_test_rows(space):
     made = table(line(space)).with_metrics("exact_match", line(space))
     assert palette_gains(space, made) == {"loss": {"params": pytest.approx(0.4), "macs": pytest.approx(0.4)}}
+
+
+def test_the_staircase_of_a_result_says_what_the_package_says(space, tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import staircase
+
+    rng = random.Random(0)
+    losses = {stitch.key: 3 - stitch.params / space.anchor_stitch(-1).params + rng.random() / 9 for stitch in space}
+    table = StitchTable().with_metrics("loss", losses, decides=True)
+    table = table.with_metrics("loss_test", {key: value + rng.random() / 9 for key, value in losses.items()})
+    alone = {space.anchor_stitch(0).key: {"loss": 2.2, "loss_test": 2.3}}
+    row = {"table": table.to_dict(space), "baselines": alone}
+    (tmp_path / "result.json").write_text(json.dumps(row))
+    points = [{"params": s.params, "macs": s.macs, "loss": 9.0, "loss_test": 9.0} for s in space]
+    (tmp_path / "untrained.json").write_text(json.dumps({"methods": {"nothing": points}}))
+    out = tmp_path / "stairs.png"
+    words = [f"ours={tmp_path / 'result.json'}", "--untrained", str(tmp_path / "untrained.json"), "--out", str(out)]
+    monkeypatch.setattr("sys.argv", ["staircase.py", *words])
+    staircase.main()
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])["palette_gain"]
+    wanted = {by: round(palette_gain(space, table, alone, "loss", by), 3) for by in ("params", "macs")}
+    assert told == {"ours": wanted, "nothing": {"params": 0.0, "macs": 0.0}}
+    assert out.read_bytes().startswith(b"\x89PNG")
