@@ -29,7 +29,7 @@ _DTYPES = ("F64", "F32", "BF16", "F16", "I8")
 
 
 def dump_json(content: Any) -> str:
-    """JSON as every file of the project has it: sorted keys, two spaces, a final newline."""
+    """The JSON format of all files of the project: sorted keys, two spaces, a final newline."""
     return json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
 

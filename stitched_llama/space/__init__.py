@@ -1,20 +1,20 @@
 """The space of stitches and their costs: plain values, standard library only (a Hub id needs huggingface_hub).
 
-spec      what a space knows of an anchor
-fields    its fields, checked for type and size
-text      text of others in messages
+spec      sizes of an anchor
+fields    fields of a config.json, checked for type and range
+text      printable text and errors of other libraries in one line
 decoders  specs of LLaMA-like decoders
-vision_transformers, convolutions   specs of image classifiers; image_parts is what they share
-lineage   what a shrunk anchor says of the model it was cut from
-families  which family reads which config.json
+vision_transformers, convolutions   specs of image classifiers; image_parts is shared by them
+lineage   shrunk_from: the model that a shrunk anchor was cut from
+families  the spec function of each model_type
 configs   reads config.json from a folder or the Hub
 rules     which blocks may be joined
-given     junctions and routes given one by one
+given     explicit junctions and routes
 adapters  kinds of stitching layers and their cost
 stitch    segments, junctions, stitches
 cost      exact cost of a route
-space     all stitches of a family, in order
-budget    what a user can afford
+space     all stitches of a set of anchors, in order
+budget    limits on parameters, memory or MACs
 frontier  Pareto front, cost intervals
 palette   palette gain
 table     metrics, importance, published stitches, choice by budget

@@ -60,9 +60,9 @@ def resnet_spec(config: Config, entry: Entry | None = None) -> AnchorSpec:
             stride = 2 if index == 0 and (stage or early) else 1
             after = tuple(-(-side // stride) for side in grid)
             convolutions = _resnet_convolutions(before, width, stride, bottleneck, inside)
-            places = {1: grid[0] * grid[1], stride: after[0] * after[1]}
+            positions = {1: grid[0] * grid[1], stride: after[0] * after[1]}
             params = sum(d_in * d_out + 2 * d_out for _, d_in, d_out, _ in convolutions)
-            macs = sum(places[down] * d_in * d_out for _, d_in, d_out, down in convolutions)
+            macs = sum(positions[down] * d_in * d_out for _, d_in, d_out, down in convolutions)
             adapted = tuple(
                 (name, d_in, d_out) for name, d_in, d_out, _ in convolutions if name != "shortcut.convolution"
             )
@@ -108,12 +108,12 @@ def mobilenet_v2_spec(config: Config, entry: Entry | None = None) -> AnchorSpec:
     widths = [scaled(width) for width in _MOBILENET_WIDTHS]
     channels, stem_width = positive(config, "num_channels", 3), scaled(32)
     grid = tuple(-(-side // 2) for side in pair(config, "image_size"))
-    places = grid[0] * grid[1]
+    positions = grid[0] * grid[1]
     convolutions = [(9 * channels, stem_width), (9, stem_width), (stem_width, widths[0])]
     if not switch(config, "first_layer_is_expansion", True):
         convolutions.insert(1, (stem_width, stem_width))
     matrix = sum(d_in * d_out for d_in, d_out in convolutions)
-    stem = Part(params=matrix + sum(2 * d_out for _, d_out in convolutions), macs=places * matrix)
+    stem = Part(params=matrix + sum(2 * d_out for _, d_out in convolutions), macs=positions * matrix)
     blocks, enters, leaves = [], [], []
     stride_so_far = 2
     for before, width, stride in zip(widths, widths[1:], _MOBILENET_STRIDES):

@@ -1,6 +1,6 @@
-"""Fields of a `config.json`, checked for type and size: nothing is built of what an anchor cannot be.
+"""Fields of a `config.json`, checked for type and range before anything is built from them.
 
-In each function null or missing takes `default`; a ValueError names the field, its value and what is needed.
+In each function null or a missing field gives `default`; a ValueError names the field, its value and what is needed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -38,7 +38,7 @@ def positives(config: Config, name: str, default: Sequence[int], most: int = MOS
 
 
 def depths_of(config: Config, default: Sequence[int], *others: tuple[str, Sequence[int]]) -> tuple[int, ...]:
-    """The blocks of each stage; as many as `others` and `num_stages`, where it is given, say.
+    """The blocks of each stage; the number of stages must agree with `others` and with `num_stages`, if given.
 
     Raises:
         ValueError: no list of whole numbers, more than 512 blocks in all, or another number of stages than `others` have.

@@ -43,8 +43,8 @@ def vit_spec(config: Config, entry: Entry | None = None) -> AnchorSpec:
 
 
 def dinov2_spec(config: Config, entry: Entry | None = None) -> AnchorSpec:
-    """DINOv2: a ViT whose two branches are scaled, and whose head reads class token and mean patch; its position embeddings are those
-    of `trained_size`, interpolated to the image.
+    """DINOv2: a ViT with scaled branches and a head on the class token and the mean patch; its position embeddings are those of
+    `trained_size`, interpolated to the image size.
 
     Raises:
         ValueError: its feed-forward is SwiGLU.
@@ -98,12 +98,12 @@ def swin_spec(config: Config, entry: Entry | None = None) -> AnchorSpec:
                 "multiple: rescale='bilinear' or 'strided' meets its own"
             )
         padded = (-(-grid[0] // window) * window) * (-(-grid[1] // window) * window)
-        places, ffn = grid[0] * grid[1], int(expansion * width)
+        positions, ffn = grid[0] * grid[1], int(expansion * width)
         attention = _attention_linears(width, width, switch(config, "qkv_bias", True))
         linears = [*attention, (width, ffn, True), (ffn, width, True)]
         block = Part(
             **linear_sizes(linears, norms=4 * width + (2 * limit - 1) ** 2 * heads),
-            macs=padded * (4 * width * width + 2 * window * window * width) + places * 2 * width * ffn,
+            macs=padded * (4 * width * width + 2 * window * window * width) + positions * 2 * width * ffn,
             adapted=_adapted_attention(width, width),
         )
         blocks += [block] * depth
