@@ -24,7 +24,7 @@ CONFIG, WEIGHTS, TABLE, CARD, GENERATION = (
     "generation_config.json",
 )
 RECORDED = (CONFIG, WEIGHTS, TABLE, GENERATION)  # what loading reads; the card may be edited
-_REFERENCE = {"name_or_path": (str, NoneType), "revision": (str, NoneType), "fingerprint": dict}
+_REFERENCE: dict[str, Any] = {"name_or_path": (str, NoneType), "revision": (str, NoneType), "fingerprint": dict}
 _DTYPES = ("F64", "F32", "BF16", "F16", "I8")
 
 
@@ -104,7 +104,7 @@ class Bundle:
 
 def _open_weights(path: Path) -> tuple[Any, dict[str, tuple[int, ...]]]:
     try:
-        file = safe_open(path, framework="pt")
+        file: Any = safe_open(path, framework="pt")
         slices = {name: file.get_slice(name) for name in file.keys()}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is damaged or truncated: {error}: save or download it again") from None

@@ -36,7 +36,7 @@ def with_own_tokens(rows: Tensor, own: Tensor | None, shared: int) -> Tensor:
 
 def on_map(
     rows: Tensor,
-    grid: tuple[int, int],
+    grid: tuple[int, int] | None,
     special: int,
     change: Callable[[Tensor], Tensor],
     change_token: Callable[[Tensor], Tensor] | None = None,

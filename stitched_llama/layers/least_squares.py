@@ -19,10 +19,10 @@ class LeastSquares:
 
     def __init__(self, in_width: int, out_width: int, device: torch.device | str = "cpu"):
         def zeros(*shape: int) -> torch.Tensor:
-            return torch.zeros(*shape, dtype=torch.float64, device=device)
+            return torch.zeros(shape, dtype=torch.float64, device=device)
 
         self.rows = 0
-        self.weight_sum = zeros(())
+        self.weight_sum = zeros()
         self.xx, self.xy = zeros(in_width, in_width), zeros(in_width, out_width)
         self.x_sum, self.y_sum, self.y_squares = zeros(in_width), zeros(out_width), zeros(out_width)
 
@@ -95,13 +95,15 @@ class LeastSquares:
 def _solve(covariance: torch.Tensor, cross: torch.Tensor) -> torch.Tensor:
     factor, failed = torch.linalg.cholesky_ex(covariance)
     if failed:
-        return torch.linalg.pinv(covariance, hermitian=True) @ cross
+        inverse: torch.Tensor = torch.linalg.pinv(covariance, hermitian=True)
+        return inverse @ cross
     return torch.cholesky_solve(cross, factor)
 
 
 def _least(covariance: torch.Tensor, cross: torch.Tensor) -> torch.Tensor:
     """The minimum-norm solution for linearly dependent features; on the CPU, as the GPU solver needs full rank."""
-    return torch.linalg.lstsq(covariance.cpu(), cross.cpu(), driver="gelsd").solution.to(cross)
+    solution: torch.Tensor = torch.linalg.lstsq(covariance.cpu(), cross.cpu(), driver="gelsd").solution
+    return solution.to(cross)
 
 
 class Residual:

@@ -1,6 +1,8 @@
 """The stitching layer of a junction: linear by default, or a convolutional adapter that may change the resolution."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +26,12 @@ class Fit:
     x_variance: Tensor | None = None
     y_mean: Tensor | None = None
     y_variance: Tensor | None = None
+
+    def moments(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Mean and variance of X, then of Y."""
+        found = [m for m in (self.x_mean, self.x_variance, self.y_mean, self.y_variance) if m is not None]
+        assert len(found) == 4, "fitted without the moments of X and Y"
+        return found[0], found[1], found[2], found[3]
 
 
 class StitchingLayer(nn.Module):
@@ -63,10 +71,13 @@ class StitchingLayer(nn.Module):
         self.adapter, self.rescale, self.special_tokens, self.step = adapter, rescale, special_tokens, step
         self.in_grid, self.out_grid = in_grid, out_grid
         self.out_dtype = dtype or torch.get_default_dtype()  # of the target anchor, also if the core trains in float32
-        how = {"dtype": dtype, "device": device}
-        branch = {"dtype": torch.float32, "device": device}  # trains in float32, whatever the dtype of the anchors
+        how: dict[str, Any] = {"dtype": dtype, "device": device}
+        branch: dict[str, Any] = {
+            "dtype": torch.float32,
+            "device": device,
+        }  # trains in float32, whatever the dtype of the anchors
         if adapter == "conv3x3_relu":
-            self.proj: nn.Module = nn.Conv2d(in_width, out_width, 3, stride=step, padding=1, **how)
+            self.proj: nn.Linear | nn.Conv2d = nn.Conv2d(in_width, out_width, 3, stride=step, padding=1, **how)
         else:
             self.proj = nn.Linear(in_width, out_width, **how)
         if adapter == "bottleneck":
@@ -80,9 +91,15 @@ class StitchingLayer(nn.Module):
             self.init_kaiming() if adapter == "linear" and not self.may_be_identity else self.init_identity()
 
     @property
-    def core(self) -> nn.Module:
+    def core(self) -> nn.Linear | nn.Conv2d:
         """The frozen linear map, without the low-rank update that may wrap it."""
-        return getattr(self.proj, "base_layer", self.proj)
+        core: nn.Linear | nn.Conv2d = getattr(self.proj, "base_layer", self.proj)
+        return core
+
+    @property
+    def _core_bias(self) -> Tensor:
+        assert self.core.bias is not None
+        return self.core.bias
 
     @property
     def may_be_identity(self) -> bool:
@@ -96,10 +113,10 @@ class StitchingLayer(nn.Module):
         """The grid of the output."""
         return self.in_grid if self.rescale == "none" else self.out_grid
 
-    def _apply(self, fn, recurse: bool = True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Same as `nn.Module._apply`; the output dtype changes with `to(dtype)`."""
         self.out_dtype = fn(torch.empty(0, dtype=self.out_dtype)).dtype
-        return super()._apply(fn, recurse)
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     # ---- initialisation
 
@@ -110,7 +127,7 @@ class StitchingLayer(nn.Module):
         if weight.device.type != "meta":
             noise = torch.randn(weight.shape, generator=generator, dtype=torch.float32)
             weight.copy_(noise * weight[0].numel() ** -0.5)
-            self.core.bias.zero_()
+            self._core_bias.zero_()
             self.is_initialised = False
 
     @torch.no_grad()
@@ -129,20 +146,18 @@ class StitchingLayer(nn.Module):
         self.init_identity()
         weight, bias = fit.weight, fit.bias
         if self.before is not None and self.after is not None:
-            for norm, mean, variance in (
-                (self.before, fit.x_mean, fit.x_variance),
-                (self.after, fit.y_mean, fit.y_variance),
-            ):
+            x_mean, x_variance, y_mean, y_variance = fit.moments()
+            for norm, mean, variance in ((self.before, x_mean, x_variance), (self.after, y_mean, y_variance)):
+                assert norm.running_mean is not None
+                assert norm.running_var is not None
                 norm.running_mean.copy_(mean)
                 norm.running_var.copy_(variance)
                 norm.weight.fill_(1.0)
                 norm.bias.zero_()
-            deviation = (
-                fit.x_variance + self.before.eps
-            ).sqrt()  # the core multiplies by what the norm before it divides by
-            weight, bias = weight * deviation, bias + weight @ fit.x_mean
-            self.after.weight.copy_((fit.y_variance + self.after.eps).sqrt())
-            self.after.bias.copy_(fit.y_mean)
+            deviation = (x_variance + self.before.eps).sqrt()  # the norm before the core divides by it
+            weight, bias = weight * deviation, bias + weight @ x_mean
+            self.after.weight.copy_((y_variance + self.after.eps).sqrt())
+            self.after.bias.copy_(y_mean)
         self.set_core(weight, bias)
         self.is_initialised = True
 
@@ -155,7 +170,7 @@ class StitchingLayer(nn.Module):
             target[:, :, 1, 1] = weight.to(target)
         else:
             target.copy_(weight)
-        self.core.bias.copy_(bias)
+        self._core_bias.copy_(bias)
 
     # ---- the map
 
@@ -204,4 +219,5 @@ def _normed(norm: nn.BatchNorm1d | None, rows: Tensor) -> Tensor:
     """Token features [batch, positions, width], each channel normalised over batch and positions."""
     if norm is None:
         return rows
-    return norm(rows.transpose(1, 2).to(norm.weight.dtype)).transpose(1, 2).to(rows.dtype)
+    normed: Tensor = norm(rows.transpose(1, 2).to(norm.weight.dtype))
+    return normed.transpose(1, 2).to(rows.dtype)

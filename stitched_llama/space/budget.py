@@ -69,7 +69,7 @@ class Budget:
         """The cost of a stitch that this budget limits; `context_tokens` is the length of the KV cache."""
         if self.kind == "memory_bytes":
             return stitch.weight_bytes + context_tokens * stitch.kv_bytes_per_token
-        return getattr(stitch, self.kind)
+        return stitch.macs if self.kind == "macs" else stitch.params
 
     def fits(self, stitch: Stitch, context_tokens: int = 0) -> bool:
         return self.cost_of(stitch, context_tokens) <= self.limit

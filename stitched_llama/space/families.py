@@ -50,7 +50,7 @@ def anchor_spec(config: Mapping[str, Any], image_size: int | Sequence[int] | Non
     return spec if spec.unit == "token" else replace(spec, rebuild=partial(_entered_at, config))
 
 
-def _sides(size: int | Sequence[int]) -> list[int]:
+def _sides(size: Any) -> list[Any]:
     return list(size) if isinstance(size, (list, tuple)) else [size, size]
 
 

@@ -22,7 +22,7 @@ def positive(config: Config, name: str, default: int | None = None, most: int = 
     value = _value(config, name, default)
     if not _is_whole(value, 1, most):
         raise _refusal(config, name, value, f"a whole number above 0, at most {most:,},")
-    return value
+    return int(value)
 
 
 def positives(config: Config, name: str, default: Sequence[int], most: int = MOST) -> tuple[int, ...]:
@@ -106,7 +106,7 @@ def label_count(config: Config) -> int:
     count = _value(config, "num_labels", 2)
     if not _is_whole(count, 0, MOST):
         raise _refusal(config, "num_labels", count, f"a whole number of 0 to {MOST:,}")
-    return count
+    return int(count)
 
 
 def family_of(config: Config) -> str:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from .spec import AnchorSpec
 from .stitch import Segment
@@ -16,7 +17,7 @@ def check_junctions(junctions: Sequence[Sequence[int]], anchors: Sequence[Anchor
     """
     found: list[list[int]] = []
     for given in junctions:
-        numbers = list(given) if isinstance(given, (list, tuple)) else [given]
+        numbers: list[Any] = list(given) if isinstance(given, (list, tuple)) else [given]
         full = [0, numbers[0], 1, numbers[1]] if len(numbers) == 2 else numbers
         if len(full) != 4 or not all(isinstance(number, int) and not isinstance(number, bool) for number in full):
             raise ValueError(
@@ -72,9 +73,9 @@ def check_routes(routes: Sequence[str], anchors: Sequence[AnchorSpec]) -> list[t
     found = {}
     for key in routes:
         matches = [_SEGMENT.fullmatch(part) for part in key.split(">")] if isinstance(key, str) else [None]
+        segments = tuple(Segment(*map(int, match.groups())) for match in matches if match)
         if None in matches or len(matches) < 2:
             raise ValueError(f"route {key!r} cannot be read: two or more segments such as 0[0:8]>1[15:30] are needed")
-        segments = tuple(Segment(*map(int, match.groups())) for match in matches)
         for segment in segments:
             if segment.anchor >= len(anchors) or not segment.start < segment.stop <= anchors[segment.anchor].depth:
                 depths = ", ".join(f"anchor {i} has {anchor.depth} blocks" for i, anchor in enumerate(anchors))

@@ -37,6 +37,11 @@ def grid_at(entry: Entry | None, first: int, count: int, grid: tuple[int, int]) 
     return entry[1] if entry is not None and first <= entry[0] < first + count else grid
 
 
+def downsampled(grid: tuple[int, int], stride: int) -> tuple[int, int]:
+    """The grid after a padded convolution of that stride: each side divided and rounded up."""
+    return -(-grid[0] // stride), -(-grid[1] // stride)
+
+
 def patch_grid(config: Config, patch: tuple[int, int]) -> tuple[int, int]:
     """Patches along height and width.
 

@@ -50,14 +50,14 @@ def aligned_junctions(configs: Sequence[Mapping[str, Any]], specs: Sequence[Anch
     """
     found = []
     for index, config in enumerate(configs):
-        parent = parent_of(config, specs)
-        if parent is not None and parent != index:
-            targets = _lineage(config)["target_blocks"]
+        lineage, parent = _lineage(config), parent_of(config, specs)
+        if lineage is not None and parent is not None and parent != index:
+            targets = lineage["target_blocks"]
             narrower = specs[index].width < specs[parent].width
             found += [[index, a, parent, b + 1] for a, b in enumerate(targets[:-1]) if narrower or a < b]
     if not found:
         names = [f"{config.get('model_type')} of {spec.depth} blocks" for config, spec in zip(configs, specs)]
-        cut = [f"anchor {i} from one of {lineage['depth']}" for i, c in enumerate(configs) if (lineage := _lineage(c))]
+        cut = [f"anchor {i} from one of {origin['depth']}" for i, c in enumerate(configs) if (origin := _lineage(c))]
         raise ValueError(
             f"no anchor was cut from another: {', '.join(names)}" + (f" ({', '.join(cut)})" if cut else "")
             + "; make the small one with `stitched-llama shrink`, or leave junctions out"
@@ -106,9 +106,9 @@ def _lineage(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
     lineage = config.get("shrunk_from")
     if lineage is None:
         return None
-    depth, targets = (
-        (lineage.get(name) for name in ("depth", "target_blocks")) if isinstance(lineage, Mapping) else (0, 0)
-    )
+    fields: Mapping[str, Any] = lineage if isinstance(lineage, Mapping) else {}
+    depth: Any = fields.get("depth")
+    targets: Any = fields.get("target_blocks")
     whole = isinstance(depth, int) and isinstance(targets, list) and all(isinstance(t, int) for t in targets)
     if not whole or sorted(set(targets)) != targets or not targets or targets[0] < 0 or targets[-1] != depth - 1:
         raise ValueError(
@@ -118,4 +118,4 @@ def _lineage(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
         raise ValueError(
             f"shrunk_from of the config names {len(targets)} target_blocks, the model has {config.get('num_hidden_layers')} blocks"
         )
-    return lineage
+    return fields

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 
 from .spec import Feature
 
@@ -77,10 +78,14 @@ def _gaps(leaves: Sequence[Feature], enters: Sequence[Feature]) -> list[Pairing]
 
 def _impossible(leaves: Sequence[Feature], enters: Sequence[Feature], plain: bool) -> str:
     """The message for anchors that cannot be joined, with the nearest resolutions."""
-    choices = [(a, b) for a in leaves for b in enters if a.grid and b.grid]
+    choices = [
+        (abs(math.log(math.prod(a.grid) / math.prod(b.grid))), i, a, b)
+        for i, (a, b) in enumerate(product(leaves, enters))
+        if a.grid and b.grid
+    ]
     advice = "choose anchors with a resolution in common"
     if choices:
-        a, b = min(choices, key=lambda pair: abs(math.log(math.prod(pair[0].grid) / math.prod(pair[1].grid))))
+        *_, a, b = min(choices)  # the first pair of the smallest ratio
         how = "rescale='bilinear'" if plain else "across_stages=True and rescale='bilinear'"
         if plain or _gaps(leaves, enters):
             advice = f"nearest are {a} and {b}: join them with {how}, or {advice}"

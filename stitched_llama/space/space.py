@@ -25,6 +25,7 @@ SPACE_OPTIONS = (
     "routes",
 )  # fmt: skip
 MOST_STITCHES = 10_000
+_Route = tuple[tuple[Segment, ...], tuple[Junction, ...]]
 _PADDING = (
     0.01  # tolerated share of a vocabulary's size: Qwen2.5 has 151,936 rows in small models and 152,064 in large ones
 )
@@ -81,7 +82,12 @@ class StitchSpace:
         if pairs not in PAIRS:
             raise ValueError(f"pairs {pairs!r} is unknown; one of {', '.join(PAIRS)} is needed")
         self.anchors = tuple(anchors)
-        self.options = {"kernel_size": kernel_size, "stride": stride, "direction": direction, "pairs": pairs}
+        self.options: dict[str, Any] = {
+            "kernel_size": kernel_size,
+            "stride": stride,
+            "direction": direction,
+            "pairs": pairs,
+        }
         chosen = {"adapter": adapter, "rescale": rescale, "adapter_norm": adapter_norm, "across_stages": across_stages}
         self.options |= {name: value for name, value in chosen.items() if value not in ("linear", "none", False)}
         if self.anchors[0].unit == "token" and (
@@ -104,7 +110,7 @@ class StitchSpace:
             raise ValueError("routes over three anchors cross stages only with rescale 'bilinear' or 'strided'")
         self.precision = precision
         self.stitching_layers: dict[str, StitchingLayerSpec] = {}
-        found = [((Segment(i, 0, spec.depth),), ()) for i, spec in enumerate(self.anchors)]
+        found: list[_Route] = [((Segment(i, 0, spec.depth),), ()) for i, spec in enumerate(self.anchors)]
         if given is not None:
             found += [(segments, self._junctions_of(segments)) for segments in given]
         else:
@@ -189,16 +195,16 @@ class StitchSpace:
             for a, b in zip(segments, segments[1:])
         )
 
-    def _routes_over_two(self) -> list:
-        routes = []
+    def _routes_over_two(self) -> list[_Route]:
+        routes: list[_Route] = []
         for source, target in self._ordered_pairs():
             for p in self._pairings(source, target):
                 last = Segment(target, p.target_start, self.anchors[target].depth)
                 _add(routes, (Segment(source, 0, p.source_stop), last), (self._junction(source, target, p),))
         return routes
 
-    def _routes_over_three(self) -> list:
-        routes = []
+    def _routes_over_three(self) -> list[_Route]:
+        routes: list[_Route] = []
         pairs = self._ordered_pairs()
         chains = [(a, b, c) for a, b in pairs for b_, c in pairs if b == b_ and c != a]
         for a, b, c in chains:
@@ -214,7 +220,7 @@ class StitchSpace:
                     _add(routes, segments, (self._junction(a, b, p), self._junction(b, c, q)))
         return routes
 
-    def _number(self, routes: list) -> tuple[Stitch, ...]:
+    def _number(self, routes: list[_Route]) -> tuple[Stitch, ...]:
         stitches = []
         largest = max(anchor.params for anchor in self.anchors)
         # for a wider kernel SN-Net's windows are kept as published
@@ -286,7 +292,7 @@ class StitchSpace:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _add(routes: list, segments: tuple[Segment, ...], junctions: tuple[Junction, ...]) -> None:
+def _add(routes: list[_Route], segments: tuple[Segment, ...], junctions: tuple[Junction, ...]) -> None:
     if len(routes) >= MOST_STITCHES:
         raise ValueError(
             f"these anchors have more than {MOST_STITCHES:,} stitches: a smaller kernel_size, a larger stride or pairs='nearest' "

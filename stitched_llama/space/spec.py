@@ -89,6 +89,7 @@ class AnchorSpec:
         if grid == self.enters[block].grid:
             return self
         assert self.rebuild is not None, "only image anchors run at another grid"
+        assert grid is not None, "an image anchor is entered by a map"
         return self.rebuild(block, grid)
 
     @property
