@@ -24,6 +24,7 @@ plots       plot and table of a run
 provenance  date, commit, command, versions and machine of a result
 samples     answers to the same prompts from several stitches
 smoke       pico anchors for --smoke and tests
+hooks       private members of Transformers that the package depends on
 """
 
 from stitched_llama.models.processors import load_processor
