@@ -60,27 +60,16 @@ class Arguments(TextDataArguments):
     """Anchors, data and initialisation of the run."""
 
     train_on_prompt: bool = field(default=False, metadata={"help": "Train on the prompt too."})
-    load_in_8bit: bool = field(default=True, metadata={"help": "Load the anchors in 8 bits, as in the paper."})
-    load_in_4bit: bool = field(default=False, metadata={"help": "Load the anchors in 4 bits (NF4) instead."})
-    dtype: str = field(
-        default="auto", metadata={"help": "dtype of the anchors; auto: that of --bf16 or --fp16, else as stored."}
-    )
+    load_in_8bit: bool = field(default=True, metadata={"help": "Anchors in 8 bits, as in the paper."})
+    load_in_4bit: bool = field(default=False, metadata={"help": "Anchors in 4 bits (NF4) instead."})
+    dtype: str = field(default="auto", metadata={"help": "Of the anchors; auto: of --bf16/--fp16, else as stored."})
     calibration_size: int = field(default=512, metadata={"help": "Rows for the least-squares initialisation."})
-    align_steps: int = field(
-        default=0, metadata={"help": "Steps of alignment after it, for anchors pretrained independently."}
-    )
+    align_steps: int = field(default=0, metadata={"help": "Alignment steps after it, for independent anchors."})
     ridge: float = field(default=1e-4, metadata={"help": "Relative ridge of least squares."})
-    resume: str | None = field(
-        default=None, metadata={"help": "auto (the newest complete checkpoint), or a checkpoint's path."}
-    )
-    baselines: str | None = field(
-        default=None, metadata={"help": "JSON file of the baseline recipe: anchors fine-tuned alone, for comparison."}
-    )
-    band: int = field(default=2, metadata={"help": "Blocks around the nearest depth that --junctions similar tries."})
-    budgets: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Budgets whose stitches answer sample prompts; by default three stitches."},
-    )
+    resume: str | None = field(default=None, metadata={"help": "auto (newest complete checkpoint), or a path."})
+    baselines: str | None = field(default=None, metadata={"help": "JSON file of the baseline recipe, for comparison."})
+    band: int = field(default=2, metadata={"help": "Blocks around the nearest depth for --junctions similar."})
+    budgets: list[str] = field(default_factory=list, metadata={"help": "Budgets of the sample answers."})
     evaluate_before: bool = field(default=True, metadata={"help": "Also evaluate every stitch before the fine-tune."})
     smoke: bool = field(default=False, metadata={"help": "A whole run on pico anchors in under a minute."})
 
@@ -136,9 +125,7 @@ def main() -> None:
     elif args.load_in_8bit:
         quantization = BitsAndBytesConfig(load_in_8bit=True)
     shape |= measured_options(options, args.anchors, calibration_batches(), args.band, training.autocast_dtype, chief)
-    mixed = (
-        "bfloat16" if training.bf16 else "float16" if training.fp16 else "auto"
-    )  # the two 16-bit dtypes mixed would give float32
+    mixed = "bfloat16" if training.bf16 else "float16" if training.fp16 else "auto"  # both at once give float32
     model = StitchedLlamaForCausalLM.from_anchors(
         args.anchors, **shape, dtype=mixed if args.dtype == "auto" else args.dtype,
         quantization_config=quantization,

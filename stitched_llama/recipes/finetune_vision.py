@@ -59,25 +59,16 @@ from stitched_llama.training import (
 class Arguments(ImageDataArguments):
     """Anchors, data and initialisation of the run."""
 
-    teacher: str | None = field(
-        default=None, metadata={"help": "An external teacher: a classifier with the same classes."}
-    )
+    teacher: str | None = field(default=None, metadata={"help": "External teacher, with the same classes."})
     init: str = field(
-        default="least_squares",
-        metadata={"help": "Initialisation of the stitching layers: least_squares, kaiming or identity."},
+        default="least_squares", metadata={"help": "Of the stitching layers: least_squares, kaiming or identity."}
     )
     shared: str = field(default="joint", metadata={"help": "Least squares of a shared layer: joint or mean (SN-Net)."})
-    calibration_size: int = field(
-        default=100, metadata={"help": "Images for the least-squares initialisation (SN-Net 4)."}
-    )
+    calibration_size: int = field(default=100, metadata={"help": "Images for least squares (SN-Net 4)."})
     ridge: float = field(default=1e-4, metadata={"help": "Relative ridge of least squares."})
     dtype: str = field(default="auto", metadata={"help": "dtype of the anchors: auto, float32, bfloat16 or float16."})
-    resume: str | None = field(
-        default=None, metadata={"help": "auto (the newest complete checkpoint), or a checkpoint's path."}
-    )
-    baselines: str | None = field(
-        default=None, metadata={"help": "JSON file of the baseline recipe: anchors fine-tuned alone, for the plot."}
-    )
+    resume: str | None = field(default=None, metadata={"help": "auto (newest complete checkpoint), or a path."})
+    baselines: str | None = field(default=None, metadata={"help": "JSON file of the baseline recipe, for the plot."})
 
 
 @dataclass

@@ -16,6 +16,7 @@ cost      exact cost of a route
 space     all stitches of a set of anchors, in order
 budget    limits on parameters, memory or MACs
 frontier  Pareto front, cost intervals
+metrics   direction of a metric
 palette   palette gain
 table     metrics, importance, published stitches, choice by budget
 """
@@ -27,13 +28,14 @@ from .cost import BYTES_PER_NUMBER, Precision
 from .decoders import LLAMA_LIKE
 from .families import ANY_SIZE, anchor_spec, anchor_specs
 from .frontier import best_of_intervals, intervals, pareto_front
-from .given import parse_junctions
-from .lineage import aligned_junctions, block_groups, replaced_blocks, resolve_junctions
+from .given import parse_junctions, resolve_junctions
+from .lineage import aligned_junctions, block_groups, replaced_blocks
+from .metrics import higher_is_better
 from .palette import palette_gain, palette_gains, staircase_gain
 from .space import DIRECTIONS, MOST_STITCHES, PAIRS, SPACE_OPTIONS, StitchSpace
 from .spec import AnchorSpec, Feature, Part
 from .stitch import KEYS, Junction, Segment, Stitch, route_key
-from .table import StitchTable, higher_is_better
+from .table import StitchTable
 from .text import first_line, named, printable
 
 __all__ = [

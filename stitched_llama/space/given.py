@@ -1,9 +1,11 @@
 """Explicit junctions and routes, given instead of a rule."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from .families import anchor_specs
+from .lineage import aligned_junctions
 from .spec import AnchorSpec
 from .stitch import Segment
 
@@ -58,6 +60,19 @@ def parse_junctions(values: str | Sequence[str] | None) -> list[list[int]] | str
             )
         found.append([int(number) for number in numbers])
     return found
+
+
+def resolve_junctions(configs: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of `StitchSpace` with `junctions="aligned"` replaced by the list, and an `adapter` of None by `"linear"`, or
+    `"identity"` where aligned junctions join equal widths."""
+    options = dict(options)
+    adapter = options.get("adapter")
+    if options.get("junctions") == "aligned":
+        specs = anchor_specs(configs)
+        options["junctions"] = aligned_junctions(configs, specs)
+        if adapter is None and all(specs[a].leaves[b] == specs[c].enters[d] for a, b, c, d in options["junctions"]):
+            adapter = "identity"
+    return options | {"adapter": adapter or "linear"}
 
 
 _SEGMENT = re.compile(r"(\d{1,6})\[(\d{1,6}):(\d{1,6})\]", re.ASCII)

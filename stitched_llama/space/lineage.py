@@ -82,21 +82,6 @@ def replaced_blocks(configs: Sequence[Mapping[str, Any]], specs: Sequence[Anchor
     return [range(start, stop) for start, stop in zip([0, *stops], stops)]
 
 
-def resolve_junctions(configs: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of `StitchSpace` with `junctions="aligned"` replaced by the list, and an `adapter` of None by `"linear"`, or
-    `"identity"` where aligned junctions join equal widths."""
-    from .families import anchor_specs
-
-    options = dict(options)
-    adapter = options.get("adapter")
-    if options.get("junctions") == "aligned":
-        specs = anchor_specs(configs)
-        options["junctions"] = aligned_junctions(configs, specs)
-        if adapter is None and all(specs[a].leaves[b] == specs[c].enters[d] for a, b, c, d in options["junctions"]):
-            adapter = "identity"
-    return options | {"adapter": adapter or "linear"}
-
-
 def _lineage(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """`shrunk_from`, checked.
 

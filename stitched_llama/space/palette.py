@@ -2,16 +2,27 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
+from .metrics import higher_is_better
 from .space import StitchSpace
-from .table import StitchTable, higher_is_better
 
 TEST = "_test"
 
 
+class Measurements(Protocol):
+    """The fields of `StitchTable` that a palette gain needs."""
+
+    @property
+    def metrics(self) -> Mapping[str, Mapping[str, float]]: ...
+
+    @property
+    def alone(self) -> Mapping[str, Mapping[str, float]]: ...
+
+
 def palette_gain(
     space: StitchSpace,
-    table: StitchTable,
+    table: Measurements,
     alone: Mapping[str, Mapping[str, float]] | None = None,
     metric: str = "loss",
     by: str = "params",
@@ -75,7 +86,7 @@ def staircase_gain(points: Sequence[tuple[float, float, float]]) -> float:
 
 
 def palette_gains(
-    space: StitchSpace, table: StitchTable, alone: Mapping[str, Mapping[str, float]] | None = None
+    space: StitchSpace, table: Measurements, alone: Mapping[str, Mapping[str, float]] | None = None
 ) -> dict[str, dict[str, float]]:
     """`palette_gain` of every metric that was also measured on test rows, by parameters and by MACs: metric -> cost -> gain."""
     names = [name for name in table.metrics if name + TEST in table.metrics]

@@ -12,8 +12,7 @@ from .adapters import StitchingLayerSpec, check_adapter, strides_reach
 from .configs import fields_of
 from .cost import Precision, route_cost
 from .families import anchor_specs
-from .given import check_junctions, check_routes
-from .lineage import resolve_junctions
+from .given import check_junctions, check_routes, resolve_junctions
 from .rules import Pairing, pairings
 from .spec import AnchorSpec
 from .stitch import Junction, Segment, Stitch, route_key

@@ -9,22 +9,10 @@ from typing import Any
 from .budget import Budget, format_bytes, format_count
 from .fields import MOST
 from .frontier import best_of_intervals, pareto_front
+from .metrics import higher_is_better
+from .palette import palette_gains
 from .space import StitchSpace
 from .stitch import Stitch
-
-HIGHER_IS_BETTER = {"loss": False, "exact_match": True, "accuracy": True}
-
-
-def higher_is_better(metric: str) -> bool:
-    """The direction of a metric; `loss_before` (before training) and `loss_test` (on test rows) have that of `loss`.
-
-    Raises:
-        ValueError: the metric is unknown.
-    """
-    try:
-        return HIGHER_IS_BETTER[metric.removesuffix("_before").removesuffix("_test")]
-    except KeyError:
-        raise ValueError(f"metric {metric!r} is unknown; one of {', '.join(HIGHER_IS_BETTER)} is needed") from None
 
 
 @dataclass(frozen=True)
@@ -144,8 +132,6 @@ class StitchTable:
     def to_dict(self, space: StitchSpace, keys: Iterable[str] | None = None) -> dict[str, Any]:
         """The content of `stitches.json` for the available stitches (default: all of the space); a deciding metric that none of them
         has is omitted. `palette_gain` is informative: it is not read back, but computed from the metrics."""
-        from .palette import palette_gains  # which imports this module
-
         wanted = None if keys is None else set(keys)
         rows = self.to_rows(s for s in space if wanted is None or s.key in wanted)
         gains = palette_gains(space, self)
