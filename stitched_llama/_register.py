@@ -34,13 +34,14 @@ class _AfterAuto(importlib.abc.MetaPathFinder):
         others = (finder for finder in sys.meta_path if finder is not self)
         spec = next((found for finder in others if (found := finder.find_spec(name, path, target))), None)
         if spec is not None:
-            execute = spec.loader.exec_module
+            loader: Any = spec.loader
+            execute = loader.exec_module
 
             def execute_and_add(module: ModuleType) -> None:
                 execute(module)
                 _add_names(module)
 
-            spec.loader.exec_module = execute_and_add
+            loader.exec_module = execute_and_add
         return spec
 
 

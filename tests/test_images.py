@@ -387,7 +387,7 @@ TI, S, B = (ViTConfig(hidden_size=w, num_attention_heads=w // 64, intermediate_s
 
 
 def test_the_papers_vision_space():
-    """DESIGN section 3: 71 and 732 stitches, 118.4 M, 1.3 to 17.6 G multiply-accumulates, 4.07, 1.52, 1.53, 1.77 M."""
+    """71 and 732 stitches, 118.4 M, 1.3 to 17.6 G multiply-accumulates, 4.07, 1.52, 1.53, 1.77 M."""
     configs = [config.to_dict() for config in (TI, S, B)]
     space = StitchSpace.from_configs(configs, kernel_size=2)
     assert (len(space), len(space.stitching_layers)) == (71, 22)

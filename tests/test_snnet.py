@@ -19,7 +19,7 @@ from stitched_llama import (
 )
 from stitched_llama.training import collate_images, evaluate_stitches, pico_anchor
 from stitched_llama.training import trainer as trainer_module
-from stitched_llama.training.teaching import speaking
+from stitched_llama.training.distillation import frozen_eval
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*junctions do not fit:UserWarning")
 
@@ -73,8 +73,8 @@ def test_a_teacher_that_does_not_fit_is_refused_before_the_run(tmp_path, anchors
         (vit(16, 3, id2label={0: "a", 1: "b"}), {}, f"the teacher has 2 classes, the stitched model {CLASSES}"),
         (vit(16, 3, id2label=turned), {}, "class 0 is 'class 0' here and 'class 6' for the teacher"),
         (vit(16, 3, size=32), {}, "the teacher takes images of 32, the stitched model of 16"),
-        (vit(16, 3), {"distillation": "none"}, "it would teach nothing"),
-        (vit(16, 3), {"distillation_weight": 0.0}, "it would teach nothing"),
+        (vit(16, 3), {"distillation": "none"}, "it would have no effect"),
+        (vit(16, 3), {"distillation_weight": 0.0}, "it would have no effect"),
         (None, {"label_smoothing_factor": 0.1}, "label_smoothing_factor 0.1 is not supported"),
     ):
         with pytest.raises(ValueError, match=named):
@@ -183,7 +183,9 @@ def test_an_outer_teacher_teaches_in_the_largest_anchors_stead(tmp_path, monkeyp
         model, teacher, taught = whole(), swin(8, [2, 2]), []
         run = image_trainer(model, tmp_path, teacher, max_steps=4, distillation="hard", **options)
         monkeypatch.setattr(
-            trainer_module, "distil", lambda k, w, x, word, loss, n, taught=taught: taught.append(word) or loss
+            trainer_module,
+            "distillation_loss",
+            lambda k, w, x, word, loss, n, taught=taught: taught.append(word) or loss,
         )
         run.train()
         drawn = [run.draw(step) for step in range(4)]
@@ -207,9 +209,9 @@ def test_importance_is_rated_against_an_outer_teacher(tmp_path, monkeypatch):
     losses = [signals.teacher_loss for signals in seen]
     assert losses == pytest.approx([float(wanted)] * len(losses), rel=1e-5)
     assert len(losses) == 2
-    assert run.rating == "excess_loss, outer teacher"
+    assert run.importance_score == "excess_loss, outer teacher"
     run.save_importance()
-    assert model.table.importance_score == run.rating
+    assert model.table.importance_score == run.importance_score
 
 
 def test_an_anchor_of_which_nothing_trains_gets_no_step_of_its_own(anchors, tmp_path):
@@ -223,7 +225,7 @@ def test_an_anchor_of_which_nothing_trains_gets_no_step_of_its_own(anchors, tmp_
 def test_a_teacher_speaks_without_dropout_and_is_left_as_it_was():
     teacher = torch.nn.Sequential(torch.nn.Linear(4, 64), torch.nn.Dropout(0.5), torch.nn.BatchNorm1d(64).eval())
     modes = [module.training for module in teacher.modules()]
-    with speaking(teacher):
+    with frozen_eval(teacher):
         one, two = (teacher(torch.ones(3, 4)) for _ in range(2))
     assert torch.equal(one, two)
     assert not one.requires_grad

@@ -1,4 +1,4 @@
-"""The space: routes, ids, keys, digests, and every figure the papers and DESIGN section 3 give for it."""
+"""The space: routes, ids, keys, digests, and every figure that the papers give for it."""
 
 import itertools
 import json

@@ -286,4 +286,4 @@ def test_a_worker_process_dies_of_sigterm_as_ever():
         os.read(told, 1)  # what comes before it runs is lost on a fork
         os.kill(child, signal.SIGTERM)
         assert os.waitpid(child, 0)[1] == signal.SIGTERM
-    assert not stop.came
+    assert not stop.received

@@ -104,7 +104,7 @@ def test_nothing_of_a_step_that_did_not_fit_counts(anchors, tmp_path, monkeypatc
     options = {"per_device_train_batch_size": 4, "global_batch_size": 0, "gradient_accumulation_steps": 2}
     model = stitched_model(anchors["unequal"])
     run = trainer(model, tmp_path, auto_find_batch_size=True, **options)
-    calls, learn = [], run._learn
+    calls, learn = [], run._train_student
 
     def fails_once(*given):
         calls.append(len(given[2]["input_ids"]))
@@ -112,7 +112,7 @@ def test_nothing_of_a_step_that_did_not_fit_counts(anchors, tmp_path, monkeypatc
             raise RuntimeError("CUDA out of memory. Tried to allocate")
         return learn(*given)
 
-    monkeypatch.setattr(run, "_learn", fails_once)
+    monkeypatch.setattr(run, "_train_student", fails_once)
     run.train()
     smaller = calls[2]
     assert calls[:2] == [4, 4]
@@ -522,7 +522,9 @@ def test_one_route_trains_a_step_and_every_anchor_has_its_share(anchors, tmp_pat
     complete = type(made)._complete_step
 
     def watched(self, student):
-        routes = {role: {n for n, p in self.model.named_parameters() if p in kept} for role, kept in self._kept.items()}
+        routes = {
+            role: {n for n, p in self.model.named_parameters() if p in kept} for role, kept in self._gradients.items()
+        }
         moved.append((student, routes))
         return complete(self, student)
 
@@ -567,7 +569,9 @@ def test_excess_loss_is_above_the_teachers_on_the_whole_step(size, anchors, tmp_
 def test_anchors_learn_from_labels_alone_and_leave_importance_alone(anchors, tmp_path, monkeypatch):
     made = trainer(stitched_model(anchors["unequal"]), tmp_path, max_steps=4, anchor_share=1.0, logging_steps=1)
     taught = []
-    monkeypatch.setattr(trainer_module, "distil", lambda k, w, logits, teacher, loss, n: taught.append(teacher) or loss)
+    monkeypatch.setattr(
+        trainer_module, "distillation_loss", lambda k, w, logits, teacher, loss, n: taught.append(teacher) or loss
+    )
     made.train()
     assert taught == [None] * 4
     assert not made.importance.averages

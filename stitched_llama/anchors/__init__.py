@@ -1,8 +1,8 @@
-"""The only code that touches a backbone's inside, and only from outside: one small adapter a family.
+"""The only code that depends on the inside of a backbone: one small class a family.
 
-base      the contract
+base      the interface
 llama     decoders made of LLaMA blocks
-image     what the image families share
+image     base class of the image families
 vit, dinov2, swin, convnext, resnet, mobilenet   one image family each
 """
 

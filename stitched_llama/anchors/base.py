@@ -1,4 +1,4 @@
-"""The contract of a family: verbs that reach into a backbone from outside, so that no backbone is forked."""
+"""The interface of a family: methods that call the parts of a backbone from outside, so that no backbone is forked."""
 
 from typing import Any, Protocol
 
@@ -6,12 +6,12 @@ from torch import Tensor, nn
 
 
 class Family(Protocol):
-    """What the route walk asks of a family. Implementations hold no state.
+    """The methods that the route walk needs from a family. Implementations are stateless.
 
-    `context` is what all blocks of one forward share (mask, positions, cache); a kind of family defines its own.
+    `context` holds the inputs that all blocks of a forward share (mask, positions, cache); text and image families have their own.
 
     Attributes:
-        layout: how a feature lies: `"tokens"` [batch, places, width] or `"channels"` [batch, width, rows, columns].
+        layout: of a feature: `"tokens"` [batch, positions, width] or `"channels"` [batch, width, height, width of map].
         head_modules: names of the modules after the last block, as tensor names begin.
     """
 
@@ -34,7 +34,7 @@ class Family(Protocol):
         """[1, tokens, width]: the class and distillation tokens as they enter the first block; None without any."""
 
     def approach(self, anchor: nn.Module, hidden: Tensor, block: int) -> Tensor:
-        """From what left the block before to what enters `block`: the downsampling between two stages, if any."""
+        """The input of `block` from the output of the block before: the downsampling between two stages, if any."""
 
     def run(self, anchor: nn.Module, hidden: Tensor, start: int, stop: int, slot: int, context: Any) -> Tensor:
         """Blocks `[start, stop)`; `slot` is the position of block `start` in the route."""

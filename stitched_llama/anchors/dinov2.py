@@ -10,7 +10,7 @@ from .vit import ViTFamily
 
 
 class Dinov2Family(ViTFamily):
-    """`Dinov2ForImageClassification`: a ViT with scaled branches, judged by class token and mean patch."""
+    """`Dinov2ForImageClassification`: a ViT with scaled branches, classified from class token and mean patch."""
 
     def stages(self, anchor: nn.Module) -> list[tuple[str, nn.Module]]:
         return [("dinov2.encoder.layer", anchor.dinov2.encoder.layer)]

@@ -1,4 +1,4 @@
-"""What the image families share: blocks in stages, run one by one with what lies between the stages."""
+"""The base class of image families: blocks in stages, run one by one with the layers between the stages."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 @dataclass
 class ImageContext:
-    """What all blocks of one forward share.
+    """Inputs that all blocks of a forward share.
 
     Attributes:
-        stitch_updates: for each slot what the stitch adds to the adapted layers (`pst.Update`); None where it adds nothing.
+        stitch_updates: for each slot the updates of its adapted layers (`pst.Update`); None without any.
         checkpoint: runs a block so that its activations are computed again in the backward pass; None keeps them.
     """
 
@@ -23,7 +23,7 @@ class ImageContext:
 
 
 class ImageFamily(ABC):
-    """The verbs of `Family` for a `...ForImageClassification`; a family says where its parts lie."""
+    """`Family` for a `...ForImageClassification`; subclasses name the parts of the backbone."""
 
     layout = "channels"
     head_modules: tuple[str, ...] = ("classifier",)
@@ -47,7 +47,7 @@ class ImageFamily(ABC):
         return None
 
     def between(self, anchor: nn.Module, stage: int, hidden: Tensor) -> Tensor:
-        """What lies before the first block of a stage, for a route that comes from the stage before."""
+        """The layers before the first block of a stage, for a route that comes from the stage before."""
         return hidden
 
     def approach(self, anchor: nn.Module, hidden: Tensor, block: int) -> Tensor:
@@ -75,6 +75,6 @@ class ImageFamily(ABC):
             updates = context.stitch_updates
             extra = {} if updates is None else {"stitch_updates": updates[slot + index - start]}
             step = partial(self.step, blocks[index], **extra)
-            itself = hasattr(blocks[index], "gradient_checkpointing")  # Transformers sees to it
+            itself = hasattr(blocks[index], "gradient_checkpointing")  # then Transformers checkpoints it
             hidden = step(hidden) if itself or context.checkpoint is None else context.checkpoint(step, hidden)
         return hidden

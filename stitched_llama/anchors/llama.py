@@ -13,13 +13,13 @@ from transformers.cache_utils import Cache
 
 @dataclass
 class DecoderContext:
-    """What all blocks of one forward share.
+    """Inputs that all blocks of a forward share.
 
     Attributes:
-        attention_mask: as the attention implementation wants it; one mask serves every anchor.
+        attention_mask: in the format of the attention implementation; the same for every anchor.
         position_ids: [batch, tokens]; the same in every segment.
         past_key_values: slot i belongs to the i-th block of the route, whichever anchor it is of.
-        stitch_updates: for each slot what the stitch adds to q, k, v, o (`pst.Update`); None where it adds nothing.
+        stitch_updates: for each slot the updates of q, k, v, o (`pst.Update`); None without any.
         block_kwargs: passed on to every block.
     """
 
@@ -32,7 +32,7 @@ class DecoderContext:
 
 
 class SlotView:
-    """A cache as the blocks of a later segment see it: their own index, shifted to their place in the route."""
+    """A view of a cache for the blocks of a later segment: their layer index, shifted to their slot in the route."""
 
     def __init__(self, cache: Cache, shift: int):
         self.cache, self.shift = cache, shift
@@ -45,7 +45,7 @@ class SlotView:
 
 
 class LlamaFamily:
-    """The verbs of `Family` for a `...ForCausalLM` of LLaMA blocks."""
+    """`Family` for a `...ForCausalLM` of LLaMA blocks."""
 
     layout = "tokens"
     blocks_module = "model.layers"
@@ -79,8 +79,9 @@ class LlamaFamily:
         decoder, cache = anchor.model, context.past_key_values
         if cache is not None and slot != start:
             cache = SlotView(cache, slot - start)
-        # the head of the route may lie on another device
-        mask, position_ids = (_beside(hidden, given) for given in (context.attention_mask, context.position_ids))
+        # an earlier segment of the route may be on another device
+        inputs = (context.attention_mask, context.position_ids)
+        mask, position_ids = (_to_device_of(hidden, value) for value in inputs)
         position_embeddings = decoder.rotary_emb(hidden, position_ids=position_ids)
         for index in range(start, stop):
             updates = context.stitch_updates
@@ -101,6 +102,6 @@ class LlamaFamily:
         return anchor.lm_head(anchor.model.norm(hidden))
 
 
-def _beside(hidden: Tensor, given: Any) -> Any:
-    """A mask or positions on the device of the rows; what is no tensor (a mask of flex attention, none) as it is."""
-    return given.to(hidden.device) if isinstance(given, Tensor) else given
+def _to_device_of(hidden: Tensor, value: Any) -> Any:
+    """A mask or positions on the device of `hidden`; None and masks of flex attention are returned unchanged."""
+    return value.to(hidden.device) if isinstance(value, Tensor) else value

@@ -12,7 +12,7 @@ from .image import ImageFamily
 
 
 def _grid(block: nn.Module, hidden: Tensor) -> tuple[int, int]:
-    """(height, width) of hidden [batch, places, width]: the block's own, or a multiple where a route did not downsample."""
+    """(height, width) of hidden [batch, positions, width]: the block's own, or a multiple where a route did not downsample."""
     height, width = block.input_resolution
     times = math.isqrt(hidden.shape[1] // (height * width))
     return height * times, width * times

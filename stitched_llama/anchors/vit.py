@@ -12,7 +12,7 @@ from .image import ImageFamily
 
 
 class ViTFamily(ImageFamily):
-    """`ViTForImageClassification` and `DeiTForImageClassification`: the class token decides."""
+    """`ViTForImageClassification` and `DeiTForImageClassification`: classified from the class token."""
 
     layout = "tokens"
 

@@ -20,7 +20,7 @@ from uuid import uuid4
 try:
     import fcntl
 except ImportError:  # Windows
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 _STAGE, _MARKER = ".staged", "COMPLETE"
 LOCK_SECONDS = 300.0

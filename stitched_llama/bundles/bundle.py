@@ -24,12 +24,12 @@ CONFIG, WEIGHTS, TABLE, CARD, GENERATION = (
     "generation_config.json",
 )
 RECORDED = (CONFIG, WEIGHTS, TABLE, GENERATION)  # what loading reads; the card may be edited
-_REFERENCE = {"name_or_path": (str, NoneType), "revision": (str, NoneType), "fingerprint": dict}
+_REFERENCE: dict[str, Any] = {"name_or_path": (str, NoneType), "revision": (str, NoneType), "fingerprint": dict}
 _DTYPES = ("F64", "F32", "BF16", "F16", "I8")
 
 
 def dump_json(content: Any) -> str:
-    """JSON as every file of the project has it: sorted keys, two spaces, a final newline."""
+    """The JSON format of all files of the project: sorted keys, two spaces, a final newline."""
     return json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
 
@@ -104,7 +104,7 @@ class Bundle:
 
 def _open_weights(path: Path) -> tuple[Any, dict[str, tuple[int, ...]]]:
     try:
-        file = safe_open(path, framework="pt")
+        file: Any = safe_open(path, framework="pt")
         slices = {name: file.get_slice(name) for name in file.keys()}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is damaged or truncated: {error}: save or download it again") from None

@@ -34,7 +34,11 @@ def write_digests(folder: str | Path, names: Iterable[str]) -> None:
     folder = Path(folder)
     found = {} if not (folder / DIGESTS).is_file() else read_digests(folder)
     text = digests_text(found | {name: sha256(folder / name) for name in names})
-    write_atomically(folder / DIGESTS, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_atomically(folder / DIGESTS, lambda temporary: _write_text(temporary, text))
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
 
 
 def digests_text(digests: Mapping[str, str]) -> str:
@@ -55,7 +59,7 @@ def read_digests(folder: str | Path) -> dict[str, str]:
             "`stitched-llama bundle digest`, or load it once with verify=False (--no-verify)"
         )
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))["sha256"]
+        found: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))["sha256"]
         whole = all(isinstance(value, str) and Path(name).name == name for name, value in found.items())
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         whole = False

@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -54,15 +55,15 @@ def fingerprint_files(
 
 def fingerprint_tensors(tensors: Mapping[str, torch.Tensor], whole: bool = False) -> dict[str, str]:
     """Part -> digest, of weights in memory; equal to the files' where dtype and names are."""
-    entries = []
+    entries: list[Entry] = []
     for name, tensor in tensors.items():
         raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
         dtype = _DTYPES.get(tensor.dtype, str(tensor.dtype))
-        entries.append((name, dtype, tuple(tensor.shape), raw.nbytes, lambda start, size, raw=raw: raw[start : start + size].tobytes()))  # fmt: skip
+        entries.append((name, dtype, tuple(tensor.shape), raw.nbytes, _array_reader(raw)))
     return _digest(entries, whole)
 
 
-def read_header(path: Path) -> tuple[dict, int]:
+def read_header(path: Path) -> tuple[dict[str, Any], int]:
     """The tensor table of a safetensors file and the offset of its data.
 
     Raises:
@@ -102,6 +103,13 @@ def _span(dtype: str, shape: list[int], data_offsets: list[int]) -> tuple[int, i
     if not isinstance(dtype, str) or not all(whole) or start > stop:
         raise ValueError
     return start, stop
+
+
+def _array_reader(raw: Any) -> Callable[[int, int], bytes]:
+    def read(start: int, size: int) -> bytes:
+        return bytes(raw[start : start + size].tobytes())
+
+    return read
 
 
 def _file_reader(path: Path, base: int) -> Callable[[int, int], bytes]:

@@ -35,7 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 @contextmanager
 def _printable_logs() -> Iterator[None]:
-    """Log messages, of Transformers too, may quote a file of others: no control character of theirs reaches the terminal."""
+    """Escapes control characters in log messages, of Transformers too, as they may quote files from others."""
     before = logging.getLogRecordFactory()
 
     def factory(*args, **kwargs):
@@ -51,7 +51,7 @@ def _printable_logs() -> Iterator[None]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; returns 2 and one line on stderr where the user can mend something."""
+    """Runs a command; an error that the user can fix gives status 2 and one line on stderr."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     is_recipe = arguments[:1] and arguments[0] in recipes.RECIPES
     try:
@@ -63,12 +63,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 done = options.run(options)
         sys.stdout.flush()
         return done
-    except BrokenPipeError:  # the reader of our output left, `| head` say
+    except BrokenPipeError:  # the reader of the output exited, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, OSError) as error:
         if is_recipe and not (isinstance(error, OSError) or recipes.is_refusal(error)):
-            raise  # a library's, in the middle of a run: the traceback is needed
+            raise  # an error of a library during a run: the traceback is needed
         print(f"stitched-llama: {printable(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

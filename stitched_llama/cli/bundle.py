@@ -1,4 +1,4 @@
-"""`stitched-llama bundle show|verify|digest PATH`: what a bundle holds, whether it is whole, and digests for one that was edited."""
+"""`stitched-llama bundle show|verify|digest PATH`: list the content of a bundle, check its integrity, record digests after an edit."""
 
 import argparse
 import json
@@ -7,7 +7,7 @@ from stitched_llama.space import KEYS, format_bytes, format_count, printable
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
-    does = "show what a bundle holds, or verify that it is whole"
+    does = "show the content of a bundle, or verify its integrity"
     parser = commands.add_parser("bundle", help=does, description=f"{does[0].upper()}{does[1:]}.", epilog=KEYS)
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     show = actions.add_parser(
@@ -18,19 +18,19 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         epilog=KEYS,
     )
     show.add_argument("path", help="folder of a bundle")
-    show.add_argument("--json", action="store_true", help="stitches.json as it is")
-    show.add_argument(
-        "--no-verify", action="store_true", help="also where config or table are not those that were saved"
-    )
+    show.add_argument("--json", action="store_true", help="print stitches.json")
+    show.add_argument("--no-verify", action="store_true", help="also if config or table differ from their digests")
     show.set_defaults(run=run_show)
     checks = "files as saved, tables consistent, anchors unchanged, every tensor there"
     verify = actions.add_parser("verify", help=checks, description=f"Checks a bundle: {checks}.")
     verify.add_argument("path", help="folder of a bundle")
     verify.add_argument("--no-anchors", action="store_true", help="do not load the anchors it was trained on")
-    verify.add_argument("--anchors", nargs="+", metavar="ANCHOR", help="where the anchors lie now, small to large")
+    verify.add_argument(
+        "--anchors", nargs="+", metavar="ANCHOR", help="current paths or Hub ids of the anchors, small to large"
+    )
     verify.set_defaults(run=run_verify)
     digest = actions.add_parser(
-        "digest", help="record the files as they are, of a bundle edited on purpose or older than digests"
+        "digest", help="record digests of the current files, for a bundle that was edited on purpose or has none"
     )
     digest.add_argument("path", help="folder of a bundle that you trust")
     digest.set_defaults(run=run_digest)
@@ -64,7 +64,7 @@ def run_verify(options: argparse.Namespace) -> int:
     from stitched_llama.models import CLASSES
 
     bundle = Bundle.open(options.path)
-    bundle.load_tensors(bundle.shapes)  # which refuses those that are not finite
+    bundle.load_tensors(bundle.shapes)  # raises if a value is not finite
     kind = bundle.config.get("model_type")
     if kind not in CLASSES:
         raise ValueError(f"{options.path} has the model_type {kind!r}; one of {', '.join(CLASSES)} is needed")

@@ -1,4 +1,4 @@
-"""`stitched-llama chat BUNDLE`: a conversation whose size can be changed at any turn."""
+"""`stitched-llama chat BUNDLE`: a conversation in which the stitch can be changed at any turn."""
 
 import argparse
 import contextlib
@@ -31,22 +31,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--paper", action="store_true", help="the paper's generation: beam 4, top-p 0.75 (no streaming)"
     )
-    parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="maximum tokens of an answer (default 256)")
     parser.add_argument(
         "--context",
         type=int,
-        help="tokens a conversation may grow to, for which a budget of memory must have room too (default: all that the model takes)",
+        help="maximum tokens of a conversation; a memory budget includes their KV cache (default: the maximum of the model)",
     )
     parser.add_argument("--system", help="a system message before the conversation")
     parser.add_argument("--temperature", type=float, help="sample at this temperature (default, and 0: greedy)")
-    parser.add_argument("--top-p", type=float, help="sample from the top candidates of this probability")
-    parser.add_argument("--anchors", nargs="+", metavar="ANCHOR", help="where the anchors lie now, small to large")
-    parser.add_argument("--no-verify", action="store_true", help="also where the bundle is not what was saved")
-    parser.add_argument("--load-in-8bit", action="store_true", help="anchors in 8 bits")
-    parser.add_argument("--dtype", default="auto", help="of the anchors")
+    parser.add_argument("--top-p", type=float, help="nucleus sampling with this probability")
     parser.add_argument(
-        "--device-map", help="as from_pretrained takes it (default: auto where there is a GPU, else cpu)"
+        "--anchors", nargs="+", metavar="ANCHOR", help="current paths or Hub ids of the anchors, small to large"
     )
+    parser.add_argument(
+        "--no-verify", action="store_true", help="also if files of the bundle differ from their digests"
+    )
+    parser.add_argument("--load-in-8bit", action="store_true", help="load the anchors in 8 bits")
+    parser.add_argument("--dtype", default="auto", help="dtype of the anchors")
+    parser.add_argument("--device-map", help="device_map of from_pretrained (default: auto with a GPU, else cpu)")
 
 
 def list_sizes(model: Any, current: Stitch) -> str:
@@ -84,17 +86,17 @@ def run(options: argparse.Namespace) -> int:
     stitch = chat.stitch
     print(f"{format_count(stitch.params)} parameters, stitch {stitch.stitch_id} ({stitch.key}); {HELP}")
     for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace")):
-        if hasattr(stream, "reconfigure"):  # a byte that cannot be read or shown ends no conversation
+        if hasattr(stream, "reconfigure"):  # an undecodable byte does not end the conversation
             stream.reconfigure(errors=errors)
     converse(chat)
     return 0
 
 
 def sampling(options: argparse.Namespace) -> dict[str, Any]:
-    """Settings of `generate` for how tokens are chosen; a temperature of 0 is greedy.
+    """Sampling settings for `generate`; a temperature of 0 means greedy decoding.
 
     Raises:
-        ValueError: settings that exclude each other, or outside their range.
+        ValueError: settings that exclude each other, or are out of range.
     """
     temperature, top_p = options.temperature, options.top_p
     if options.paper:
@@ -115,7 +117,7 @@ def sampling(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def converse(chat: Chat) -> None:
-    """Reads lines until the end of input or `/quit`; an interrupt ends an answer, between answers the conversation."""
+    """Reads lines until the end of input or `/quit`; Ctrl-C ends an answer, or between answers the conversation."""
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "").strip()
@@ -144,7 +146,7 @@ def converse(chat: Chat) -> None:
                 _answer(chat, line)
         except ValueError as error:
             print(printable(error))
-        except RuntimeError as error:  # out of memory, say: another size may do
+        except RuntimeError as error:  # for example out of memory: a smaller stitch may work
             print(f"{type(error).__name__}: {printable(first_line(error))}")
 
 

@@ -1,4 +1,4 @@
-"""A conversation with a stitched model: turns, streaming, room, interrupts."""
+"""A conversation with a stitched model: turns, streaming, context length, interrupts."""
 
 import contextlib
 import threading
@@ -13,13 +13,13 @@ class Chat:
 
     Args:
         model, tokenizer: of one bundle; the tokenizer's chat template is the one it was trained with.
-        size: to start with: a budget, `#` and a stitch id, or None for the largest that is published.
-        context: tokens the conversation may grow to; None is all that the model takes. A budget of memory has room for them.
+        size: the initial stitch: a budget, `#` and a stitch id, or None for the largest published stitch.
+        context: maximum tokens of the conversation; None is the maximum of the model. A memory budget includes their KV cache.
         system: a system message before all turns.
         settings: passed to `generate`.
 
     Raises:
-        ValueError: the tokenizer has no chat template, no such size, or a context that the model has not.
+        ValueError: the tokenizer has no chat template, there is no such stitch, or the context exceeds the model's.
     """
 
     def __init__(
@@ -47,10 +47,10 @@ class Chat:
         self.stitch = model.published[-1] if size is None else self.resize(size)
 
     def resize(self, size: str) -> Stitch:
-        """Changes the size from the next answer on: a budget, or `#` and a stitch id.
+        """Selects the stitch of the next answers by a budget, or `#` and a stitch id.
 
         Raises:
-            ValueError: no such stitch, or a budget that is too small or unreadable; the size stays.
+            ValueError: no such stitch, or a budget that is too small or cannot be parsed; the stitch is not changed.
         """
         size = size.strip()
         held = self.context * self.settings.get("num_beams", 1)
@@ -58,14 +58,14 @@ class Chat:
         return self.stitch
 
     def reset(self) -> None:
-        """Forgets all turns; the system message stays."""
+        """Removes all turns but the system message."""
         self.messages = [message for message in self.messages[:1] if message["role"] == "system"]
 
     def ask(self, text: str) -> Iterator[str]:
-        """Yields the answer piece by piece and adds the turn to the conversation; one that is interrupted as far as it went.
+        """Yields the answer in pieces and adds the turn to the conversation; an interrupted answer is added as far as it was generated.
 
         Raises:
-            ValueError: the conversation cannot be rendered or tokenised, or leaves no room for an answer; the turn is not added.
+            ValueError: the conversation cannot be rendered or tokenised, or the context is too short for an answer; no turn is added.
         """
         messages = [*self.messages, {"role": "user", "content": text}]
         inputs = self._inputs(messages)
@@ -88,7 +88,7 @@ class Chat:
         yield self.tokenizer.decode(tokens, skip_special_tokens=True)
 
     def _stream(self, settings: dict[str, Any]) -> Iterator[str]:
-        """The pieces of an answer as a thread generates them; the thread ends with this, whichever way that ends."""
+        """The pieces of an answer, generated in a thread that is stopped and joined when this generator ends."""
         import torch
         from transformers import StoppingCriteriaList, TextIteratorStreamer
 
@@ -102,7 +102,7 @@ class Chat:
         def work() -> None:
             try:
                 self.model.generate(**settings, streamer=streamer, stopping_criteria=StoppingCriteriaList([stop]))
-            except BaseException as error:  # handed to the reader, who would wait for ever
+            except BaseException as error:  # passed to the reader, which would otherwise wait forever
                 failure.append(error)
                 streamer.end()
 
@@ -117,7 +117,7 @@ class Chat:
             raise failure[0]
 
     def _inputs(self, messages: list[dict[str, str]]) -> dict[str, Any]:
-        """The conversation as tokens; its oldest turns are dropped once it no longer fits the context, a system message never."""
+        """The conversation as tokens; the oldest turns, but not the system message, are dropped if it exceeds the context."""
         import torch
 
         from stitched_llama.training import encode_prompt, render_chat
@@ -155,7 +155,7 @@ class Chat:
 
 
 def _join(thread: threading.Thread) -> None:
-    """Waits for a thread, whatever is pressed: one that is inside torch as Python ends aborts the process."""
+    """Joins a thread, ignoring Ctrl-C: a thread inside torch aborts the process when Python exits."""
     while thread.is_alive():
         with contextlib.suppress(KeyboardInterrupt):
             thread.join()

@@ -12,27 +12,27 @@ RECIPES = {  # command -> module of stitched_llama.recipes, what it does
         "shrink",
         "cut a small anchor out of a large model, and distil it: shrink LARGE OUT --depth N --data ...",
     ),
-    "baseline": ("lora_baseline", "tune each LLaMA anchor alone by plain LoRA, to set beside that run"),
-    "baseline-vision": ("vision_baseline", "tune each image classifier alone, to set beside that run"),
+    "baseline": ("lora_baseline", "fine-tune each LLaMA anchor alone by plain LoRA, as a baseline"),
+    "baseline-vision": ("vision_baseline", "fine-tune each image classifier alone, as a baseline"),
 }
 
 
-_POSITIONAL = {"shrink": ("--large", "--output_dir")}  # options that may be given without their name, in this order
+_POSITIONAL = {"shrink": ("--large", "--output_dir")}  # options that may be given by position, in this order
 _ALIASES = {"shrink": {"--steps": "--max_steps"}}
 
 
 def spelled_out(command: str, arguments: Sequence[str]) -> list[str]:
-    """The arguments of a recipe with the names of those that the command takes by position."""
+    """The arguments of a recipe, positional ones and aliases replaced by option names."""
     arguments, found = list(arguments), []
     for name in _POSITIONAL.get(command, ()):
         if not arguments or arguments[0].startswith("-"):
             break
         found += [name, arguments.pop(0)]
-    return found + [_ALIASES.get(command, {}).get(word, word) for word in arguments]
+    return found + [_ALIASES.get(command, {}).get(argument, argument) for argument in arguments]
 
 
 def add_parsers(commands: argparse._SubParsersAction) -> None:
-    """Lists them; what follows the command is for the recipe's own parser."""
+    """Lists the recipes in `--help`; the arguments of a recipe are parsed by the recipe."""
     for command, (_, does) in RECIPES.items():
         commands.add_parser(command, help=does, add_help=False)
 
@@ -41,7 +41,7 @@ def run(command: str, arguments: Sequence[str]) -> int:
     """Runs a recipe as `python -m` would.
 
     Raises:
-        ValueError: what the recipe refuses.
+        ValueError: invalid arguments or data.
     """
     before, sys.argv = sys.argv, [command, *spelled_out(command, arguments)]
     try:
@@ -52,7 +52,7 @@ def run(command: str, arguments: Sequence[str]) -> int:
 
 
 def is_refusal(error: BaseException) -> bool:
-    """Whether this package raised the error itself, in words for the user, and not a library in the middle of a run."""
+    """Whether this package raised the error, with a message for the user, and not a library during a run."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next

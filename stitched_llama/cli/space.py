@@ -30,30 +30,34 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("anchors", nargs="+", metavar="ANCHOR", help="folders or Hub ids, small to large; two or more")
     parser.add_argument("--kernel-size", type=int, default=1, help="blocks of the sliding window (default 1)")
-    parser.add_argument("--stride", type=int, default=1, help="its stride (default 1)")
-    parser.add_argument("--direction", choices=DIRECTIONS, default="fast-to-slow")
+    parser.add_argument("--stride", type=int, default=1, help="stride of the sliding window (default 1)")
+    parser.add_argument("--direction", choices=DIRECTIONS, default="fast-to-slow", help="direction of the routes")
     parser.add_argument("--pairs", choices=PAIRS, default="nearest", help="which anchors are joined")
     parser.add_argument("--adapter", choices=ADAPTERS, default="linear", help="kind of stitching layer, for images")
-    parser.add_argument("--rescale", choices=RESCALES, default="none", help="how it changes the resolution")
-    parser.add_argument("--adapter-norm", choices=ADAPTER_NORMS, default="none", help="norms around it")
+    parser.add_argument(
+        "--rescale", choices=RESCALES, default="none", help="how stitching layers change the resolution"
+    )
+    parser.add_argument(
+        "--adapter-norm", choices=ADAPTER_NORMS, default="none", help="norms before and after stitching layers"
+    )
     parser.add_argument("--across-stages", action="store_true", help="also join stages of different resolution")
     parser.add_argument(
         "--junctions",
         nargs="+",
         metavar="SOURCE:TARGET",
-        help="instead of a rule: 'aligned' for a small anchor made by shrink, or pairs of blocks such as 3:8 (leave after block 3 of "
-        "the small anchor, enter block 8 of the large one)",
+        help="explicit junctions: 'aligned' for a small anchor made by shrink, or pairs of blocks such as 3:8 (from the output of block "
+        "3 of the small anchor to the input of block 8 of the large one)",
     )
     parser.add_argument(
-        "--routes", nargs="+", metavar="KEY", help="the stitches themselves, such as 1[0:5]>0[3:5]>1[9:30]"
+        "--routes", nargs="+", metavar="KEY", help="explicit stitches by key, such as 1[0:5]>0[3:5]>1[9:30]"
     )
     parser.add_argument(
         "--image-size", type=int, help="side of the images, for anchors that take any (DINOv2, ConvNeXt, ...)"
     )
-    parser.add_argument("--dtype", choices=BYTES_PER_NUMBER, default="bfloat16", help="of weights and KV cache")
-    parser.add_argument("--quantization", choices=("8bit", "4bit"), help="of the blocks' linear layers")
+    parser.add_argument("--dtype", choices=BYTES_PER_NUMBER, default="bfloat16", help="dtype of weights and KV cache")
+    parser.add_argument("--quantization", choices=("8bit", "4bit"), help="quantisation of the blocks' linear layers")
     parser.add_argument("--context", type=int, default=0, help="tokens attended to, counted in MACs (default 0)")
-    parser.add_argument("--json", action="store_true", help="a JSON list instead of a table")
+    parser.add_argument("--json", action="store_true", help="print a JSON list instead of a table")
     parser.set_defaults(run=run)
 
 

@@ -1,7 +1,7 @@
-"""Stitching layers and how they are initialised: torch alone, no model.
+"""Stitching layers and their initialisation: torch only, no model.
 
 stitching      the map at a junction
-layouts        features as rows and back
+layouts        features as token features and back
 least_squares  streamed fit and R2
 """
 

@@ -1,8 +1,8 @@
-"""How features lie, converted by name: `"tokens"` [batch, places, width] and `"channels"` [batch, width, rows, columns].
+"""Layouts of features and their conversion: `"tokens"` [batch, positions, width] and `"channels"` [batch, width, height, width of map].
 
-A stitching layer maps rows [batch, places, width]. Class and distillation tokens stand in front of the places of a map:
-those that both sides have are mapped like any place, those that only the head has are dropped, those that only the tail
-has are the tail's own.
+A stitching layer maps token features [batch, positions, width], `rows` below. Class and distillation tokens precede the positions
+of the feature map: those of both source and target are mapped like any position, those of the source alone are dropped, those of
+the target alone are taken from the target anchor.
 """
 
 from collections.abc import Callable
@@ -12,22 +12,22 @@ from torch import Tensor
 
 
 def to_rows(feature: Tensor, layout: str) -> Tensor:
-    """[batch, places, width] of a feature in either layout."""
+    """Token features [batch, positions, width] of a feature in either layout."""
     return feature.flatten(2).transpose(1, 2) if layout == "channels" else feature
 
 
 def from_rows(rows: Tensor, layout: str, grid: tuple[int, int] | None) -> Tensor:
-    """A feature in `layout` of rows [batch, places, width]; `grid` is (height, width) of its map."""
+    """A feature in `layout` from token features [batch, positions, width]; `grid` is (height, width) of its map."""
     return rows.transpose(1, 2).unflatten(2, grid) if layout == "channels" else rows
 
 
 def shared_rows(rows: Tensor, special: int, shared: int) -> Tensor:
-    """Rows with `special` tokens in front, cut down to the first `shared` of them and the map."""
+    """Token features with `special` tokens in front, reduced to the first `shared` of them and the map."""
     return rows if special == shared else torch.cat([rows[:, :shared], rows[:, special:]], 1)
 
 
 def with_own_tokens(rows: Tensor, own: Tensor | None, shared: int) -> Tensor:
-    """Rows with `shared` special tokens in front, filled up with the tail's own [1, tokens, width] that follow those."""
+    """Token features with `shared` special tokens in front, followed by the remaining ones of the target, `own` [1, tokens, width]."""
     if own is None or own.shape[1] == shared:
         return rows
     missing = own[:, shared:].expand(len(rows), -1, -1).to(rows.dtype)
@@ -36,15 +36,15 @@ def with_own_tokens(rows: Tensor, own: Tensor | None, shared: int) -> Tensor:
 
 def on_map(
     rows: Tensor,
-    grid: tuple[int, int],
+    grid: tuple[int, int] | None,
     special: int,
     change: Callable[[Tensor], Tensor],
     change_token: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Rows [batch, special + places, width] after `change` of their map [batch, width, rows, columns].
+    """Token features [batch, special + positions, width] after `change` is applied to their map [batch, width, height, width of map].
 
-    Each special token is a map of one place to `change_token` (`change` by default): a convolution meets it with its
-    centre alone.
+    Each special token is passed to `change_token` (default: `change`) as a map of one position: of a convolution only the centre
+    applies to it.
     """
     changed = to_rows(change(from_rows(rows[:, special:], "channels", grid)), "channels")
     if not special:

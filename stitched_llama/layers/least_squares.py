@@ -1,4 +1,4 @@
-"""Streamed least squares: memory in O(width^2), whatever the number of tokens."""
+"""Streamed least squares: O(width^2) memory for any number of tokens."""
 
 from dataclasses import replace
 
@@ -8,21 +8,21 @@ from .stitching import Fit
 
 
 class LeastSquares:
-    """Accumulates `X -> Y` rows as Gram matrices in float64 and solves once, with bias and a relative ridge.
+    """Accumulates token features X and Y as Gram matrices in float64 and solves once, with bias and a relative ridge.
 
-    Adding the rows of several junctions to one accumulator minimises the sum of their residuals.
+    Adding the features of several junctions to one accumulator minimises the sum of their residuals.
 
     Args:
         in_width, out_width: features of X and Y.
-        device: where the sums live.
+        device: of the sums.
     """
 
     def __init__(self, in_width: int, out_width: int, device: torch.device | str = "cpu"):
         def zeros(*shape: int) -> torch.Tensor:
-            return torch.zeros(*shape, dtype=torch.float64, device=device)
+            return torch.zeros(shape, dtype=torch.float64, device=device)
 
         self.rows = 0
-        self.weight_sum = zeros(())
+        self.weight_sum = zeros()
         self.xx, self.xy = zeros(in_width, in_width), zeros(in_width, out_width)
         self.x_sum, self.y_sum, self.y_squares = zeros(in_width), zeros(out_width), zeros(out_width)
 
@@ -31,7 +31,7 @@ class LeastSquares:
         """Adds rows x [rows, in_width], y [rows, out_width]; `weights` [rows] scale their squared residuals.
 
         Raises:
-            ValueError: not as many rows of one as of the other.
+            ValueError: x and y have different numbers of rows.
         """
         if len(x) != len(y):
             raise ValueError(f"{len(x)} rows of X against {len(y)} of Y: they must be activations of the same tokens")
@@ -50,7 +50,8 @@ class LeastSquares:
         self.y_squares += weights @ y.square()
 
     def pinned(self, fit: Fit, x: torch.Tensor, y: torch.Tensor, ridge: float = 1e-4) -> Fit:
-        """A solution changed so that it maps x [in_width] to y [out_width], by the matrix of rank 1 that the rows added here notice least.
+        """A solution changed by a matrix of rank 1 so that it maps x [in_width] to y [out_width], with the least change of its output on
+        the rows added here.
 
         For a vector far from these rows, such as the massive activation of a first token.
         """
@@ -94,13 +95,15 @@ class LeastSquares:
 def _solve(covariance: torch.Tensor, cross: torch.Tensor) -> torch.Tensor:
     factor, failed = torch.linalg.cholesky_ex(covariance)
     if failed:
-        return torch.linalg.pinv(covariance, hermitian=True) @ cross
+        inverse: torch.Tensor = torch.linalg.pinv(covariance, hermitian=True)
+        return inverse @ cross
     return torch.cholesky_solve(cross, factor)
 
 
 def _least(covariance: torch.Tensor, cross: torch.Tensor) -> torch.Tensor:
-    """The smallest solution where features depend on each other; on a CPU, as GPUs have only a solver for full rank."""
-    return torch.linalg.lstsq(covariance.cpu(), cross.cpu(), driver="gelsd").solution.to(cross)
+    """The minimum-norm solution for linearly dependent features; on the CPU, as the GPU solver needs full rank."""
+    solution: torch.Tensor = torch.linalg.lstsq(covariance.cpu(), cross.cpu(), driver="gelsd").solution
+    return solution.to(cross)
 
 
 class Residual:

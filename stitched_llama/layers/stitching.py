@@ -1,6 +1,8 @@
-"""The learned map at a junction: linear by default, or an adapter that looks at neighbours and rescales."""
+"""The stitching layer of a junction: linear by default, or a convolutional adapter that may change the resolution."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,11 +13,11 @@ from .layouts import on_map
 
 @dataclass(frozen=True)
 class Fit:
-    """A least-squares solution and the moments of what it was fitted on.
+    """A least-squares solution and the moments of X and Y.
 
     Attributes:
         weight, bias: [out_width, in_width], [out_width].
-        x_mean, x_variance, y_mean, y_variance: of each channel; needed where the adapter has norms.
+        x_mean, x_variance, y_mean, y_variance: of each channel; needed for an adapter with norms.
     """
 
     weight: Tensor
@@ -25,21 +27,27 @@ class Fit:
     y_mean: Tensor | None = None
     y_variance: Tensor | None = None
 
+    def moments(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Mean and variance of X, then of Y."""
+        found = [m for m in (self.x_mean, self.x_variance, self.y_mean, self.y_variance) if m is not None]
+        assert len(found) == 4, "fitted without the moments of X and Y"
+        return found[0], found[1], found[2], found[3]
+
 
 class StitchingLayer(nn.Module):
-    """The map from what leaves a block of one anchor to what enters a block of the next.
+    """The map from a block output of the source anchor to a block input of the target anchor.
 
-    Every kind has one linear core, `proj`: it takes the least-squares solution, is frozen then, and PST adds a low-rank
-    update to it (ESTA section 4.1). Around it lie a ReLU, the eight neighbours of a 3x3 convolution, or a bottleneck's
-    branch, born zero, so that every kind starts from the same fit. The bottleneck has no ReLU at its end: what
-    enters a transformer's block is signed.
+    Every kind has a linear core, `proj`, which is set to the least-squares solution and frozen; PST adds a low-rank update to it
+    (ESTA section 4.1). The other parts, a ReLU, the eight neighbours of a 3x3 convolution or the branch of a bottleneck, are
+    zero-initialised, so that every kind starts from the same fit. The bottleneck has no ReLU at its end, as the inputs of a
+    transformer block are signed.
 
     Args:
-        in_width, out_width, adapter, rescale, norm, in_grid, out_grid, special_tokens, step, inner_width: as
-            `StitchingLayerSpec` has them.
+        in_width, out_width, adapter, rescale, norm, in_grid, out_grid, special_tokens, step, inner_width: see
+            `StitchingLayerSpec`.
 
-    Shapes: [..., in_width] -> [..., out_width]; with rescaling or neighbours [batch, special tokens + places, in_width]
-        -> [batch, special tokens + places of `tail_grid`, out_width].
+    Shapes: [..., in_width] -> [..., out_width]; with rescaling or a 3x3 convolution [batch, special tokens + positions, in_width]
+        -> [batch, special tokens + positions of `tail_grid`, out_width].
 
     Source: SN-Net section 3.2; Traft and Cheney section 2.
     """
@@ -62,11 +70,14 @@ class StitchingLayer(nn.Module):
         super().__init__()
         self.adapter, self.rescale, self.special_tokens, self.step = adapter, rescale, special_tokens, step
         self.in_grid, self.out_grid = in_grid, out_grid
-        self.out_dtype = dtype or torch.get_default_dtype()  # of the tail, also where the core trains in float32
-        how = {"dtype": dtype, "device": device}
-        branch = {"dtype": torch.float32, "device": device}  # trains, whatever the anchors are
+        self.out_dtype = dtype or torch.get_default_dtype()  # of the target anchor, also if the core trains in float32
+        how: dict[str, Any] = {"dtype": dtype, "device": device}
+        branch: dict[str, Any] = {
+            "dtype": torch.float32,
+            "device": device,
+        }  # trains in float32, whatever the dtype of the anchors
         if adapter == "conv3x3_relu":
-            self.proj: nn.Module = nn.Conv2d(in_width, out_width, 3, stride=step, padding=1, **how)
+            self.proj: nn.Linear | nn.Conv2d = nn.Conv2d(in_width, out_width, 3, stride=step, padding=1, **how)
         else:
             self.proj = nn.Linear(in_width, out_width, **how)
         if adapter == "bottleneck":
@@ -75,47 +86,53 @@ class StitchingLayer(nn.Module):
             self.expand = nn.Linear(inner_width, out_width, **branch)
         self.before = nn.BatchNorm1d(in_width, **branch) if norm == "batch" else None
         self.after = nn.BatchNorm1d(out_width, **branch) if norm == "batch" else None
-        self.is_initialised = False  # holds something better than random numbers
+        self.is_initialised = False  # True for the identity or a least-squares solution
         if self.core.weight.device.type != "meta":
             self.init_kaiming() if adapter == "linear" and not self.may_be_identity else self.init_identity()
 
     @property
-    def core(self) -> nn.Module:
-        """The frozen map itself, also where a low-rank update is wrapped around it."""
-        return getattr(self.proj, "base_layer", self.proj)
+    def core(self) -> nn.Linear | nn.Conv2d:
+        """The frozen linear map, without the low-rank update that may wrap it."""
+        core: nn.Linear | nn.Conv2d = getattr(self.proj, "base_layer", self.proj)
+        return core
+
+    @property
+    def _core_bias(self) -> Tensor:
+        assert self.core.bias is not None
+        return self.core.bias
 
     @property
     def may_be_identity(self) -> bool:
-        """A linear map between equal widths, which starts as the identity."""
+        """Whether the layer is linear between equal widths, and so initialised as the identity."""
         return (
             self.adapter == "linear" and self.core.weight.shape[0] == self.core.weight.shape[1] and self.before is None
         )
 
     @property
     def tail_grid(self) -> tuple[int, int] | None:
-        """The grid of what comes out."""
+        """The grid of the output."""
         return self.in_grid if self.rescale == "none" else self.out_grid
 
-    def _apply(self, fn, recurse: bool = True):
-        """As torch has it; what comes out follows `to(dtype)`."""
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Same as `nn.Module._apply`; the output dtype changes with `to(dtype)`."""
         self.out_dtype = fn(torch.empty(0, dtype=self.out_dtype)).dtype
-        return super()._apply(fn, recurse)
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     # ---- initialisation
 
     @torch.no_grad()
     def init_kaiming(self, generator: torch.Generator | None = None) -> None:
-        """Kaiming normal weight, zero bias: what the least-squares start is compared with."""
+        """Kaiming normal weight and zero bias: the baseline of the least-squares initialisation."""
         weight = self.core.weight
         if weight.device.type != "meta":
             noise = torch.randn(weight.shape, generator=generator, dtype=torch.float32)
             weight.copy_(noise * weight[0].numel() ** -0.5)
-            self.core.bias.zero_()
+            self._core_bias.zero_()
             self.is_initialised = False
 
     @torch.no_grad()
     def init_identity(self) -> None:
-        """Ones on the diagonal, zero elsewhere: the shared leading features pass unchanged."""
+        """Ones on the diagonal, zero elsewhere: the leading features that both widths share are unchanged."""
         width = self.core.weight.shape[:2]
         self.set_core(torch.eye(*width), torch.zeros(width[0]))
         self.is_initialised = self.may_be_identity
@@ -125,49 +142,49 @@ class StitchingLayer(nn.Module):
 
     @torch.no_grad()
     def init_solution(self, fit: Fit) -> None:
-        """Takes a least-squares solution: without a ReLU what comes out is its prediction, norms and all (in evaluation)."""
+        """Sets a least-squares solution: without a ReLU the output in evaluation equals its prediction, norms included."""
         self.init_identity()
         weight, bias = fit.weight, fit.bias
         if self.before is not None and self.after is not None:
-            for norm, mean, variance in (
-                (self.before, fit.x_mean, fit.x_variance),
-                (self.after, fit.y_mean, fit.y_variance),
-            ):
+            x_mean, x_variance, y_mean, y_variance = fit.moments()
+            for norm, mean, variance in ((self.before, x_mean, x_variance), (self.after, y_mean, y_variance)):
+                assert norm.running_mean is not None
+                assert norm.running_var is not None
                 norm.running_mean.copy_(mean)
                 norm.running_var.copy_(variance)
                 norm.weight.fill_(1.0)
                 norm.bias.zero_()
-            deviation = (fit.x_variance + self.before.eps).sqrt()  # undone by the core, as the norm before it divides
-            weight, bias = weight * deviation, bias + weight @ fit.x_mean
-            self.after.weight.copy_((fit.y_variance + self.after.eps).sqrt())
-            self.after.bias.copy_(fit.y_mean)
+            deviation = (x_variance + self.before.eps).sqrt()  # the norm before the core divides by it
+            weight, bias = weight * deviation, bias + weight @ x_mean
+            self.after.weight.copy_((y_variance + self.after.eps).sqrt())
+            self.after.bias.copy_(y_mean)
         self.set_core(weight, bias)
         self.is_initialised = True
 
     @torch.no_grad()
     def set_core(self, weight: Tensor, bias: Tensor) -> None:
-        """Weight [out_width, in_width] and bias [out_width] of the linear core."""
+        """Sets weight [out_width, in_width] and bias [out_width] of the linear core."""
         target = self.core.weight
         if target.ndim == 4:
             target.zero_()
             target[:, :, 1, 1] = weight.to(target)
         else:
             target.copy_(weight)
-        self.core.bias.copy_(bias)
+        self._core_bias.copy_(bias)
 
     # ---- the map
 
     def sampled(self, rows: Tensor) -> Tensor:
-        """Rows as the core meets them, one for each that enters the tail at its own grid: what least squares fits.
+        """Token features as inputs of the core, one for each position of `out_grid`: the X of least squares.
 
-        A layer that leaves the grid as it is has its rows interpolated here, for the fit alone.
+        For a layer that does not change the grid they are interpolated here, for the fit only.
         """
         if self.in_grid == self.out_grid:
             return rows
         return self._strided(rows) if self.rescale == "strided" else self._interpolated(rows)
 
     def as_trained(self, mapped: Tensor) -> Tensor:
-        """What comes out, at the grid the tail was trained for."""
+        """The output at `out_grid`, the grid the target block was trained for."""
         return mapped if self.tail_grid == self.out_grid else self._interpolated(mapped)
 
     def _interpolated(self, rows: Tensor) -> Tensor:
@@ -199,7 +216,8 @@ class StitchingLayer(nn.Module):
 
 
 def _normed(norm: nn.BatchNorm1d | None, rows: Tensor) -> Tensor:
-    """Rows [batch, places, width], each channel normalised over batch and places."""
+    """Token features [batch, positions, width], each channel normalised over batch and positions."""
     if norm is None:
         return rows
-    return norm(rows.transpose(1, 2).to(norm.weight.dtype)).transpose(1, 2).to(rows.dtype)
+    normed: Tensor = norm(rows.transpose(1, 2).to(norm.weight.dtype))
+    return normed.transpose(1, 2).to(rows.dtype)

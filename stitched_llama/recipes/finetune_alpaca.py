@@ -2,8 +2,8 @@
 
     accelerate launch -m stitched_llama finetune --anchors huggyllama/llama-7b huggyllama/llama-13b
 
-That is this file, `recipes/finetune_alpaca.py` of a checkout. Both anchors stay resident: about 20 GB in 8 bits for 7B/13B, with
-activations 24 to 32 GB, and 10 GB more while calibrating; not measured at that size. `--smoke` does all of it on pico anchors.
+That runs this file, `recipes/finetune_alpaca.py` of a checkout. Both anchors stay in memory: about 20 GB in 8 bits for 7B/13B, 24 to
+32 GB with activations, and 10 GB more during calibration; not measured at that size. `--smoke` runs everything on pico anchors.
 """
 
 import time
@@ -57,21 +57,21 @@ from stitched_llama.training import (
 
 @dataclass
 class Arguments(TextDataArguments):
-    """What is tuned on what, and how it starts."""
+    """Anchors, data and initialisation of the run."""
 
-    train_on_prompt: bool = field(default=False, metadata={"help": "Learn the prompt too."})
-    load_in_8bit: bool = field(default=True, metadata={"help": "Anchors in 8 bits, as the paper has them."})
+    train_on_prompt: bool = field(default=False, metadata={"help": "Train on the prompt too."})
+    load_in_8bit: bool = field(default=True, metadata={"help": "Anchors in 8 bits, as in the paper."})
     load_in_4bit: bool = field(default=False, metadata={"help": "Anchors in 4 bits (NF4) instead."})
-    dtype: str = field(default="auto", metadata={"help": "Of the anchors; auto: of --bf16 or --fp16, else as stored."})
-    calibration_size: int = field(default=512, metadata={"help": "Rows for the least-squares start."})
-    align_steps: int = field(default=0, metadata={"help": "Then steps of alignment, for anchors made apart."})
-    ridge: float = field(default=1e-4, metadata={"help": "Relative ridge of the least squares."})
-    resume: str | None = field(default=None, metadata={"help": "auto (the newest whole one), or a checkpoint's path."})
-    baselines: str | None = field(default=None, metadata={"help": "JSON rows of anchors tuned alone, to compare."})
-    band: int = field(default=2, metadata={"help": "Blocks beside the nearest depth that --junctions similar tries."})
-    budgets: list[str] = field(default_factory=list, metadata={"help": "Sizes that answer samples; by default three."})
+    dtype: str = field(default="auto", metadata={"help": "Of the anchors; auto: of --bf16/--fp16, else as stored."})
+    calibration_size: int = field(default=512, metadata={"help": "Rows for the least-squares initialisation."})
+    align_steps: int = field(default=0, metadata={"help": "Alignment steps after it, for independent anchors."})
+    ridge: float = field(default=1e-4, metadata={"help": "Relative ridge of least squares."})
+    resume: str | None = field(default=None, metadata={"help": "auto (newest complete checkpoint), or a path."})
+    baselines: str | None = field(default=None, metadata={"help": "JSON file of the baseline recipe, for comparison."})
+    band: int = field(default=2, metadata={"help": "Blocks around the nearest depth for --junctions similar."})
+    budgets: list[str] = field(default_factory=list, metadata={"help": "Budgets of the sample answers."})
     evaluate_before: bool = field(default=True, metadata={"help": "Also evaluate every stitch before the fine-tune."})
-    smoke: bool = field(default=False, metadata={"help": "All of it on pico anchors in under a minute."})
+    smoke: bool = field(default=False, metadata={"help": "A whole run on pico anchors in under a minute."})
 
 
 def main() -> None:
@@ -86,7 +86,7 @@ def main() -> None:
     set_seed(training.seed)
     chief = training.process_index == 0
 
-    # What can be known to be wrong before hours are spent
+    # Checks before hours are spent
     check_arguments(training)
     if args.load_in_4bit and training.device.type == "cpu":
         raise SystemExit("--load_in_4bit needs a GPU to train (bitsandbytes): use --load_in_8bit or neither here")
@@ -101,7 +101,7 @@ def main() -> None:
     pst.settings().trainable_params(space)
     baselines = read_baselines(args.baselines, space)
     for budget in map(Budget.parse, args.budgets):
-        if budget.kind != "memory_bytes":  # bytes are known once the anchors are loaded
+        if budget.kind != "memory_bytes":  # bytes depend on the dtype the anchors are loaded in
             StitchTable().choose(space, budget)
 
     # Data: rows, a held-out part, the published template, labels on the response
@@ -125,7 +125,7 @@ def main() -> None:
     elif args.load_in_8bit:
         quantization = BitsAndBytesConfig(load_in_8bit=True)
     shape |= measured_options(options, args.anchors, calibration_batches(), args.band, training.autocast_dtype, chief)
-    mixed = "bfloat16" if training.bf16 else "float16" if training.fp16 else "auto"  # of two halves float32 would come
+    mixed = "bfloat16" if training.bf16 else "float16" if training.fp16 else "auto"  # both at once give float32
     model = StitchedLlamaForCausalLM.from_anchors(
         args.anchors, **shape, dtype=mixed if args.dtype == "auto" else args.dtype,
         quantization_config=quantization,
@@ -162,7 +162,7 @@ def main() -> None:
     if not chief:
         return
 
-    # What it leaves: bundle, table, plot, samples, one JSON row
+    # Results: bundle, table, plot, samples, one JSON row
     model.table = replace(model.table, alone=baselines)
     trainer.save_importance()
     bundle = output / "bundle"
@@ -175,8 +175,8 @@ def main() -> None:
     order = partial(spearman, [stitch.params for stitch in model.space])
     orders = {name: order([values[stitch.key] for stitch in model.space]) for name, values in after.items()}
     gains = palette_gains(model.space, model.table)
-    told = ", ".join(f"{name}: {value:.2f}" for name, value in orders.items())
-    print(f"{text}\n{format_gains(gains)}\nSpearman of parameters and {told}")
+    correlations = ", ".join(f"{name}: {value:.2f}" for name, value in orders.items())
+    print(f"{text}\n{format_gains(gains)}\nSpearman of parameters and {correlations}")
     row = provenance() | {
         "anchors": args.anchors, "data": args.data, "train_rows": len(train_set), "held_out_rows": len(eval_set),
         "steps": trained.global_step, "train_seconds": round(trained.metrics["train_runtime"], 1),

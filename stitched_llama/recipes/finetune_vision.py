@@ -3,13 +3,13 @@
     accelerate launch -m stitched_llama finetune-vision --data cifar100 --rank 32 16 8 \\
         --anchors WinKawaks/vit-tiny-patch16-224 WinKawaks/vit-small-patch16-224 google/vit-base-patch16-224
 
-That is this file, `recipes/finetune_vision.py` of a checkout, which `accelerate launch` takes as well.
+That runs this file, `recipes/finetune_vision.py` of a checkout, which `accelerate launch` takes as well.
 
-ESTA's settings are the defaults: AdamW, cosine, 10 % warm-up, rate `base_lr * batch / 256`, 15 intervals, kernel 2, stride 1; its ranks
-32 16 8 are for its three anchors and are given, as one rank for all (16) is the default.
-Its steps and draws are `--train_teacher --sampling esta --importance snip`. SN-Net's own procedure is the same recipe with other settings:
+Defaults are ESTA's settings: AdamW, cosine, 10 % warm-up, rate `base_lr * batch / 256`, 15 intervals, kernel 2, stride 1, except for
+its ranks 32 16 8 (the default is rank 16 for all anchors) and its training step and sampling:
+`--train_teacher --sampling esta --importance snip`. SN-Net's procedure is the same recipe with other settings:
 `--full --sampling uniform --no_inplace_teacher`, `--teacher NAME` for an external teacher, `--anchor_lr_scale 0.1` for staged
-families, `--shared mean`; it adapts then stitches where `--anchors` names what `stitched-llama baseline-vision --full --save FOLDER` left.
+families, `--shared mean`; for adapt-then-stitch, `--anchors` names the output of `stitched-llama baseline-vision --full --save FOLDER`.
 `--adapter bottleneck --rescale bilinear --across_stages` joins stages of different resolution (Traft and Cheney).
 """
 
@@ -57,23 +57,23 @@ from stitched_llama.training import (
 
 @dataclass
 class Arguments(ImageDataArguments):
-    """What is tuned on what, and how it starts."""
+    """Anchors, data and initialisation of the run."""
 
-    teacher: str | None = field(default=None, metadata={"help": "A classifier of the same classes that teaches."})
+    teacher: str | None = field(default=None, metadata={"help": "External teacher, with the same classes."})
     init: str = field(
-        default="least_squares", metadata={"help": "Start of the stitching layers: that, kaiming or identity."}
+        default="least_squares", metadata={"help": "Of the stitching layers: least_squares, kaiming or identity."}
     )
     shared: str = field(default="joint", metadata={"help": "Least squares of a shared layer: joint or mean (SN-Net)."})
-    calibration_size: int = field(default=100, metadata={"help": "Pictures for the least-squares start (SN-Net 4)."})
-    ridge: float = field(default=1e-4, metadata={"help": "Relative ridge of the least squares."})
-    dtype: str = field(default="auto", metadata={"help": "Of the anchors: auto, float32, bfloat16 or float16."})
-    resume: str | None = field(default=None, metadata={"help": "auto (the newest whole one), or a checkpoint's path."})
-    baselines: str | None = field(default=None, metadata={"help": "JSON rows of anchors tuned alone, for the plot."})
+    calibration_size: int = field(default=100, metadata={"help": "Images for least squares (SN-Net 4)."})
+    ridge: float = field(default=1e-4, metadata={"help": "Relative ridge of least squares."})
+    dtype: str = field(default="auto", metadata={"help": "dtype of the anchors: auto, float32, bfloat16 or float16."})
+    resume: str | None = field(default=None, metadata={"help": "auto (newest complete checkpoint), or a path."})
+    baselines: str | None = field(default=None, metadata={"help": "JSON file of the baseline recipe, for the plot."})
 
 
 @dataclass
 class VisionSpaceArguments(SpaceArguments):
-    """The space of ESTA and SN-Net for plain ViTs."""
+    """Options of the space, with the defaults of ESTA and SN-Net for plain ViTs."""
 
     kernel_size: int = field(default=2, metadata={"help": "Blocks of the sliding window."})
     image_size: int | None = field(
@@ -100,14 +100,14 @@ def main() -> None:
     if is_published(checkpoint, output, args.anchors):
         return
 
-    # Data: pictures, a few of each class where asked, prepared by the anchors' own processor
+    # Data: images, few-shot on request, preprocessed by the processor of the largest anchor
     images = read_images(args.data, args.train_split)
     held_out = some_of(read_images(args.data, args.eval_split, images.names), args.eval_size, training.seed)
     if args.shots:
         images = few_shot(images, args.shots, training.seed)
     classes = dict(enumerate(images.names))
 
-    # What can be known to be wrong before hours are spent
+    # Checks before hours are spent
     configs = [AutoConfig.from_pretrained(name, id2label=classes, trust_remote_code=False) for name in args.anchors]
     model_class = image_class(config.model_type for config in configs)
     shape = model_class.config_class.from_anchor_configs(configs, **space.options()).stitch_space()
@@ -124,15 +124,15 @@ def main() -> None:
     model.to(training.device)
     calibration = None
     if args.init == "least_squares":
-        pictures = _pictures(train_set, args.calibration_size)
-        calibration = model.calibrate(pictures, ridge=args.ridge, shared=args.shared, progress=chief)
+        samples = _calibration_batches(train_set, args.calibration_size)
+        calibration = model.calibrate(samples, ridge=args.ridge, shared=args.shared, progress=chief)
     else:
         for layer in model.stitching_layers.values():
             layer.init_kaiming() if args.init == "kaiming" else layer.init_identity()
     model.attach_pst(pst.settings())
     if chief:
         print(calibration or f"stitching layers: {args.init}")
-        print(f"{len(train_set)} pictures to train on, {len(eval_set)} held out, {len(model.space)} stitches")
+        print(f"{len(train_set)} images to train on, {len(eval_set)} held out, {len(model.space)} stitches")
         model.print_trainable_parameters()
 
     # The fine-tune, every stitch after
@@ -152,7 +152,7 @@ def main() -> None:
     if not chief:
         return
 
-    # What it leaves: bundle, table, plot, one JSON row
+    # Results: bundle, table, plot, one JSON row
     model.table = replace(model.table, alone=baselines)
     trainer.save_importance()
     model.save_pretrained(output / "bundle")
@@ -182,11 +182,11 @@ def main() -> None:
     )
 
 
-def _pictures(images: ImageSet, count: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Shuffled batches, not augmented, without labels: the new heads know nothing yet."""
+def _calibration_batches(images: ImageSet, count: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Shuffled batches without augmentation, and without labels, as the new heads are untrained."""
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count].tolist()
     for first in range(0, len(order), 10):
-        yield {"pixel_values": torch.stack([images.picture(index) for index in order[first : first + 10]])}
+        yield {"pixel_values": torch.stack([images.pixel_values(index) for index in order[first : first + 10]])}
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Fine-tune each anchor alone with plain PEFT LoRA (Alpaca-LoRA): the peers that every stitched run is set beside.
+"""Fine-tune each anchor alone with plain PEFT LoRA (Alpaca-LoRA): the baselines of a stitched run.
 
     stitched-llama baseline --anchors SMALL LARGE --data train.json ...
 
-That is this file, `recipes/lora_baseline.py` of a checkout.
-Same rows, template and optimiser as `finetune_alpaca.py`, anchors as they are stored; nothing of `stitched_llama.models` is used.
-`--save` leaves the tuned models, LoRA merged, as plain checkpoints; named as that recipe's `--anchors` they are adapt-then-stitch.
+That runs this file, `recipes/lora_baseline.py` of a checkout.
+Same rows, template and optimiser as `finetune_alpaca.py`, anchors in their stored dtype; `stitched_llama.models` is not used.
+`--save` writes the tuned models, LoRA merged, as plain checkpoints; as `--anchors` of that recipe they give adapt-then-stitch.
 Writes `{key of the anchor: {"loss", "exact_match", "loss_before", "exact_match_before", "seconds"}}`.
 """
 
@@ -38,12 +38,12 @@ from stitched_llama.training import (
 
 @dataclass
 class Arguments(TextDataArguments):
-    """What is tuned on what."""
+    """Anchors, data and LoRA of the run."""
 
     rank: int = field(default=16, metadata={"help": "LoRA rank on q, k, v, o."})
-    dtype: str = field(default="auto", metadata={"help": "Of the anchors: auto, float32, bfloat16 or float16."})
-    save: str | None = field(default=None, metadata={"help": "A folder for the tuned models."})
-    rows: str = field(default="baselines.json", metadata={"help": "Where the result goes."})
+    dtype: str = field(default="auto", metadata={"help": "dtype of the anchors: auto, float32, bfloat16 or float16."})
+    save: str | None = field(default=None, metadata={"help": "Folder for the tuned models."})
+    rows: str = field(default="baselines.json", metadata={"help": "Path of the result."})
 
 
 def main() -> None:

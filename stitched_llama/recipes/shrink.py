@@ -5,9 +5,9 @@
 
 `stitched-llama shrink LARGE OUT --depth 16 --data ... --steps 2000` is the same.
 
-The student starts from every second block (or narrower, `--width`), keeps the teacher's frozen embedding at equal width, and
-learns from the teacher's logits and block outputs; no labels are needed. What comes out is a plain Transformers folder whose
-config.json says what it was cut from; `--junctions aligned` of the other recipes reads that.
+The student starts from one block of each group of neighbours (narrower with `--width`), keeps the teacher's embedding, frozen, at equal
+width, and is distilled from the teacher's logits and block outputs; no labels are needed. The output is a plain Transformers folder
+whose config.json records what it was cut from, which `--junctions aligned` of the other recipes reads.
 """
 
 import time
@@ -35,17 +35,22 @@ from stitched_llama.training import dump_record, provenance, recipe_parser
 
 @dataclass
 class Arguments:
-    """What is cut, and what it is distilled on."""
+    """The model that is cut, and the data for distillation."""
 
     large: str = field(metadata={"help": "Folder or Hub id of the model that is cut."})
-    data: list[str] = field(metadata={"help": "Text files, and chat or instruction data as the other recipes take it."})
+    data: list[str] = field(
+        metadata={"help": "Text files, and chat or instruction data in the formats of the other recipes."}
+    )
     depth: int = field(metadata={"help": "Blocks of the small model."})
-    width: int | None = field(default=None, metadata={"help": "Its width; by default the large model's."})
+    width: int | None = field(
+        default=None, metadata={"help": "Width of the small model; by default the large model's."}
+    )
     block_size: int = field(default=256, metadata={"help": "Tokens of one block of text."})
     eval_blocks: int = field(default=32, metadata={"help": "Blocks of text held out."})
-    dtype: str = field(default="float32", metadata={"help": "Of the large model: float32, bfloat16 or float16."})
+    dtype: str = field(default="float32", metadata={"help": "dtype of the large model: float32, bfloat16 or float16."})
     start_from: str | None = field(
-        default=None, metadata={"help": "A small model that was cut in the same way, to train on instead of a new cut."}
+        default=None,
+        metadata={"help": "A small model that was cut in the same way, to continue from instead of a new cut."},
     )
     resume: str | None = field(default=None, metadata={"help": "auto, or the path of a checkpoint."})
 
@@ -61,7 +66,7 @@ def main() -> None:
     if checkpoint == "auto":
         checkpoint = get_last_checkpoint(training.output_dir) if output.is_dir() else None
 
-    # Text: documents of every source in random order, packed into blocks; some are held out
+    # Text: documents of all sources in random order, packed into blocks; some are held out
     tokenizer = AutoTokenizer.from_pretrained(args.large, trust_remote_code=False)
     render = row_renderer(tokenizer)
     documents = [document for source in args.data for document in read_documents(source, render)]

@@ -1,11 +1,11 @@
-"""Tune each image classifier alone, by plain PEFT LoRA or whole: the peers that every stitched run is set beside.
+"""Fine-tune each image classifier alone, with plain PEFT LoRA or all weights: the baselines of a stitched run.
 
     stitched-llama baseline-vision --anchors TINY SMALL BASE --data cifar100 --rank 32 16 8 --rows baselines.json
     stitched-llama baseline-vision --anchors TINY SMALL BASE --data cifar100 --full --save runs/adapted
 
-That is this file, `recipes/vision_baseline.py` of a checkout.
-Same pictures, augmentation, optimiser and steps as `finetune_vision.py`; nothing of `stitched_llama.models` is used. `--save`
-leaves the tuned models as plain checkpoints; named as that recipe's `--anchors` they are adapt-then-stitch, SN-Net's first stage.
+That runs this file, `recipes/vision_baseline.py` of a checkout.
+Same images, augmentation, optimiser and steps as `finetune_vision.py`; `stitched_llama.models` is not used. `--save` writes the
+tuned models as plain checkpoints; as `--anchors` of that recipe they give adapt-then-stitch, SN-Net's first stage.
 Writes `{key of the anchor: {"loss", "accuracy", "seconds"}}`.
 """
 
@@ -41,12 +41,14 @@ from stitched_llama.training import (
 
 @dataclass
 class Arguments(ImageDataArguments):
-    """What is tuned on what."""
+    """Anchors, data and LoRA of the run."""
 
-    rank: list[int] = field(default_factory=lambda: [16], metadata={"help": "LoRA rank, one or one for each anchor."})
-    full: bool = field(default=False, metadata={"help": "All weights train instead of LoRA and the head."})
-    save: str | None = field(default=None, metadata={"help": "A folder for the tuned models."})
-    rows: str = field(default="baselines.json", metadata={"help": "Where the result goes."})
+    rank: list[int] = field(
+        default_factory=lambda: [16], metadata={"help": "LoRA rank: one for all anchors, or one for each."}
+    )
+    full: bool = field(default=False, metadata={"help": "Train all weights instead of LoRA and the head."})
+    save: str | None = field(default=None, metadata={"help": "Folder for the tuned models."})
+    rows: str = field(default="baselines.json", metadata={"help": "Path of the result."})
 
 
 def main() -> None:
@@ -57,7 +59,7 @@ def main() -> None:
         raise SystemExit(f"{len(ranks)} ranks for {len(args.anchors)} anchors: give one --rank, or one for each anchor")
     for name in args.anchors:
         check_no_adapter(name)
-    processors = [load_processor(name) for name in args.anchors]  # each anchor sees pictures as it was trained to
+    processors = [load_processor(name) for name in args.anchors]  # each anchor gets images from its own processor
     images = read_images(args.data, args.train_split)
     held_out = some_of(read_images(args.data, args.eval_split, images.names), args.eval_size, training.seed)
     if args.shots:

@@ -1,4 +1,4 @@
-"""Importance scores and draws: standard library only.
+"""Importance scores and sampling of stitches: standard library only.
 
 importance  scores of a step and their moving averages
 sampler     the stitch of each step

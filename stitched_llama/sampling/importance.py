@@ -1,8 +1,8 @@
 """Importance of a stitch from one training step: a small registry of scores and their moving averages.
 
-A score is the larger the more important the stitch; `snip` is the paper's. Which one ranks stitches as held-out quality does was
-measured (LOG.md): the loss above the teacher's on the same batch does best, as easy and hard batches cancel out. After long
-even draws it tells stitches of an interval that differ much apart, not neighbours that held-out rows hardly tell either (claims S1).
+A larger score means a more important stitch; `snip` is the paper's. `excess_loss`, the loss relative to the teacher's on the same
+batch, correlated best with held-out loss (LOG.md), as it does not depend on how hard a batch is. Averaged over many steps it
+separates stitches of an interval that differ much, not neighbours of almost equal held-out loss (claims S1).
 """
 
 import math
@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class StepSignals:
-    """What one step of a stitch tells.
+    """Measurements of one training step of a stitch.
 
     Attributes:
         saliency: sum of |gradient * weight| over the stitch's trainable tensors (SNIP).
         gradient_norm: Euclidean norm of those gradients.
-        loss: the stitch's own training loss, nats a token or image.
-        teacher_loss: the teacher's on the same rows; 0 without a teacher.
+        loss: the stitch's training loss, nats a token or image.
+        teacher_loss: the teacher's loss on the same rows; 0 without a teacher.
     """
 
     saliency: float
@@ -39,7 +39,7 @@ SCORES: dict[str, Callable[[StepSignals], float]] = {
 
 @dataclass
 class Importance:
-    """Moving averages of a score, one a stitch (ESTA equation 3), corrected for their short history as Adam's are.
+    """Moving averages of a score, one a stitch (ESTA equation 3), with Adam's bias correction.
 
     Args:
         score: a name in `SCORES`.
@@ -63,15 +63,15 @@ class Importance:
             raise ValueError(f"eta is {self.eta}; a moving average needs 0 <= eta < 1")
 
     def update(self, key: str, signals: StepSignals) -> None:
-        """Folds one visit of stitch `key` into its average; the first visit is the average, the n-th weighs 1 / n at least.
+        """Updates the average of stitch `key`: the first value is the average, the n-th has a weight of at least 1 / n.
 
-        A score that is no number tells nothing and is left out: gradients overflow at times, by design under float16.
+        A score that is not finite is ignored, as gradients may overflow under float16.
         """
         value, visits = SCORES[self.score](signals), self.visits.get(key, 0) + 1
         if not math.isfinite(value):
             return
         old = self.averages.get(key, value)
-        # averages of an older bundle come without a count: they weigh as a long history
+        # averages of an older bundle have no count and are treated as a long history
         counted = visits > 1 or key not in self.averages
         self.averages[key] = old + (1 - self.eta) / (1 - self.eta**visits if counted else 1) * (value - old)
         self.visits[key] = visits

@@ -1,4 +1,4 @@
-"""Which stitch a training step draws: a pure function of (seed, step) and the importance averages."""
+"""Samples the stitch of a training step: a pure function of (seed, step) and the importance averages."""
 
 import math
 import random
@@ -12,22 +12,22 @@ SCHEMES = ("importance", "esta", "interval", "uniform")
 
 @dataclass(frozen=True)
 class StitchSampler:
-    """Draws the student of each step; every rank draws the same without talking.
+    """Samples the student of each step; all ranks sample the same one without communication.
 
     Schemes: `uniform` over all stitches (SN-Net); `interval`, a cost interval uniformly, then a stitch in it uniformly;
     `esta`, a cost interval, then softmax of raw importance (ESTA section 4.2); `importance` (default), a cost interval,
-    then softmax of importance z-scores within it, with a floor for every stitch. Steps may be set aside for the anchors, whatever
-    the scheme; it draws the rest among all stitches, anchors too.
+    then softmax of importance z-scores within it, with a floor for every stitch. With any scheme a share of the steps may be reserved
+    for the anchors; the other steps are sampled among all stitches, including anchors.
 
     Args:
         stitches: those that train, ascending in parameters.
         scheme: one of `SCHEMES`.
         interval_count: equal parts of the parameter range (ESTA: 6 for LLaMA, about 15 for ViT).
-        warmup_steps: steps drawn uniformly at first, to fill the averages.
-        floor: share of the draws spread evenly over the stitches of an interval (`importance` only).
-        anchor_share: share of the steps set aside for the anchors, spread evenly over them.
-        always: keys of anchors that need none of them, as they train at every step anyway, or nothing of them trains.
-        seed: of all draws.
+        warmup_steps: steps sampled uniformly at first, to fill the averages.
+        floor: share of the samples that is uniform over the stitches of an interval (`importance` only).
+        anchor_share: share of the steps reserved for the anchors, uniform over them.
+        always: keys of anchors without reserved steps, as they train at every step or have no trainable parameters.
+        seed: of all samples.
 
     Raises:
         ValueError: no stitches, an unknown scheme, or a share outside [0, 1].
@@ -64,7 +64,7 @@ class StitchSampler:
         return rng.choices(keys, self._weights([importance.get(key) for key in keys]))[0]
 
     def _weights(self, scores: list[float | None]) -> list[float]:
-        """Probabilities inside an interval; a stitch never visited counts as an average one."""
+        """Probabilities within an interval; a stitch without a score gets the mean score."""
         known = [score for score in scores if score is not None]
         if self.scheme == "interval" or not known:
             return [1.0] * len(scores)

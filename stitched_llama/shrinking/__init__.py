@@ -1,10 +1,10 @@
 """Shrinking: a small anchor cut out of a large one and distilled so that the two can be stitched.
 
-cut           blocks, channels, heads and units of the large model that the small one starts from
+cut           initialisation of the small model from blocks, channels, heads and units of the large one
 distillation  distillation loss and alignment of block outputs
 trainer       `transformers.Trainer` for it, and its arguments
-save          the small model as a plain folder with a card
-delta         the small model as a 4-bit difference to the cut it started from
+save          the small model as a plain Transformers folder with a model card
+delta         the small model as a 4-bit difference from its initialisation
 text          unlabelled text and chat data in blocks of tokens
 """
 

@@ -1,4 +1,4 @@
-"""Cuts a small model out of a large one: which blocks, residual channels, attention heads and feed-forward units are kept."""
+"""Cuts a small model out of a large one: selects blocks, residual channels, attention heads and feed-forward units."""
 
 import copy
 from collections.abc import Iterable, Sequence
@@ -15,12 +15,12 @@ from stitched_llama.space import LLAMA_LIKE, block_groups
 
 @dataclass(frozen=True)
 class Cut:
-    """A small model as it was cut, before distillation.
+    """A small model before distillation.
 
     Attributes:
         model: the small model, of the large one's class.
-        target_blocks: for each block of the small model, the block of the large one whose output it is to reproduce.
-        channels: [width of the small model], the residual channels kept; None where the width is the large model's.
+        target_blocks: for each block of the small model, the block of the large one whose output it is trained to reproduce.
+        channels: [width of the small model], indices of the residual channels kept; None at equal width.
     """
 
     model: PreTrainedModel
@@ -59,14 +59,14 @@ def heads_for_width(config: Any, width: int) -> dict[str, int]:
 def cut_model(
     large: PreTrainedModel, depth: int, width: int | None = None, batches: Iterable[dict[str, Tensor]] = ()
 ) -> Cut:
-    """A model of `depth` blocks, `width` wide, with the weights of `large` that carry most.
+    """A model of `depth` blocks and `width` channels, initialised from weights of `large`.
 
-    The blocks of `large` are split into `depth` runs of neighbours; a block of the small model starts as the last block of its
-    run and is to reproduce that block's output. At equal width everything outside the blocks is a copy.
+    The blocks of `large` are split into `depth` groups of neighbours; a block of the small model is initialised from the last block
+    of its group, whose output it is trained to reproduce. At equal width all other tensors are copied.
 
     Args:
         width: of the residual stream, for decoders of LLaMA blocks; None keeps the large model's.
-        batches: inputs for measuring the energy of the residual channels, needed with `width`.
+        batches: inputs to measure the energy of the residual channels, needed with `width`.
 
     Raises:
         ValueError: a depth or width that cannot be cut, or no batches to measure on.
@@ -95,9 +95,9 @@ def cut_model(
         _copy_blocks(small, large, sources)
         return Cut(small.eval(), sources, None)
     channels = _largest(_channel_energy(large, batches), width)
-    _take(small.model.embed_tokens, large.model.embed_tokens, columns=channels)
+    _copy_weights(small.model.embed_tokens, large.model.embed_tokens, columns=channels)
     if not config.tie_word_embeddings:
-        _take(small.lm_head, large.lm_head, columns=channels)
+        _copy_weights(small.lm_head, large.lm_head, columns=channels)
     small.model.norm.weight.copy_(large.model.norm.weight[channels])
     for target, source in zip(small.model.layers, (large.model.layers[index] for index in sources)):
         _cut_block(target, source, channels, config)
@@ -105,7 +105,7 @@ def cut_model(
 
 
 def check_lineage(small: PreTrainedModel, cut: Cut, large: PreTrainedModel) -> None:
-    """Refuses a small model that was not cut from `large` as `cut` was.
+    """Rejects a small model that was not cut from `large` in the same way as `cut`.
 
     Raises:
         ValueError: its `shrunk_from` is missing or differs, or its shape does.
@@ -135,7 +135,7 @@ def _copy_blocks(small: PreTrainedModel, large: PreTrainedModel, sources: Sequen
 
 
 def _channel_energy(model: PreTrainedModel, batches: Iterable[dict[str, Tensor]]) -> Tensor:
-    """[width]: mean square of each residual channel, every position and depth counted alike."""
+    """[width]: mean share of each residual channel in the squared norm, over all positions and depths."""
     total = torch.zeros(model.config.hidden_size, dtype=torch.float64)
     seen = False
     for batch in batches:
@@ -149,7 +149,7 @@ def _channel_energy(model: PreTrainedModel, batches: Iterable[dict[str, Tensor]]
 
 
 def _largest(scores: Tensor, count: int) -> Tensor:
-    """The positions of the `count` largest scores, ascending."""
+    """The indices of the `count` largest scores, ascending."""
     return scores.topk(count).indices.sort().values
 
 
@@ -164,28 +164,30 @@ def _cut_block(target: nn.Module, source: nn.Module, channels: Tensor, config: A
     norms = attention.o_proj.weight[channels].square().sum(0).view(-1, rows).sum(1)
     kept = _largest(norms, config.num_key_value_heads)
     queries, keys = _rows_of(kept, rows), _rows_of(kept, config.head_dim)
-    _take(cut.q_proj, attention.q_proj, queries, channels)
-    _take(cut.k_proj, attention.k_proj, keys, channels)
-    _take(cut.v_proj, attention.v_proj, keys, channels)
-    _take(cut.o_proj, attention.o_proj, channels, queries)
+    _copy_weights(cut.q_proj, attention.q_proj, queries, channels)
+    _copy_weights(cut.k_proj, attention.k_proj, keys, channels)
+    _copy_weights(cut.v_proj, attention.v_proj, keys, channels)
+    _copy_weights(cut.o_proj, attention.o_proj, channels, queries)
     for norm in ("q_norm", "k_norm"):  # Qwen3's, of each head
         if hasattr(attention, norm):
             getattr(cut, norm).weight.copy_(getattr(attention, norm).weight)
     mlp = source.mlp
     weights = mlp.gate_proj.weight.norm(dim=1) * mlp.up_proj.weight.norm(dim=1) * mlp.down_proj.weight.norm(dim=0)
     units = _largest(weights, config.intermediate_size)
-    _take(target.mlp.gate_proj, mlp.gate_proj, units, channels)
-    _take(target.mlp.up_proj, mlp.up_proj, units, channels)
-    _take(target.mlp.down_proj, mlp.down_proj, channels, units)
+    _copy_weights(target.mlp.gate_proj, mlp.gate_proj, units, channels)
+    _copy_weights(target.mlp.up_proj, mlp.up_proj, units, channels)
+    _copy_weights(target.mlp.down_proj, mlp.down_proj, channels, units)
 
 
 def _rows_of(groups: Tensor, size: int) -> Tensor:
-    """The rows of the chosen groups of `size` neighbouring rows."""
+    """The row indices of the selected groups of `size` neighbouring rows."""
     return (groups[:, None] * size + torch.arange(size, device=groups.device)).flatten()
 
 
-def _take(target: nn.Module, source: nn.Module, rows: Tensor | None = None, columns: Tensor | None = None) -> None:
-    """Copies the chosen rows and columns of a linear layer or embedding; None takes all."""
+def _copy_weights(
+    target: nn.Module, source: nn.Module, rows: Tensor | None = None, columns: Tensor | None = None
+) -> None:
+    """Copies the selected rows and columns of a linear layer or embedding; None selects all."""
     weight = source.weight if rows is None else source.weight[rows]
     target.weight.copy_(weight if columns is None else weight[:, columns])
     if getattr(source, "bias", None) is not None:

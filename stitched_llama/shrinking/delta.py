@@ -1,8 +1,7 @@
-"""A shrunk model as its difference to the model it was cut from, in 4 bits: small enough to ship beside a large model that lies elsewhere.
+"""A shrunk model stored as a 4-bit difference from its initialisation, to be distributed without the large model.
 
-Only decoders that were cut in depth alone are stored so: embedding and head are the large model's, and each block is the block it
-started from plus the difference. Rows of the difference are cut into groups of 128 numbers with one scale each; two numbers share
-a byte.
+Only for decoders cut in depth alone: embedding and head are the large model's, and each block is its initial block plus the
+difference. The numbers of a difference are quantised in groups of 128 with one scale each; two numbers share a byte.
 """
 
 import json
@@ -37,7 +36,7 @@ def dequantize_groups(packed: Tensor, scales: Tensor, shape: torch.Size) -> Tens
 
 @torch.no_grad()
 def save_delta(small: PreTrainedModel, large: PreTrainedModel, folder: str | Path) -> None:
-    """Writes what a shrunk model differs in from the cut it started from.
+    """Writes the difference of a shrunk model from its initialisation.
 
     Raises:
         ValueError: it was not cut from `large` in depth alone, or does not share its embedding.

@@ -20,17 +20,16 @@ class ShrinkDistillation(nn.Module):
     `label_weight` times cross-entropy.
 
     With probability `mixed_share` a batch runs a mixed route instead of the student alone: the student's first blocks and then the
-    teacher's, or, every second time and at equal width, student blocks at random places. That trains what stitching uses:
-    student outputs that the teacher's blocks can continue, and student blocks on the teacher's outputs.
+    teacher's, or, at equal width for half of these batches, student blocks at random positions among the teacher's. So teacher blocks
+    are trained on student outputs and student blocks on teacher outputs, as in a stitch.
 
     Args:
-        student, teacher: of one class; embedding and head of the student are frozen where they are the teacher's.
-        target_blocks: as `Cut` has them.
-        channels: as `Cut` has them; with them the outputs are compared after a learned projection.
-        logit_share: share of the positions whose logits are compared; drawn at random for each batch.
-        freeze_embeddings: keep input embedding and head as the teacher's, so that both models share them.
+        student, teacher: of one class.
+        target_blocks, channels: see `Cut`; with channels outputs are compared after a learned projection.
+        logit_share: share of the positions whose logits are compared, sampled for each batch.
+        freeze_embeddings: at equal width keep the teacher's input embedding and head frozen, so that both models share them.
 
-    `state_dict` holds what trains, and nothing of the teacher.
+    `state_dict` holds the trained parameters only, and none of the teacher.
 
     Source: boomerang distillation (arXiv 2510.05064) for the alignment; the mixed routes are our own.
     """
@@ -49,7 +48,7 @@ class ShrinkDistillation(nn.Module):
     ):
         super().__init__()
         self.student, self.config = student, student.config
-        self._teacher = [teacher.requires_grad_(False).eval()]  # in a list: no part of this module
+        self._teacher = [teacher.requires_grad_(False).eval()]  # in a list, so that it is not a submodule
         self.family: Any = FAMILIES[student.config.model_type]
         self.target_blocks = list(target_blocks)
         self.starts = [0, *(block + 1 for block in self.target_blocks[:-1])]
@@ -74,7 +73,7 @@ class ShrinkDistillation(nn.Module):
         return super()._apply(fn, recurse)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """What trains, by name; tied and frozen tensors are left out."""
+        """The trained parameters by name, without tied and frozen ones."""
         return {name: parameter.detach() for name, parameter in self.named_parameters() if parameter.requires_grad}
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
@@ -82,7 +81,7 @@ class ShrinkDistillation(nn.Module):
         self.teacher.gradient_checkpointing_enable(*args, **kwargs)
 
     def draw(self) -> list[bool]:
-        """For each student block whether the next batch runs it, or the teacher's blocks in its place; all in evaluation."""
+        """For each student block whether the next batch runs it instead of the teacher's blocks; all True in evaluation."""
         depth = len(self.target_blocks)
         if not self.training or torch.rand(()) >= self.mixed_share:
             return [True] * depth
@@ -110,7 +109,7 @@ class ShrinkDistillation(nn.Module):
         with torch.no_grad():
             hidden = self.family.embed(self.teacher, inputs)
             context = self._context(hidden, attention_mask)
-            states = [hidden]  # block inputs of the teacher at the runs' borders, and its last output
+            states = [hidden]  # teacher: the input of each group of blocks, and the last output
             for index in range(depth):
                 states.append(self._run_teacher(states[-1], self.starts[index], self.target_blocks[index] + 1, context))
         hidden = self.family.embed(self.student, inputs) if first == 0 else states[first]
@@ -151,7 +150,7 @@ class ShrinkDistillation(nn.Module):
         return hidden if self.projections is None else self.projections[index](hidden)
 
     def _distance(self, found: Tensor, wanted: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """Mean cosine distance; of text without the first position, whose activations are massive and nearly constant."""
+        """Mean cosine distance; for text without the first position, whose activations are massive and nearly constant."""
         distances = 1 - F.cosine_similarity(found.float(), wanted.float(), dim=-1)
         if not self.is_text:
             return distances.mean()
@@ -189,12 +188,12 @@ def _divergence(logits: Tensor, teacher_logits: Tensor) -> Tensor:
     """Mean over rows of the Kullback-Leibler divergence of `logits` from `teacher_logits`, [rows, classes] each."""
     wanted = teacher_logits.softmax(-1)
     entropy = -torch.special.xlogy(wanted, wanted).sum(-1)
-    # as a dot product a row: nothing of the vocabulary's size is kept but the logits' own
+    # as a dot product a row: no further tensor of the vocabulary's size is stored for the backward pass
     return (-torch.linalg.vecdot(wanted, logits.log_softmax(-1)) - entropy).mean()
 
 
 def _selecting(channels: Tensor, width: int) -> nn.Linear:
-    """A linear layer that puts each kept channel back where it came from."""
+    """A linear layer initialised to write each kept channel to its index in the large model."""
     layer = nn.Linear(len(channels), width)
     with torch.no_grad():
         layer.weight.zero_()[channels, torch.arange(len(channels))] = 1.0

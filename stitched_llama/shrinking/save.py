@@ -1,4 +1,4 @@
-"""A shrunk model as a plain Transformers folder, with a card that says what it was cut from."""
+"""Saves a shrunk model as a plain Transformers folder with a model card."""
 
 from pathlib import Path
 from typing import Any
@@ -30,12 +30,12 @@ It is a plain model as well: `AutoModel` classes load it without `stitched_llama
 def save_shrunk(
     model: ShrinkDistillation, folder: str | Path, source: str, revision: str | None = None, tokens: int | None = None
 ) -> None:
-    """Saves the student; its `config.json` gets `shrunk_from`: the model it was cut from, its depth, `target_blocks`, and which
-    parts are the same tensors (`shared`).
+    """Saves the student; its `config.json` gets `shrunk_from`: the model it was cut from, its depth, `target_blocks`, and the parts
+    that are the same tensors (`shared`).
 
     Args:
         source: folder or Hub id of the model it was cut from.
-        tokens: seen in distillation, for the card.
+        tokens: of the distillation, for the card.
     """
     student, teacher = model.student, model.teacher
     shared = []

@@ -39,7 +39,7 @@ def read_documents(source: str, render: Callable[[Row], str]) -> list[str]:
 
 
 def row_renderer(tokenizer: PreTrainedTokenizerBase) -> Callable[[Row], str]:
-    """How an instruction row becomes a document: by the tokenizer's chat template, else by Alpaca's."""
+    """A function that renders an instruction row as a document, by the tokenizer's chat template or else Alpaca's."""
 
     def render(row: Row) -> str:
         if tokenizer.chat_template is None:
@@ -52,11 +52,11 @@ def row_renderer(tokenizer: PreTrainedTokenizerBase) -> Callable[[Row], str]:
 
 
 class TokenBlocks(Dataset):
-    """Documents in random order, one after the other, cut into blocks of `block_size` tokens.
+    """Documents in random order, concatenated and cut into blocks of `block_size` tokens.
 
     Args:
         documents: texts; each is followed by the tokenizer's end token.
-        max_blocks: stop after so many; None takes all.
+        max_blocks: maximum number of blocks; None for all.
         seed: of the order.
 
     Raises:

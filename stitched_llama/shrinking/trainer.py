@@ -1,4 +1,4 @@
-"""`transformers.Trainer` that distils a cut model, and its arguments."""
+"""`transformers.Trainer` for the distillation of a cut model, and its arguments."""
 
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -21,22 +21,22 @@ class ShrinkArguments(TrainingArguments):
     output_dir: str = field(default="runs/shrunk", metadata={"help": "Where checkpoints and the small model go."})
     max_steps: int = field(default=2000, metadata={"help": "Optimiser steps."})
     learning_rate: float = field(default=8e-4, metadata={"help": "Peak rate of AdamW."})
-    lr_scheduler_type: str = field(default="cosine_with_min_lr", metadata={"help": "Shape of the learning rate."})
+    lr_scheduler_type: str = field(default="cosine_with_min_lr", metadata={"help": "Learning rate schedule."})
     lr_scheduler_kwargs: dict | str | None = field(
-        default_factory=lambda: {"min_lr_rate": 0.1}, metadata={"help": "Its options."}
+        default_factory=lambda: {"min_lr_rate": 0.1}, metadata={"help": "Options of the schedule."}
     )
     warmup_steps: float = field(default=0.02, metadata={"help": "Steps, or share of all steps, of warm-up."})
-    adam_beta2: float = field(default=0.95, metadata={"help": "Of AdamW."})
-    weight_decay: float = field(default=0.0, metadata={"help": "Of AdamW."})
+    adam_beta2: float = field(default=0.95, metadata={"help": "Second beta of AdamW."})
+    weight_decay: float = field(default=0.0, metadata={"help": "Weight decay of AdamW."})
     per_device_train_batch_size: int = field(
-        default=4, metadata={"help": "Blocks of tokens (or images) a device takes."}
+        default=4, metadata={"help": "Blocks of tokens (or images) in a batch on each device."}
     )
     logging_steps: float = field(default=10, metadata={"help": "Steps between two lines of the log."})
     report_to: None | str | list[str] = field(default="none", metadata={"help": "Where logs go, as in Transformers."})
     ddp_find_unused_parameters: bool | None = field(
-        default=True, metadata={"help": "A mixed route leaves student blocks out, so DDP must look for them."}
+        default=True, metadata={"help": "Needed for mixed routes, which omit student blocks."}
     )
-    prediction_loss_only: bool = field(default=True, metadata={"help": "An evaluation keeps no logits."})
+    prediction_loss_only: bool = field(default=True, metadata={"help": "Do not collect logits in an evaluation."})
     alignment_weight: float = field(default=2.0, metadata={"help": "Weight of the cosine distance of block outputs."})
     label_weight: float = field(default=0.0, metadata={"help": "Weight of cross-entropy to the labels."})
     mixed_share: float = field(default=0.5, metadata={"help": "Share of the batches that run a mixed route."})
@@ -59,7 +59,7 @@ class ShrinkArguments(TrainingArguments):
 
 
 class ShrinkTrainer(Trainer):
-    """Trains a `ShrinkDistillation`; logs divergence and alignment beside the loss. Checkpoints hold what trains."""
+    """Trains a `ShrinkDistillation`; also logs divergence and alignment. Checkpoints hold the trained parameters only."""
 
     model: ShrinkDistillation
 

@@ -1,21 +1,22 @@
 """The space of stitches and their costs: plain values, standard library only (a Hub id needs huggingface_hub).
 
-spec      what a space knows of an anchor
-fields    its fields, checked for type and size
-text      text of others in messages
+spec      sizes of an anchor
+fields    fields of a config.json, checked for type and range
+text      printable text and errors of other libraries in one line
 decoders  specs of LLaMA-like decoders
-vision_transformers, convolutions   specs of image classifiers; image_parts is what they share
-lineage   what a shrunk anchor says of the model it was cut from
-families  which family reads which config.json
+vision_transformers, convolutions   specs of image classifiers; image_parts is shared by them
+lineage   shrunk_from: the model that a shrunk anchor was cut from
+families  the spec function of each model_type
 configs   reads config.json from a folder or the Hub
 rules     which blocks may be joined
-given     junctions and routes given one by one
+given     explicit junctions and routes
 adapters  kinds of stitching layers and their cost
 stitch    segments, junctions, stitches
 cost      exact cost of a route
-space     all stitches of a family, in order
-budget    what a user can afford
+space     all stitches of a set of anchors, in order
+budget    limits on parameters, memory or MACs
 frontier  Pareto front, cost intervals
+metrics   direction of a metric
 palette   palette gain
 table     metrics, importance, published stitches, choice by budget
 """
@@ -27,13 +28,14 @@ from .cost import BYTES_PER_NUMBER, Precision
 from .decoders import LLAMA_LIKE
 from .families import ANY_SIZE, anchor_spec, anchor_specs
 from .frontier import best_of_intervals, intervals, pareto_front
-from .given import parse_junctions
-from .lineage import aligned_junctions, block_groups, replaced_blocks, resolve_junctions
+from .given import parse_junctions, resolve_junctions
+from .lineage import aligned_junctions, block_groups, replaced_blocks
+from .metrics import higher_is_better
 from .palette import palette_gain, palette_gains, staircase_gain
 from .space import DIRECTIONS, MOST_STITCHES, PAIRS, SPACE_OPTIONS, StitchSpace
 from .spec import AnchorSpec, Feature, Part
 from .stitch import KEYS, Junction, Segment, Stitch, route_key
-from .table import StitchTable, higher_is_better
+from .table import StitchTable
 from .text import first_line, named, printable
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Kinds of stitching layers and their exact cost: the adapters and the rescaling of the fourth paper."""
+"""Kinds of stitching layers and their exact cost: the adapters and the rescaling of Traft and Cheney."""
 
 from dataclasses import dataclass
 
@@ -12,18 +12,18 @@ _REDUCTION = 4  # of a ResNet bottleneck
 
 @dataclass(frozen=True)
 class StitchingLayerSpec:
-    """The map of a junction: from what leaves one anchor's block to what enters another's.
+    """A stitching layer: the map from a block output of the source anchor to a block input of the target anchor.
 
     Attributes:
-        name: as `Junction.layer` names it.
+        name: the value of `Junction.layer`.
         in_width, out_width: channels.
         adapter: `"linear"` (1x1, the default), `"linear_relu"`, `"conv3x3_relu"`, or `"bottleneck"`: a linear shortcut
             beside a branch of 1x1, 3x3 and 1x1 convolutions, a quarter as wide.
         rescale: `"none"`, `"bilinear"` (interpolated before the map), `"strided"` (the map itself takes strides).
         norm: `"batch"` normalises before and after.
-        in_grid, out_grid: (height, width) that leaves the head, and that the tail's block was trained for; None for text.
-            They differ only across stages. Without rescaling the tail runs at `in_grid`.
-        special_tokens: class and distillation tokens that both sides have; each is mapped as an image of one place.
+        in_grid, out_grid: (height, width) of the source block's output, and that the target block was trained for; None for
+            text. They differ only across stages. Without rescaling the target runs at `in_grid`.
+        special_tokens: class and distillation tokens of both sides; each is mapped as an image of one position.
 
     Source: Traft and Cheney, sections 2 and 3; SN-Net section 3.2 has `"linear"` alone.
     """
@@ -40,27 +40,27 @@ class StitchingLayerSpec:
 
     @property
     def tail_grid(self) -> Grid | None:
-        """The grid that the tail then runs at."""
+        """The grid at which the target blocks run."""
         return self.in_grid if self.rescale == "none" else self.out_grid
 
     @property
     def step(self) -> int:
-        """Places that a strided map moves on by."""
+        """Stride of the map."""
         return _step(self.in_grid, self.out_grid) if self.rescale == "strided" else 1
 
     @property
     def inner_width(self) -> int:
-        """Channels inside the bottleneck's branch."""
+        """Channels inside the branch of a bottleneck."""
         return max(1, self.out_width // _REDUCTION)
 
     @property
     def core_inputs(self) -> int:
-        """Numbers that one output of the core map reads."""
+        """Inputs of one output of the core map."""
         return self.in_width * (9 if self.adapter == "conv3x3_relu" else 1)
 
     @property
     def core_params(self) -> int:
-        """Of the map that least squares fits and a low-rank update goes to."""
+        """Parameters of the core map, which least squares fits and PST updates."""
         return self.core_inputs * self.out_width + self.out_width
 
     @property
@@ -72,9 +72,9 @@ class StitchingLayerSpec:
 
     @property
     def macs(self) -> int:
-        """Multiply-accumulates an image (or token); interpolation and norms are not counted, as counters have it."""
-        after = self.special_tokens + _places(self.tail_grid)
-        before = self.special_tokens + _places(self.in_grid) if self.rescale == "strided" else after
+        """Multiply-accumulates an image (or token); interpolation and norms are not counted, as in FLOP counters."""
+        after = self.special_tokens + _positions(self.tail_grid)
+        before = self.special_tokens + _positions(self.in_grid) if self.rescale == "strided" else after
         core = after * self.core_inputs * self.out_width
         inner = self.inner_width
         branch = before * self.in_width * inner + after * (9 * inner * inner + inner * self.out_width)
@@ -82,7 +82,7 @@ class StitchingLayerSpec:
 
 
 def check_adapter(adapter: str, rescale: str, norm: str) -> None:
-    """Refuses an option that is unknown.
+    """Rejects an unknown option.
 
     Raises:
         ValueError: names the option, its value and the known ones.
@@ -97,7 +97,7 @@ def check_adapter(adapter: str, rescale: str, norm: str) -> None:
 
 
 def strides_reach(in_grid: Grid | None, out_grid: Grid | None) -> bool:
-    """Whether a map of one stride takes `in_grid` to `out_grid`."""
+    """Whether one stride for both axes maps `in_grid` to `out_grid`."""
     if in_grid is None or out_grid is None:
         return in_grid == out_grid
     step = _step(in_grid, out_grid)
@@ -108,5 +108,5 @@ def _step(in_grid: Grid | None, out_grid: Grid | None) -> int:
     return 1 if in_grid is None or out_grid is None else max(-(-a // b) for a, b in zip(in_grid, out_grid))
 
 
-def _places(grid: Grid | None) -> int:
+def _positions(grid: Grid | None) -> int:
     return grid[0] * grid[1] if grid else 1

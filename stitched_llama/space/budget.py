@@ -1,4 +1,4 @@
-"""Budgets: what a user can afford, read from text such as `9B`, `12GB` or `8 GMACs`."""
+"""Budgets: limits on parameters, memory or MACs, parsed from text such as `9B`, `12GB` or `8 GMACs`."""
 
 import math
 import re
@@ -66,17 +66,17 @@ class Budget:
         raise ValueError(f"budget {text!r} has the unknown unit {match[2]!r}; {_EXAMPLES}")
 
     def cost_of(self, stitch: Stitch, context_tokens: int = 0) -> float:
-        """What a stitch takes of this budget; `context_tokens` is the length of the KV cache."""
+        """The cost of a stitch that this budget limits; `context_tokens` is the length of the KV cache."""
         if self.kind == "memory_bytes":
             return stitch.weight_bytes + context_tokens * stitch.kv_bytes_per_token
-        return getattr(stitch, self.kind)
+        return stitch.macs if self.kind == "macs" else stitch.params
 
     def fits(self, stitch: Stitch, context_tokens: int = 0) -> bool:
         return self.cost_of(stitch, context_tokens) <= self.limit
 
 
 def format_count(number: float) -> str:
-    """`6906982400` as `6.907B`: four digits, rounded up, so that as a budget it pays for what it describes."""
+    """`6906982400` as `6.907B`: four digits, rounded up, so that used as a budget it fits the stitch it describes."""
     number = math.ceil(number)
     step = 10 ** max(0, len(str(number)) - 4)
     number = -(-number // step) * step

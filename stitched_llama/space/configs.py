@@ -10,7 +10,7 @@ from .text import first_line
 
 
 def fields_of(config: Any) -> Mapping[str, Any]:
-    """The fields of a configuration: of a folder or Hub id, of an object of Transformers, or themselves."""
+    """The fields of a configuration given as a folder, a Hub id, a configuration of Transformers, or a mapping."""
     if isinstance(config, (str, os.PathLike)):
         return read_config(os.fspath(config))
     return config if isinstance(config, Mapping) else config.to_dict()

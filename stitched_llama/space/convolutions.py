@@ -1,7 +1,7 @@
 """Specs of ConvNeXt, ResNet and MobileNetV2, as Transformers builds them."""
 
 from .fields import Config, depths_of, pair, positive, positives, ratio, switch
-from .image_parts import Entry, classifier, grid_at, linear_sizes, norm_and_classifier, patch_grid, staged
+from .image_parts import Entry, classifier, downsampled, grid_at, linear_sizes, norm_and_classifier, patch_grid, staged
 from .spec import AnchorSpec, Feature, Part
 
 
@@ -13,7 +13,9 @@ def convnext_spec(config: Config, entry: Entry | None = None) -> AnchorSpec:
     scale = 1 if ratio(config, "layer_scale_init_value", 1e-6, least=-1) > 0 else 0
     grid, pixels = patch_grid(config, patch), channels * patch[0] * patch[1]
     stem = Part(params=pixels * widths[0] + 3 * widths[0], macs=grid[0] * grid[1] * pixels * widths[0])
-    blocks, features, transitions = [], [], []
+    blocks: list[Part] = []
+    features: list[Feature] = []
+    transitions: list[Part] = []
     for stage, (width, depth) in enumerate(zip(widths, depths)):
         between = Part()
         if stage:
@@ -49,20 +51,22 @@ def resnet_spec(config: Config, entry: Entry | None = None) -> AnchorSpec:
     bottleneck = kind == "bottleneck"
     early, inside = switch(config, "downsample_in_first_stage"), switch(config, "downsample_in_bottleneck")
     size = pair(config, "image_size")
-    half = tuple(-(-side // 2) for side in size)
+    half = downsampled(size, 2)
     stem = Part(params=49 * channels * stem_width + 2 * stem_width, macs=half[0] * half[1] * 49 * channels * stem_width)
-    grid = tuple(-(-side // 2) for side in half)  # after the max-pooling
-    blocks, enters, leaves = [], [], []
+    grid = downsampled(half, 2)  # after the max-pooling
+    blocks: list[Part] = []
+    enters: list[Feature] = []
+    leaves: list[Feature] = []
     before = stem_width
     for stage, (width, depth) in enumerate(zip(widths, depths)):
         for index in range(depth):
             grid = grid_at(entry, len(blocks), 1, grid)
             stride = 2 if index == 0 and (stage or early) else 1
-            after = tuple(-(-side // stride) for side in grid)
+            after = downsampled(grid, stride)
             convolutions = _resnet_convolutions(before, width, stride, bottleneck, inside)
-            places = {1: grid[0] * grid[1], stride: after[0] * after[1]}
+            positions = {1: grid[0] * grid[1], stride: after[0] * after[1]}
             params = sum(d_in * d_out + 2 * d_out for _, d_in, d_out, _ in convolutions)
-            macs = sum(places[down] * d_in * d_out for _, d_in, d_out, down in convolutions)
+            macs = sum(positions[down] * d_in * d_out for _, d_in, d_out, down in convolutions)
             adapted = tuple(
                 (name, d_in, d_out) for name, d_in, d_out, _ in convolutions if name != "shortcut.convolution"
             )
@@ -107,14 +111,16 @@ def mobilenet_v2_spec(config: Config, entry: Entry | None = None) -> AnchorSpec:
 
     widths = [scaled(width) for width in _MOBILENET_WIDTHS]
     channels, stem_width = positive(config, "num_channels", 3), scaled(32)
-    grid = tuple(-(-side // 2) for side in pair(config, "image_size"))
-    places = grid[0] * grid[1]
+    grid = downsampled(pair(config, "image_size"), 2)
+    positions = grid[0] * grid[1]
     convolutions = [(9 * channels, stem_width), (9, stem_width), (stem_width, widths[0])]
     if not switch(config, "first_layer_is_expansion", True):
         convolutions.insert(1, (stem_width, stem_width))
     matrix = sum(d_in * d_out for d_in, d_out in convolutions)
-    stem = Part(params=matrix + sum(2 * d_out for _, d_out in convolutions), macs=places * matrix)
-    blocks, enters, leaves = [], [], []
+    stem = Part(params=matrix + sum(2 * d_out for _, d_out in convolutions), macs=positions * matrix)
+    blocks: list[Part] = []
+    enters: list[Feature] = []
+    leaves: list[Feature] = []
     stride_so_far = 2
     for before, width, stride in zip(widths, widths[1:], _MOBILENET_STRIDES):
         if stride_so_far == positive(config, "output_stride", 32):
@@ -122,7 +128,7 @@ def mobilenet_v2_spec(config: Config, entry: Entry | None = None) -> AnchorSpec:
         stride_so_far *= stride
         grid = grid_at(entry, len(blocks), 1, grid)
         inner = _divisible(round(before * expansion), divisor, least)
-        after = tuple(-(-side // stride) for side in grid)
+        after = downsampled(grid, stride)
         inside, outside = grid[0] * grid[1], after[0] * after[1]
         blocks.append(
             Part(

@@ -1,4 +1,4 @@
-"""Exact cost of a route by arithmetic on specs; tests hold it against `numel()` and a FLOP counter."""
+"""Exact cost of a route by arithmetic on specs; tests compare it with `numel()` and a FLOP counter."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,12 +14,12 @@ _NF4_BLOCK = 64  # bitsandbytes' block: one float32 scale for 64 weights
 
 @dataclass(frozen=True)
 class Precision:
-    """In which form the weights and the cache are held.
+    """dtype and quantisation of the weights and the KV cache.
 
     Attributes:
-        dtype: of everything that is not quantised, and of the KV cache.
+        dtype: of all weights that are not quantised, and of the KV cache.
         quantization: `None`, `"8bit"` (LLM.int8) or `"4bit"` (NF4), of the blocks' linear layers.
-        context_tokens: tokens attended to, for the MACs of a token; 0 leaves attention over the context out.
+        context_tokens: tokens attended to, for the MACs of a token; 0 omits attention over the context.
 
     Raises:
         ValueError: a dtype or quantisation that is not known.
@@ -61,8 +61,8 @@ def route_cost(
     stitching_layers: Sequence[StitchingLayerSpec | None],
     precision: Precision,
 ) -> Cost:
-    """Cost of one route before PST: embedding of the first anchor, blocks, stitching layers (None where a junction is the identity),
-    head of the last. A matrix that serves as embedding and head, or that two anchors share, counts once."""
+    """Cost of one route before PST: embedding of the first anchor, blocks, stitching layers (None for an identity junction), head of
+    the last anchor. A matrix that is both embedding and head, or shared by two anchors, is counted once."""
     specs = [anchors[segments[0].anchor]]
     for segment, layer in zip(segments[1:], stitching_layers):
         anchor = anchors[segment.anchor]

@@ -1,4 +1,4 @@
-"""Which family reads which `config.json`."""
+"""The spec function of each `model_type`."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -12,7 +12,7 @@ from .lineage import parent_of, shares_embedding
 from .spec import AnchorSpec
 from .vision_transformers import dinov2_spec, swin_spec, vit_spec
 
-FAMILIES: dict[str, Callable[..., AnchorSpec]] = dict.fromkeys(LLAMA_LIKE, llama_spec) | {
+SPEC_FUNCTIONS: dict[str, Callable[..., AnchorSpec]] = dict.fromkeys(LLAMA_LIKE, llama_spec) | {
     "vit": vit_spec,
     "deit": vit_spec,
     "dinov2": dinov2_spec,
@@ -21,22 +21,22 @@ FAMILIES: dict[str, Callable[..., AnchorSpec]] = dict.fromkeys(LLAMA_LIKE, llama
     "resnet": resnet_spec,
     "mobilenet_v2": mobilenet_v2_spec,
 }
-ANY_SIZE = ("dinov2", "convnext", "resnet", "mobilenet_v2")  # convolutions alone, or positions that are interpolated
+ANY_SIZE = ("dinov2", "convnext", "resnet", "mobilenet_v2")  # convolutions only, or interpolated positions
 _IMAGE_SIZE = 224
 
 
 def anchor_spec(config: Mapping[str, Any], image_size: int | Sequence[int] | None = None) -> AnchorSpec:
-    """The spec of any supported family, chosen by `model_type`.
+    """The spec of an anchor of any supported family, selected by `model_type`.
 
     Args:
-        image_size: side of the images, or (height, width); by default what the config says.
+        image_size: side of the images, or (height, width); by default that of the config.
 
     Raises:
         ValueError: the family is unknown or does not run at that size, or a field is missing or impossible.
     """
     family = family_of(config)
-    if family not in FAMILIES:
-        raise ValueError(f"model_type {family!r} is not supported; one of {', '.join(FAMILIES)} is needed")
+    if family not in SPEC_FUNCTIONS:
+        raise ValueError(f"model_type {family!r} is not supported; one of {', '.join(SPEC_FUNCTIONS)} is needed")
     if family not in LLAMA_LIKE:
         own = config.get("image_size")
         size = next(value for value in (image_size, own, _IMAGE_SIZE) if value is not None)
@@ -46,22 +46,22 @@ def anchor_spec(config: Mapping[str, Any], image_size: int | Sequence[int] | Non
                 f"anchors of {', '.join(ANY_SIZE)}"
             )
         config = {**config, "image_size": size, "trained_size": size if own is None else own}
-    spec = FAMILIES[family](config)
+    spec = SPEC_FUNCTIONS[family](config)
     return spec if spec.unit == "token" else replace(spec, rebuild=partial(_entered_at, config))
 
 
-def _sides(size: int | Sequence[int]) -> list[int]:
+def _sides(size: Any) -> list[Any]:
     return list(size) if isinstance(size, (list, tuple)) else [size, size]
 
 
 def _entered_at(config: Mapping[str, Any], block: int, grid: tuple[int, int]) -> AnchorSpec:
-    return FAMILIES[config["model_type"]](config, (block, grid))
+    return SPEC_FUNCTIONS[config["model_type"]](config, (block, grid))
 
 
 def anchor_specs(
     configs: Sequence[Mapping[str, Any]], image_size: int | Sequence[int] | None = None
 ) -> list[AnchorSpec]:
-    """The specs of anchors that belong together, at one image size; one that does not say its own takes the others'."""
+    """The specs of the anchors of a space, at one image size; a config without an image size takes that of the others."""
     sizes = [config["image_size"] for config in configs if config.get("image_size")]
     usual = image_size or (sizes[0] if sizes else None)
     specs = [anchor_spec(config, image_size if config.get("image_size") else usual) for config in configs]

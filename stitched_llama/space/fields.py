@@ -1,6 +1,6 @@
-"""Fields of a `config.json`, checked for type and size: nothing is built of what an anchor cannot be.
+"""Fields of a `config.json`, checked for type and range before anything is built from them.
 
-In each function null or missing takes `default`; a ValueError names the field, its value and what is needed.
+In each function null or a missing field gives `default`; a ValueError names the field, its value and what is needed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ def positive(config: Config, name: str, default: int | None = None, most: int = 
     value = _value(config, name, default)
     if not _is_whole(value, 1, most):
         raise _refusal(config, name, value, f"a whole number above 0, at most {most:,},")
-    return value
+    return int(value)
 
 
 def positives(config: Config, name: str, default: Sequence[int], most: int = MOST) -> tuple[int, ...]:
@@ -38,7 +38,7 @@ def positives(config: Config, name: str, default: Sequence[int], most: int = MOS
 
 
 def depths_of(config: Config, default: Sequence[int], *others: tuple[str, Sequence[int]]) -> tuple[int, ...]:
-    """The blocks of each stage; as many as `others` and `num_stages`, where it is given, say.
+    """The blocks of each stage; the number of stages must agree with `others` and with `num_stages`, if given.
 
     Raises:
         ValueError: no list of whole numbers, more than 512 blocks in all, or another number of stages than `others` have.
@@ -106,7 +106,7 @@ def label_count(config: Config) -> int:
     count = _value(config, "num_labels", 2)
     if not _is_whole(count, 0, MOST):
         raise _refusal(config, "num_labels", count, f"a whole number of 0 to {MOST:,}")
-    return count
+    return int(count)
 
 
 def family_of(config: Config) -> str:

@@ -1,4 +1,4 @@
-"""Which stitches are worth publishing: the Pareto front of a metric, or the best of each cost interval."""
+"""Selection of published stitches: the Pareto front of a metric, or the best of each cost interval."""
 
 import math
 from collections import defaultdict
@@ -8,15 +8,15 @@ from .stitch import Stitch
 
 
 def pareto_front(stitches: Sequence[Stitch], metric: Mapping[str, float], higher_is_better: bool) -> list[str]:
-    """Keys of the stitches that no stitch of at most their parameters equals or beats, ascending in parameters.
+    """Keys of the stitches with a better metric than all stitches of at most their parameters, ascending in parameters.
 
-    Stitches without a metric, or with one that is no finite number, are never on the front.
+    Stitches without a finite metric are never on the front.
     """
     sign = 1 if higher_is_better else -1
     front: list[str] = []
     best = float("-inf")
-    rated = [stitch for stitch in stitches if math.isfinite(metric.get(stitch.key, math.nan))]
-    for stitch in sorted(rated, key=lambda s: (s.params, -sign * metric[s.key], s.key)):
+    measured = [stitch for stitch in stitches if math.isfinite(metric.get(stitch.key, math.nan))]
+    for stitch in sorted(measured, key=lambda s: (s.params, -sign * metric[s.key], s.key)):
         if sign * metric[stitch.key] > best:
             front.append(stitch.key)
             best = sign * metric[stitch.key]
@@ -24,7 +24,7 @@ def pareto_front(stitches: Sequence[Stitch], metric: Mapping[str, float], higher
 
 
 def intervals(costs: Sequence[float], count: int) -> list[list[int]]:
-    """Indices grouped into `count` equal parts of the cost range, empty parts left out (ESTA section 4.2).
+    """Indices grouped into `count` equal intervals of the cost range, without empty intervals (ESTA section 4.2).
 
     Raises:
         ValueError: `count` below 1 or no costs.
@@ -42,5 +42,5 @@ def intervals(costs: Sequence[float], count: int) -> list[list[int]]:
 def best_of_intervals(stitches: Sequence[Stitch], importance: Mapping[str, float], count: int) -> list[str]:
     """The key of highest importance in each interval of parameters (ESTA: deployment without evaluation)."""
     groups = intervals([stitch.params for stitch in stitches], count) if importance else []
-    rated = [[stitches[i].key for i in group if stitches[i].key in importance] for group in groups]
-    return [max(keys, key=lambda key: importance[key]) for keys in rated if keys]
+    scored = [[stitches[i].key for i in group if stitches[i].key in importance] for group in groups]
+    return [max(keys, key=lambda key: importance[key]) for keys in scored if keys]

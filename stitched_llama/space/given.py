@@ -1,22 +1,25 @@
-"""Junctions and routes that are given one by one instead of by a rule."""
+"""Explicit junctions and routes, given instead of a rule."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+from .families import anchor_specs
+from .lineage import aligned_junctions
 from .spec import AnchorSpec
 from .stitch import Segment
 
 
 def check_junctions(junctions: Sequence[Sequence[int]], anchors: Sequence[AnchorSpec]) -> list[list[int]]:
-    """Junctions given one by one, each as `[source anchor, source block, target anchor, target block]`, in ascending order.
+    """Explicit junctions as `[source anchor, source block, target anchor, target block]`, in ascending order.
 
     Raises:
-        ValueError: one is no pair or quadruple of whole numbers, lies outside the anchors, joins an anchor with itself, or is given twice;
+        ValueError: one is not a pair or quadruple of whole numbers, lies outside the anchors, joins an anchor with itself, or is given twice;
             names it.
     """
     found: list[list[int]] = []
     for given in junctions:
-        numbers = list(given) if isinstance(given, (list, tuple)) else [given]
+        numbers: list[Any] = list(given) if isinstance(given, (list, tuple)) else [given]
         full = [0, numbers[0], 1, numbers[1]] if len(numbers) == 2 else numbers
         if len(full) != 4 or not all(isinstance(number, int) and not isinstance(number, bool) for number in full):
             raise ValueError(
@@ -38,32 +41,45 @@ def check_junctions(junctions: Sequence[Sequence[int]], anchors: Sequence[Anchor
     return sorted(found)
 
 
-def parse_junctions(words: str | Sequence[str] | None) -> list[list[int]] | str | None:
+def parse_junctions(values: str | Sequence[str] | None) -> list[list[int]] | str | None:
     """The `junctions` of a space from a command line: `nearest` (None, the rule), `aligned`, or pairs such as `3:8`, also
     `1:3:0:8` with the anchors.
 
     Raises:
-        ValueError: a word that is none of these.
+        ValueError: a value that is none of these.
     """
-    words = [words] if isinstance(words, str) else list(words or ["nearest"])
-    if words in (["nearest"], ["aligned"]):
-        return None if words == ["nearest"] else "aligned"
+    values = [values] if isinstance(values, str) else list(values or ["nearest"])
+    if values in (["nearest"], ["aligned"]):
+        return None if values == ["nearest"] else "aligned"
     found = []
-    for word in words:
-        numbers = word.split(":")
+    for value in values:
+        numbers = value.split(":")
         if len(numbers) not in (2, 4) or not all(number.isdecimal() for number in numbers):
             raise ValueError(
-                f"junctions {word!r} cannot be read: 'nearest', 'aligned', or pairs of blocks such as 3:8, is needed"
+                f"junctions {value!r} cannot be read: 'nearest', 'aligned', or pairs of blocks such as 3:8, is needed"
             )
         found.append([int(number) for number in numbers])
     return found
+
+
+def resolve_junctions(configs: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of `StitchSpace` with `junctions="aligned"` replaced by the list, and an `adapter` of None by `"linear"`, or
+    `"identity"` where aligned junctions join equal widths."""
+    options = dict(options)
+    adapter = options.get("adapter")
+    if options.get("junctions") == "aligned":
+        specs = anchor_specs(configs)
+        options["junctions"] = aligned_junctions(configs, specs)
+        if adapter is None and all(specs[a].leaves[b] == specs[c].enters[d] for a, b, c, d in options["junctions"]):
+            adapter = "identity"
+    return options | {"adapter": adapter or "linear"}
 
 
 _SEGMENT = re.compile(r"(\d{1,6})\[(\d{1,6}):(\d{1,6})\]", re.ASCII)
 
 
 def check_routes(routes: Sequence[str], anchors: Sequence[AnchorSpec]) -> list[tuple[Segment, ...]]:
-    """Routes given by their keys, such as `1[0:5]>0[3:5]>1[9:30]`, in order of their keys.
+    """Explicit routes by key, such as `1[0:5]>0[3:5]>1[9:30]`, in order of their keys.
 
     Raises:
         ValueError: a key cannot be read, names blocks outside the anchors, does not begin with the first block of an anchor and end
@@ -72,9 +88,9 @@ def check_routes(routes: Sequence[str], anchors: Sequence[AnchorSpec]) -> list[t
     found = {}
     for key in routes:
         matches = [_SEGMENT.fullmatch(part) for part in key.split(">")] if isinstance(key, str) else [None]
+        segments = tuple(Segment(*map(int, match.groups())) for match in matches if match)
         if None in matches or len(matches) < 2:
             raise ValueError(f"route {key!r} cannot be read: two or more segments such as 0[0:8]>1[15:30] are needed")
-        segments = tuple(Segment(*map(int, match.groups())) for match in matches)
         for segment in segments:
             if segment.anchor >= len(anchors) or not segment.start < segment.stop <= anchors[segment.anchor].depth:
                 depths = ", ".join(f"anchor {i} has {anchor.depth} blocks" for i, anchor in enumerate(anchors))

@@ -1,4 +1,4 @@
-"""What the specs of image classifiers share. Costs count one image."""
+"""Parts shared by the specs of image classifiers. Costs are for one image."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -7,7 +7,7 @@ from typing import Any
 from .fields import Config, label_count, pair, positive
 from .spec import AnchorSpec, Feature, Part
 
-Entry = tuple[int, tuple[int, int]]  # a block, and the grid of the map that enters it from another anchor
+Entry = tuple[int, tuple[int, int]]  # a block, and the grid of its input where that comes from another anchor
 
 
 def staged(
@@ -33,8 +33,13 @@ def staged(
 
 
 def grid_at(entry: Entry | None, first: int, count: int, grid: tuple[int, int]) -> tuple[int, int]:
-    """The grid that blocks `[first, first + count)` run at: what enters one of them from elsewhere, else `grid`."""
+    """The grid of blocks `[first, first + count)`: that of `entry` if its block is one of them, else `grid`."""
     return entry[1] if entry is not None and first <= entry[0] < first + count else grid
+
+
+def downsampled(grid: tuple[int, int], stride: int) -> tuple[int, int]:
+    """The grid after a padded convolution of that stride: each side divided and rounded up."""
+    return -(-grid[0] // stride), -(-grid[1] // stride)
 
 
 def patch_grid(config: Config, patch: tuple[int, int]) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""What a shrunk anchor's `config.json` says of the model it was cut from: `shrunk_from`."""
+"""`shrunk_from` in the `config.json` of a shrunk anchor: the model it was cut from."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,9 +7,9 @@ from .spec import AnchorSpec
 
 
 def block_groups(depth: int, small_depth: int) -> list[range]:
-    """`depth` blocks split into `small_depth` runs of neighbours, the shorter runs at both ends.
+    """`depth` blocks split into `small_depth` groups of neighbours, the shorter groups at both ends.
 
-    The first and the last blocks of a model matter most, so they stay single where they can.
+    The first and the last blocks of a model matter most, so they are kept as groups of one where possible.
 
     Raises:
         ValueError: `small_depth` is not in 2..depth.
@@ -24,12 +24,12 @@ def block_groups(depth: int, small_depth: int) -> list[range]:
 
 
 def shares_embedding(config: Mapping[str, Any]) -> bool:
-    """Whether a shrunk anchor kept the embedding and head of the model it was cut from."""
+    """Whether a shrunk anchor shares embedding and head with the model it was cut from."""
     return "embedding" in (_lineage(config) or {}).get("shared", ())
 
 
 def parent_of(config: Mapping[str, Any], specs: Sequence[AnchorSpec]) -> int | None:
-    """The anchor that a shrunk one was cut from, by depth and family; None where it is not among `specs`."""
+    """The anchor that a shrunk one was cut from, by depth and family; None if it is not among `specs`."""
     lineage = _lineage(config)
     if lineage is None:
         return None
@@ -40,8 +40,8 @@ def parent_of(config: Mapping[str, Any], specs: Sequence[AnchorSpec]) -> int | N
 
 
 def aligned_junctions(configs: Sequence[Mapping[str, Any]], specs: Sequence[AnchorSpec]) -> list[list[int]]:
-    """Junctions from each shrunk anchor into the model it was cut from: after each block, into the block that follows the one whose
-    output it reproduces. At equal width those that would replace as many blocks as they bring are left out.
+    """Junctions from each shrunk anchor to the model it was cut from: from each block to the block that follows the one whose output it
+    reproduces. At equal width junctions that leave the number of blocks unchanged are omitted.
 
     Returns `[source anchor, source block, target anchor, target block]` each.
 
@@ -50,14 +50,14 @@ def aligned_junctions(configs: Sequence[Mapping[str, Any]], specs: Sequence[Anch
     """
     found = []
     for index, config in enumerate(configs):
-        parent = parent_of(config, specs)
-        if parent is not None and parent != index:
-            targets = _lineage(config)["target_blocks"]
+        lineage, parent = _lineage(config), parent_of(config, specs)
+        if lineage is not None and parent is not None and parent != index:
+            targets = lineage["target_blocks"]
             narrower = specs[index].width < specs[parent].width
             found += [[index, a, parent, b + 1] for a, b in enumerate(targets[:-1]) if narrower or a < b]
     if not found:
         names = [f"{config.get('model_type')} of {spec.depth} blocks" for config, spec in zip(configs, specs)]
-        cut = [f"anchor {i} from one of {lineage['depth']}" for i, c in enumerate(configs) if (lineage := _lineage(c))]
+        cut = [f"anchor {i} from one of {origin['depth']}" for i, c in enumerate(configs) if (origin := _lineage(c))]
         raise ValueError(
             f"no anchor was cut from another: {', '.join(names)}" + (f" ({', '.join(cut)})" if cut else "")
             + "; make the small one with `stitched-llama shrink`, or leave junctions out"
@@ -66,35 +66,20 @@ def aligned_junctions(configs: Sequence[Mapping[str, Any]], specs: Sequence[Anch
 
 
 def replaced_blocks(configs: Sequence[Mapping[str, Any]], specs: Sequence[AnchorSpec]) -> list[range]:
-    """Of two anchors, the second one's blocks that each block of the first, cut from it, stands for.
+    """For each block of the first of two anchors, the blocks of the second that it was trained to replace.
 
     Raises:
         ValueError: there are not two, or the first was not cut from the second at equal width.
     """
     lineage = _lineage(configs[0]) if len(configs) == 2 else None
     if lineage is None or parent_of(configs[0], specs) != 1 or specs[0].width != specs[1].width:
-        told = ", ".join(f"{spec.depth} blocks of {spec.width}" for spec in specs)
+        shapes = ", ".join(f"{spec.depth} blocks of {spec.width}" for spec in specs)
         raise ValueError(
-            f"{told}: two anchors of equal width are needed, the first made from the second by `stitched-llama shrink`; else leave "
+            f"{shapes}: two anchors of equal width are needed, the first made from the second by `stitched-llama shrink`; else leave "
             "the choice of routes to a rule"
         )
     stops = [target + 1 for target in lineage["target_blocks"]]
     return [range(start, stop) for start, stop in zip([0, *stops], stops)]
-
-
-def resolve_junctions(configs: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of `StitchSpace` with `junctions="aligned"` replaced by the list, and an `adapter` of None by `"linear"`, or
-    `"identity"` where aligned junctions join equal widths."""
-    from .families import anchor_specs
-
-    options = dict(options)
-    adapter = options.get("adapter")
-    if options.get("junctions") == "aligned":
-        specs = anchor_specs(configs)
-        options["junctions"] = aligned_junctions(configs, specs)
-        if adapter is None and all(specs[a].leaves[b] == specs[c].enters[d] for a, b, c, d in options["junctions"]):
-            adapter = "identity"
-    return options | {"adapter": adapter or "linear"}
 
 
 def _lineage(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -106,9 +91,9 @@ def _lineage(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
     lineage = config.get("shrunk_from")
     if lineage is None:
         return None
-    depth, targets = (
-        (lineage.get(name) for name in ("depth", "target_blocks")) if isinstance(lineage, Mapping) else (0, 0)
-    )
+    fields: Mapping[str, Any] = lineage if isinstance(lineage, Mapping) else {}
+    depth: Any = fields.get("depth")
+    targets: Any = fields.get("target_blocks")
     whole = isinstance(depth, int) and isinstance(targets, list) and all(isinstance(t, int) for t in targets)
     if not whole or sorted(set(targets)) != targets or not targets or targets[0] < 0 or targets[-1] != depth - 1:
         raise ValueError(
@@ -118,4 +103,4 @@ def _lineage(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
         raise ValueError(
             f"shrunk_from of the config names {len(targets)} target_blocks, the model has {config.get('num_hidden_layers')} blocks"
         )
-    return lineage
+    return fields

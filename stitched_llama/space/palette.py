@@ -1,36 +1,47 @@
-"""Palette gain: what the sizes between two anchors are worth to someone who chooses by budget."""
+"""Palette gain: the value of the stitches between two anchors for a choice by budget."""
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
+from .metrics import higher_is_better
 from .space import StitchSpace
-from .table import StitchTable, higher_is_better
 
 TEST = "_test"
 
 
+class Measurements(Protocol):
+    """The fields of `StitchTable` that a palette gain needs."""
+
+    @property
+    def metrics(self) -> Mapping[str, Mapping[str, float]]: ...
+
+    @property
+    def alone(self) -> Mapping[str, Mapping[str, float]]: ...
+
+
 def palette_gain(
     space: StitchSpace,
-    table: StitchTable,
+    table: Measurements,
     alone: Mapping[str, Mapping[str, float]] | None = None,
     metric: str = "loss",
     by: str = "params",
 ) -> float:
-    """The mean, over budgets spread evenly from the smallest to the largest anchor, of the share of the gap between these two that
-    the stitch chosen within the budget closes.
+    """The share of the quality gap between the smallest and the largest anchor that the stitch chosen by a budget closes, averaged over
+    budgets from the one's cost to the other's.
 
-    A budget takes the stitch of best `metric` among those it pays for; what that is worth is read from `metric` + `"_test"`, measured on
-    other rows. An anchor counts as it is inside the run or as tuned alone, whichever has the better `metric`.
+    A budget selects the stitch of best `metric` that fits; its quality is `metric` + `"_test"`, measured on other rows. An anchor has
+    its values in the run or those of the anchor fine-tuned alone, whichever has the better `metric`.
 
-    0: as good as having the small anchor alone; 0.5: a continuous straight line; `n / (2 (n + 1))`: n evenly spaced stitches on
-    that line; below 0: budgets return stitches that are worse than the small anchor.
+    0: no better than the small anchor for every budget; 0.5: a continuous straight line; `n / (2 (n + 1))`: n evenly spaced stitches
+    on that line; below 0: budgets select stitches that are worse than the small anchor.
 
     Args:
-        alone: anchor key -> metric name -> value of that anchor fine-tuned alone; by default what the table says.
-        by: the cost that budgets count, `"params"` or `"macs"`.
+        alone: anchor key -> metric name -> value of that anchor fine-tuned alone; by default from the table.
+        by: the cost that budgets limit, `"params"` or `"macs"`.
 
     Returns:
-        NaN where the metric is missing for an anchor, or the large anchor is not better than the small one.
+        NaN if the metric is missing for an anchor, or the large anchor is not better than the small one.
 
     Raises:
         ValueError: another `by`, or a metric that is unknown or was not measured on test rows.
@@ -64,7 +75,7 @@ def staircase_gain(points: Sequence[tuple[float, float, float]]) -> float:
     """Palette gain of any models between two, the first and the last of `points`.
 
     Args:
-        points: (cost, value that chooses, value that judges) of each, ascending in cost; higher values are better.
+        points: (cost, value used for the choice, value on test rows) of each, ascending in cost; higher is better.
     """
     start, stop, base, gap = points[0][0], points[-1][0], points[0][2], points[-1][2] - points[0][2]
     area, chosen = 0.0, points[0]
@@ -75,8 +86,8 @@ def staircase_gain(points: Sequence[tuple[float, float, float]]) -> float:
 
 
 def palette_gains(
-    space: StitchSpace, table: StitchTable, alone: Mapping[str, Mapping[str, float]] | None = None
+    space: StitchSpace, table: Measurements, alone: Mapping[str, Mapping[str, float]] | None = None
 ) -> dict[str, dict[str, float]]:
-    """`palette_gain` of every metric that was measured on test rows too, by parameters and by MACs: metric -> cost -> gain."""
+    """`palette_gain` of every metric that was also measured on test rows, by parameters and by MACs: metric -> cost -> gain."""
     names = [name for name in table.metrics if name + TEST in table.metrics]
     return {name: {by: palette_gain(space, table, alone, name, by) for by in ("params", "macs")} for name in names}

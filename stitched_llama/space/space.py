@@ -1,4 +1,4 @@
-"""All stitches of a family of anchors, in order."""
+"""The space: all stitches of two or more anchors, in order."""
 
 import hashlib
 import json
@@ -12,8 +12,7 @@ from .adapters import StitchingLayerSpec, check_adapter, strides_reach
 from .configs import fields_of
 from .cost import Precision, route_cost
 from .families import anchor_specs
-from .given import check_junctions, check_routes
-from .lineage import resolve_junctions
+from .given import check_junctions, check_routes, resolve_junctions
 from .rules import Pairing, pairings
 from .spec import AnchorSpec
 from .stitch import Junction, Segment, Stitch, route_key
@@ -25,7 +24,10 @@ SPACE_OPTIONS = (
     "routes",
 )  # fmt: skip
 MOST_STITCHES = 10_000
-_PADDING = 0.01  # of a vocabulary: Qwen2.5 has 151,936 rows in small models and 152,064 in large ones
+_Route = tuple[tuple[Segment, ...], tuple[Junction, ...]]
+_PADDING = (
+    0.01  # tolerated share of a vocabulary's size: Qwen2.5 has 151,936 rows in small models and 152,064 in large ones
+)
 _REMEDIES = {
     "vocab_size": "stitches need one tokenizer",
     "image_size": "choose equal ones, or give image_size where they run at any",
@@ -39,16 +41,16 @@ class StitchSpace:
     Args:
         anchors: specs in ascending order of parameters.
         kernel_size, stride: the sliding window of SN-Net; ESTA takes 1 and 1 for LLaMA, 2 and 1 for ViT.
-        direction: `"fast-to-slow"` (small head, large tail; default), `"slow-to-fast"` or `"both"`.
+        direction: `"fast-to-slow"` (small source, large target; default), `"slow-to-fast"` or `"both"`.
         pairs: `"nearest"` neighbours in size (default), `"any"` pair, or `"chain"`: any pair and routes over three.
         adapter, rescale, adapter_norm: kind of the stitching layers of image anchors (see `StitchingLayerSpec`).
-        across_stages: also join stages of different resolution; without `rescale` the tail runs at the head's.
-        junctions: the junctions, instead of a rule: each `(source block, target block)` from the first anchor to the second, or
-            `(source anchor, source block, target anchor, target block)`. A route leaves the source anchor after the source
-            block and enters the target anchor before the target block.
-            Of text, with a `kernel_size` of 1, a route of more parameters than the largest anchor is left out.
-        routes: the stitches, instead of a rule: keys such as `1[0:5]>0[3:5]>1[9:30]`, of two or more segments each.
-        precision: the form of weights and cache in which bytes are counted.
+        across_stages: also join stages of different resolution; without `rescale` the target runs at the source's.
+        junctions: explicit junctions instead of a rule: each `(source block, target block)` from the first anchor to the second, or
+            `(source anchor, source block, target anchor, target block)`. A route goes from the output of the source
+            block to the input of the target block.
+            For text and a `kernel_size` of 1, routes with more parameters than the largest anchor are omitted.
+        routes: explicit stitches instead of a rule: keys such as `1[0:5]>0[3:5]>1[9:30]`, of two or more segments each.
+        precision: dtype and quantisation in which bytes are counted.
 
     Raises:
         ValueError: fewer than two anchors, anchors not in ascending order, vocabularies that differ, a bad option, or a
@@ -79,7 +81,12 @@ class StitchSpace:
         if pairs not in PAIRS:
             raise ValueError(f"pairs {pairs!r} is unknown; one of {', '.join(PAIRS)} is needed")
         self.anchors = tuple(anchors)
-        self.options = {"kernel_size": kernel_size, "stride": stride, "direction": direction, "pairs": pairs}
+        self.options: dict[str, Any] = {
+            "kernel_size": kernel_size,
+            "stride": stride,
+            "direction": direction,
+            "pairs": pairs,
+        }
         chosen = {"adapter": adapter, "rescale": rescale, "adapter_norm": adapter_norm, "across_stages": across_stages}
         self.options |= {name: value for name, value in chosen.items() if value not in ("linear", "none", False)}
         if self.anchors[0].unit == "token" and (
@@ -102,7 +109,7 @@ class StitchSpace:
             raise ValueError("routes over three anchors cross stages only with rescale 'bilinear' or 'strided'")
         self.precision = precision
         self.stitching_layers: dict[str, StitchingLayerSpec] = {}
-        found = [((Segment(i, 0, spec.depth),), ()) for i, spec in enumerate(self.anchors)]
+        found: list[_Route] = [((Segment(i, 0, spec.depth),), ()) for i, spec in enumerate(self.anchors)]
         if given is not None:
             found += [(segments, self._junctions_of(segments)) for segments in given]
         else:
@@ -112,17 +119,17 @@ class StitchSpace:
 
     @classmethod
     def from_configs(cls, configs: Sequence[Any], image_size: Any = None, **options: Any) -> "StitchSpace":
-        """A space from `config.json` alone: each a folder, a Hub id, a configuration of Transformers, or the fields themselves.
-        No weights are read. `junctions="aligned"` takes what a shrunk anchor's configuration says.
+        """A space from configurations: each a folder, a Hub id, a configuration of Transformers, or a mapping of its fields. No weights
+        are read. `junctions="aligned"` takes the junctions from the configuration of a shrunk anchor.
 
         Args:
-            image_size: at which image anchors run that take any; by default their own.
+            image_size: for image anchors that run at any; by default their own.
         """
         fields = [fields_of(config) for config in configs]
         return cls(anchor_specs(fields, image_size), **resolve_junctions(fields, options))
 
     def _ordered_pairs(self) -> list[tuple[int, int]]:
-        """(head, tail) anchors that may be joined."""
+        """(source, target) anchors that may be joined."""
         count = len(self.anchors)
         if "junctions" in self.options:
             return list(dict.fromkeys((source, target) for source, _, target, _ in self.options["junctions"]))
@@ -133,33 +140,34 @@ class StitchSpace:
             self.options["direction"]
         ]
 
-    def _pairings(self, head: int, tail: int) -> list[Pairing]:
+    def _pairings(self, source: int, target: int) -> list[Pairing]:
         if "junctions" in self.options:
             return [
                 Pairing(a + 1, b, f"{a}to{b}")
-                for source, a, target, b in self.options["junctions"]
-                if (source, target) == (head, tail)
+                for left, a, entered, b in self.options["junctions"]
+                if (left, entered) == (source, target)
             ]
         return pairings(
-            self.anchors[head].leaves,
-            self.anchors[tail].enters,
+            self.anchors[source].leaves,
+            self.anchors[target].enters,
             self.options["kernel_size"],
             self.options["stride"],
             rescaled="rescale" in self.options,
             across_stages="across_stages" in self.options,
         )
 
-    def _junction(self, head: int, tail: int, pairing: Pairing) -> Junction:
-        before, after = self.anchors[head].leaves[pairing.head_stop - 1], self.anchors[tail].enters[pairing.tail_start]
+    def _junction(self, source: int, target: int, pairing: Pairing) -> Junction:
+        stop, start = pairing.source_stop, pairing.target_start
+        before, after = self.anchors[source].leaves[stop - 1], self.anchors[target].enters[start]
         if self.options.get("adapter") == "identity":
             if before != after:
                 raise ValueError(
-                    f"adapter 'identity' joins equal features; block {pairing.head_stop - 1} of anchor {head} gives {before}, block "
-                    f"{pairing.tail_start} of anchor {tail} takes {after}: use adapter 'linear'"
+                    f"adapter 'identity' joins equal features; block {stop - 1} of anchor {source} gives {before}, block "
+                    f"{start} of anchor {target} takes {after}: use adapter 'linear'"
                 )
-            return Junction(None, head, pairing.head_stop, tail, pairing.tail_start)
+            return Junction(None, source, stop, target, start)
         layer = StitchingLayerSpec(
-            f"{head}_{tail}_{pairing.layer}",
+            f"{source}_{target}_{pairing.layer}",
             before.width,
             after.width,
             self.options.get("adapter", "linear"),
@@ -167,62 +175,59 @@ class StitchSpace:
             self.options.get("adapter_norm", "none"),
             before.grid,
             after.grid,
-            min(
-                before.special_tokens, after.special_tokens
-            ),  # further ones of the tail are its own, which nothing maps
+            min(before.special_tokens, after.special_tokens),  # further ones of the target are not mapped
         )
         if layer.rescale == "strided" and not strides_reach(before.grid, after.grid):
             raise ValueError(
-                f"no map of one stride joins block {pairing.head_stop - 1} of anchor {head}, which leaves {before}, to "
-                f"block {pairing.tail_start} of anchor {tail}, entered at {after}: rescale='bilinear' joins any two"
+                f"no map of one stride joins block {stop - 1} of anchor {source}, which leaves {before}, to "
+                f"block {start} of anchor {target}, entered at {after}: rescale='bilinear' joins any two"
             )
         if self.stitching_layers.setdefault(layer.name, layer) != layer:  # a window over blocks of other widths
             layer = replace(layer, name=f"{layer.name}_{before.width}x{after.width}")
             self.stitching_layers[layer.name] = layer
-        return Junction(layer.name, head, pairing.head_stop, tail, pairing.tail_start)
+        return Junction(layer.name, source, stop, target, start)
 
     def _junctions_of(self, segments: Sequence[Segment]) -> tuple[Junction, ...]:
-        """The junctions of a route that was given whole; each has a stitching layer of its own."""
+        """The junctions of an explicit route, each with a separate stitching layer."""
         return tuple(
             self._junction(a.anchor, b.anchor, Pairing(a.stop, b.start, f"{a.stop - 1}to{b.start}"))
             for a, b in zip(segments, segments[1:])
         )
 
-    def _routes_over_two(self) -> list:
-        routes = []
-        for head, tail in self._ordered_pairs():
-            for p in self._pairings(head, tail):
-                segments = Segment(head, 0, p.head_stop), Segment(tail, p.tail_start, self.anchors[tail].depth)
-                _add(routes, segments, (self._junction(head, tail, p),))
+    def _routes_over_two(self) -> list[_Route]:
+        routes: list[_Route] = []
+        for source, target in self._ordered_pairs():
+            for p in self._pairings(source, target):
+                last = Segment(target, p.target_start, self.anchors[target].depth)
+                _add(routes, (Segment(source, 0, p.source_stop), last), (self._junction(source, target, p),))
         return routes
 
-    def _routes_over_three(self) -> list:
-        routes = []
+    def _routes_over_three(self) -> list[_Route]:
+        routes: list[_Route] = []
         pairs = self._ordered_pairs()
         chains = [(a, b, c) for a, b in pairs for b_, c in pairs if b == b_ and c != a]
         for a, b, c in chains:
             for p in self._pairings(a, b):
                 for q in self._pairings(b, c):
-                    if q.head_stop <= p.tail_start:
+                    if q.source_stop <= p.target_start:
                         continue  # no block of the middle anchor is left
                     segments = (
-                        Segment(a, 0, p.head_stop),
-                        Segment(b, p.tail_start, q.head_stop),
-                        Segment(c, q.tail_start, self.anchors[c].depth),
+                        Segment(a, 0, p.source_stop),
+                        Segment(b, p.target_start, q.source_stop),
+                        Segment(c, q.target_start, self.anchors[c].depth),
                     )
                     _add(routes, segments, (self._junction(a, b, p), self._junction(b, c, q)))
         return routes
 
-    def _number(self, routes: list) -> tuple[Stitch, ...]:
+    def _number(self, routes: list[_Route]) -> tuple[Stitch, ...]:
         stitches = []
         largest = max(anchor.params for anchor in self.anchors)
-        drops = (
-            self.anchors[0].unit == "token" and self.options["kernel_size"] == 1
-        )  # SN-Net's windows stay as published
+        # for a wider kernel SN-Net's windows are kept as published
+        limited = self.anchors[0].unit == "token" and self.options["kernel_size"] == 1
         for segments, junctions in routes:
             layers = [self.stitching_layers.get(junction.layer or "") for junction in junctions]
             cost = route_cost(self.anchors, segments, layers, self.precision)
-            if len(segments) > 1 and drops and cost.params > largest:
+            if len(segments) > 1 and limited and cost.params > largest:
                 continue  # the largest anchor is smaller
             stitches.append(
                 Stitch(-1, route_key(segments), segments, junctions, **asdict(cost), unit=self.anchors[0].unit)
@@ -267,17 +272,17 @@ class StitchSpace:
 
     @property
     def junctions(self) -> list[Junction]:
-        """All distinct junctions, ordered by stitching layer and place."""
+        """All distinct junctions, ordered by source and target anchor and block."""
         found = {junction for stitch in self for junction in stitch.junctions}
         return sorted(found, key=lambda j: (j.head, j.tail, j.head_stop, j.tail_start))
 
     def with_precision(self, precision: Precision) -> "StitchSpace":
-        """The same space, its bytes and MACs counted in another form."""
+        """The same space with bytes and MACs counted for another precision."""
         return StitchSpace(self.anchors, **self.options, precision=precision)
 
     @property
     def digest(self) -> str:
-        """SHA-256 over the anchors' shapes, the options and the keys in order: what a `stitch_id` depends on."""
+        """SHA-256 of the anchors' shapes, the options and the keys in order, on which the meaning of a `stitch_id` depends."""
         content = {
             "anchors": [[a.family, a.width, a.depth, *a.contract.values(), a.params] for a in self.anchors],
             "options": self.options,
@@ -286,7 +291,7 @@ class StitchSpace:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _add(routes: list, segments: tuple[Segment, ...], junctions: tuple[Junction, ...]) -> None:
+def _add(routes: list[_Route], segments: tuple[Segment, ...], junctions: tuple[Junction, ...]) -> None:
     if len(routes) >= MOST_STITCHES:
         raise ValueError(
             f"these anchors have more than {MOST_STITCHES:,} stitches: a smaller kernel_size, a larger stride or pairs='nearest' "
@@ -296,7 +301,7 @@ def _add(routes: list, segments: tuple[Segment, ...], junctions: tuple[Junction,
 
 
 def _agree(name: str, one: Any, other: Any) -> bool:
-    """Whether anchors may differ so: in nothing but how far a vocabulary is padded."""
+    """Whether two values of a contract field are equal, or vocabulary sizes that differ by padding."""
     return one == other or (name == "vocab_size" and abs(one - other) < _PADDING * min(one, other))
 
 

@@ -1,4 +1,4 @@
-"""What a space needs to know of an anchor: sizes, read from its `config.json`, never from weights."""
+"""Sizes of an anchor, read from its `config.json`, never from weights."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Feature:
-    """What flows from block to block.
+    """The shape of a block's input or output.
 
     Attributes:
         width: channels.
@@ -20,7 +20,7 @@ class Feature:
 
     @property
     def positions(self) -> int:
-        """Places a linear map is applied at: of one image, or 1 for a token."""
+        """Positions at which a linear map is applied: those of one image, or 1 for a token."""
         return self.special_tokens + (self.grid[0] * self.grid[1] if self.grid else 1)
 
     def __str__(self) -> str:
@@ -39,8 +39,8 @@ class Part:
         macs: multiply-accumulates a token or an image; of a token without the attention over the context.
         macs_per_context_token: further multiply-accumulates a token for every token attended to.
         kv_width: numbers kept in the KV cache for a token.
-        adapted: `(name, in_features, out_features)` of the layers that PST adapts; a convolution's in_features
-            counts its kernel.
+        adapted: `(name, in_features, out_features)` of the layers with PST; in_features of a convolution includes its
+            kernel.
     """
 
     params: int = 0
@@ -60,15 +60,15 @@ class AnchorSpec:
         family: name of the block contract (`model_type` of the config).
         embedding, head: parts before the first and after the last block.
         blocks: one part a block.
-        enters, leaves: the feature before and after each block.
-        transitions: what lies between a block and the one before it (the downsampling of a staged family); a route
-            that enters the block from another anchor does without it.
-        contract: what all anchors of a space must agree on, such as the size of the vocabulary or of the image.
-        unit: what a cost counts: `"token"` or `"image"`.
-        tied: the head's matrix is the embedding's; counted once where one route uses both.
-        shared_with: the anchor of the space whose embedding and head are the same tensors; None where they are its own.
-        rebuild: (block, grid) -> the spec of an anchor that is entered there by a map of that grid; None where a block
-            runs at its own alone.
+        enters, leaves: shapes of the input and output of each block.
+        transitions: the layers between a block and the one before it (the downsampling of a staged family); skipped by a
+            route that enters the block from another anchor.
+        contract: fields that all anchors of a space must agree on, such as the size of the vocabulary or of the image.
+        unit: of costs: `"token"` or `"image"`.
+        tied: the head shares the matrix of the embedding; counted once if a route uses both.
+        shared_with: the anchor of the space with the same embedding and head tensors; None if they are not shared.
+        rebuild: (block, grid) -> the spec of this anchor when the input of that block has that grid; None where a block
+            runs at one grid only.
     """
 
     family: str
@@ -85,10 +85,11 @@ class AnchorSpec:
     rebuild: Callable[[int, tuple[int, int]], "AnchorSpec"] | None = field(default=None, compare=False, repr=False)
 
     def entered_at(self, block: int, grid: tuple[int, int] | None) -> "AnchorSpec":
-        """This anchor as it costs when `block` is entered by a map of another grid than it was trained for."""
+        """The spec, with its costs, for an input of `block` with another grid than it was trained for."""
         if grid == self.enters[block].grid:
             return self
         assert self.rebuild is not None, "only image anchors run at another grid"
+        assert grid is not None, "an image anchor is entered by a map"
         return self.rebuild(block, grid)
 
     @property
@@ -97,7 +98,7 @@ class AnchorSpec:
 
     @property
     def width(self) -> int:
-        """Channels that enter the head."""
+        """Channels of the head's input."""
         return self.leaves[-1].width
 
     @property
@@ -107,6 +108,6 @@ class AnchorSpec:
         return self.embedding.params + self.head.params - shared + sum(part.params for part in parts)
 
     def run(self, start: int, stop: int) -> list[Part]:
-        """The parts that blocks `[start, stop)` take when they run in one go."""
+        """The blocks `[start, stop)` and the transitions between them."""
         between = self.transitions[start + 1 : stop] if self.transitions else ()
         return [*self.blocks[start:stop], *between]

@@ -1,4 +1,4 @@
-"""The values a space is made of: segments, junctions, costs and stitches."""
+"""The values of a space: segments, junctions and stitches."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -26,9 +26,9 @@ class Segment:
 
 @dataclass(frozen=True)
 class Junction:
-    """The point where a route leaves block `head_stop - 1` of one anchor and enters block `tail_start` of the next.
+    """The point where a route goes from block `head_stop - 1` of the source anchor `head` to block `tail_start` of the target `tail`.
 
-    `layer` names the stitching layer that serves it, several junctions may share one; None is the identity.
+    `layer` is the name of its stitching layer, which several junctions may share; None is the identity.
     """
 
     layer: str | None
@@ -45,18 +45,18 @@ class Junction:
 class Stitch:
     """One route through the anchors, with its exact cost before PST.
 
-    What PST adds is not counted: a loaded model holds LoRA, updates and biases beside the weights in float32, at 7B/13B and
-    rank 16 up to 0.8 % of `weight_bytes` in bfloat16 and 1.5 % in 8 bits; layers that train whole take 4 bytes a number.
+    The cost does not include PST: a loaded model also holds LoRA, updates and biases in float32, at 7B/13B and rank 16 up to
+    0.8 % of `weight_bytes` in bfloat16 and 1.5 % in 8 bits; layers whose weights all train take 4 bytes a parameter.
 
     Attributes:
         stitch_id: contiguous from 0, ascending in `params`: a larger id is a larger model.
         key: readable and stable, such as `0[0:26]>1[33:40]`.
-        segments, junctions: the route; there is one junction fewer than segments.
+        segments, junctions: the route, with a junction between each two segments.
         params: blocks, embedding, final norm, head and stitching layers.
         macs: multiply-accumulates for one token at the space's `context_tokens`, or for one image.
         weight_bytes: bytes of `params` at the space's dtype and quantisation.
-        kv_bytes_per_token: bytes the KV cache grows by with each token; 0 for images.
-        unit: what `macs` counts, `"token"` or `"image"`.
+        kv_bytes_per_token: bytes of the KV cache for each token; 0 for images.
+        unit: of `macs`: `"token"` or `"image"`.
     """
 
     stitch_id: int

@@ -1,4 +1,4 @@
-"""The table a bundle carries: what is known of each stitch, which are published, and the choice by budget."""
+"""The table of a bundle: metrics and importance of each stitch, published stitches, and the choice by budget."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -9,35 +9,23 @@ from typing import Any
 from .budget import Budget, format_bytes, format_count
 from .fields import MOST
 from .frontier import best_of_intervals, pareto_front
+from .metrics import higher_is_better
+from .palette import palette_gains
 from .space import StitchSpace
 from .stitch import Stitch
-
-HIGHER_IS_BETTER = {"loss": False, "exact_match": True, "accuracy": True}
-
-
-def higher_is_better(metric: str) -> bool:
-    """The direction of a metric; `loss_before` (untrained) and `loss_test` (rows that choose nothing) go as `loss` does.
-
-    Raises:
-        ValueError: the metric is unknown.
-    """
-    try:
-        return HIGHER_IS_BETTER[metric.removesuffix("_before").removesuffix("_test")]
-    except KeyError:
-        raise ValueError(f"metric {metric!r} is unknown; one of {', '.join(HIGHER_IS_BETTER)} is needed") from None
 
 
 @dataclass(frozen=True)
 class StitchTable:
-    """What training and evaluation found out about the stitches of a space.
+    """Results of training and evaluation for the stitches of a space.
 
     Attributes:
         metrics: metric name -> key -> value, such as `metrics["loss"]["0[0:6]"]`.
         importance: key -> importance score at the end of training.
-        visits: key -> steps that rated the stitch.
-        metric: the metric that decides; one of `metrics`, or None before any evaluation.
-        interval_count: cost intervals of training, for choosing by importance.
-        importance_score: what `importance` averages; averages of different scores do not mix.
+        visits: key -> steps that updated the importance of the stitch.
+        metric: the deciding metric, by which stitches are published and chosen; None before any evaluation.
+        interval_count: cost intervals of training, for a choice by importance.
+        importance_score: name of the score that `importance` averages; averages of different scores are not mixed.
         alone: key of an anchor -> metric name -> value of that anchor fine-tuned alone, for `palette_gain`.
     """
 
@@ -50,7 +38,7 @@ class StitchTable:
     alone: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def with_metrics(self, name: str, values: Mapping[str, float], decides: bool = False) -> "StitchTable":
-        """A table that also holds `values`; the first metric, or one that `decides`, rules what is published.
+        """A table with `values` added; the first metric, or one with `decides`, becomes the deciding metric.
 
         Raises:
             ValueError: the direction of the metric is unknown.
@@ -61,27 +49,26 @@ class StitchTable:
         return replace(self, metrics=metrics, metric=metric)
 
     def without_metrics(self, names: Iterable[str]) -> "StitchTable":
-        """A table that holds none of these metrics; where one of them decided, none does."""
+        """A table without these metrics; the deciding metric becomes None if it is one of them."""
         names = set(names)
         metrics = {name: values for name, values in self.metrics.items() if name not in names}
         return replace(self, metrics=metrics, metric=None if self.metric in names else self.metric)
 
     @property
     def deciding(self) -> str | None:
-        """The metric that decides: what was measured before training does not, once training rated the stitches."""
+        """The deciding metric; None if it was measured before training and there are importance scores."""
         stale = self.metric is not None and self.metric.endswith("_before") and self.importance
         return None if stale else self.metric
 
     def in_training(self) -> "StitchTable":
-        """A table in which nothing that was measured before training decides."""
+        """A table without a deciding metric from before training."""
         return replace(self, metric=None) if (self.metric or "").endswith("_before") else self
 
     def published(self, stitches: Iterable[Stitch]) -> list[str]:
         """Keys a budget may choose from, ascending in parameters.
 
-        The Pareto front of the deciding metric; before any evaluation the most important stitch of each interval and
-        the anchors; before any training the anchors alone, as nothing is known of the others. Where none of these is
-        among `stitches`, all of them.
+        The Pareto front of the deciding metric; before any evaluation the stitch of highest importance in each interval and
+        the anchors; before any training the anchors only. If none of these is among `stitches`, all of them.
         """
         stitches, metric = list(stitches), self.deciding
         if metric is not None:
@@ -93,25 +80,25 @@ class StitchTable:
     def choose(
         self, space: StitchSpace, budget: Any, context_tokens: int = 0, keys: Iterable[str] | None = None
     ) -> Stitch:
-        """The best published stitch that fits; a larger budget never returns a worse recorded metric.
+        """The best published stitch that fits; a larger budget never selects a worse recorded metric.
 
         Args:
             budget: anything `Budget.parse` reads.
             context_tokens: tokens the KV cache must hold, for a budget of memory.
-            keys: the stitches at hand (all of the space by default).
+            keys: the available stitches (default: all of the space).
 
         Raises:
             ValueError: the budget cannot be read, or is below the smallest published stitch.
         """
         budget = Budget.parse(budget)
         wanted = None if keys is None else set(keys)
-        at_hand = [stitch for stitch in space if wanted is None or stitch.key in wanted]
-        published = [space[key] for key in self.published(at_hand)]
+        available = [stitch for stitch in space if wanted is None or stitch.key in wanted]
+        published = [space[key] for key in self.published(available)]
         fitting = [stitch for stitch in published if budget.fits(stitch, context_tokens)]
         if not fitting:
             smallest = min(published, key=lambda stitch: budget.cost_of(stitch, context_tokens))
             show = format_bytes if budget.kind == "memory_bytes" else format_count
-            size = "smallest size" if len(at_hand) == len(space) else f"smallest of the {len(at_hand)} loaded sizes"
+            size = "smallest size" if len(available) == len(space) else f"smallest of the {len(available)} loaded sizes"
             raise ValueError(
                 f"budget {budget.text!r} is too small: the {size} is stitch {smallest.stitch_id} "
                 f"({smallest.key}) and needs {show(budget.cost_of(smallest, context_tokens))} "
@@ -128,7 +115,7 @@ class StitchTable:
         return (value if higher_is_better(self.deciding) else -value), stitch.params
 
     def to_rows(self, stitches: Iterable[Stitch]) -> list[dict[str, Any]]:
-        """One JSON object a stitch: the space's fields, importance, metrics, and whether it is published."""
+        """One JSON object a stitch: costs, importance, metrics, and whether it is published."""
         stitches = list(stitches)
         published = set(self.published(stitches))
         rows = []
@@ -143,10 +130,8 @@ class StitchTable:
         return rows
 
     def to_dict(self, space: StitchSpace, keys: Iterable[str] | None = None) -> dict[str, Any]:
-        """The content of `stitches.json`, for the stitches at hand (all of the space by default); a deciding metric that none of
-        them has is left out. `palette_gain` is there for those who read the file, and worked out anew from it."""
-        from .palette import palette_gains  # which reads tables
-
+        """The content of `stitches.json` for the available stitches (default: all of the space); a deciding metric that none of them
+        has is omitted. `palette_gain` is informative: it is not read back, but computed from the metrics."""
         wanted = None if keys is None else set(keys)
         rows = self.to_rows(s for s in space if wanted is None or s.key in wanted)
         gains = palette_gains(space, self)

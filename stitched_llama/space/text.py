@@ -1,4 +1,4 @@
-"""Text of others in messages: errors of libraries in a line, and nothing that a terminal would obey."""
+"""Foreign text in messages: errors of libraries in one line, control characters escaped."""
 
 import unicodedata
 from collections.abc import Iterator
@@ -6,24 +6,24 @@ from contextlib import contextmanager
 
 _DIRECTIONS = frozenset(
     "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
-)  # they reorder what stands around them
+)  # bidirectional controls, which reorder the text around them
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in a line: of those of other libraries, which go on for many."""
+    """The first line of an error message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def printable(text: object) -> str:
-    """`text` with control characters, changes of direction and lone surrogates as escapes; newlines and tabs stay."""
+    """`text` with control characters, bidirectional controls and lone surrogates escaped; newlines and tabs are kept."""
     return "".join(c if c in "\n\t" or not _is_unsafe(c) else c.encode("unicode_escape").decode() for c in str(text))
 
 
 @contextmanager
 def named(what: object) -> Iterator[None]:
-    """Makes a ValueError that names `what` of any exception that a library raises on content it did not expect.
+    """Converts any exception that a library raises on unexpected content to a ValueError that names `what`.
 
-    Errors of the system stay: of files, of memory, of a package that is not installed.
+    Errors of files, memory and missing packages are not converted.
     """
     try:
         yield

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from .fields import MOST_BLOCKS, Config, depths_of, label_count, pair, positive, positives, ratio, switch
-from .image_parts import Entry, contract, grid_at, linear_sizes, norm_and_classifier, patch_grid, staged
+from .image_parts import Entry, contract, downsampled, grid_at, linear_sizes, norm_and_classifier, patch_grid, staged
 from .spec import AnchorSpec, Feature, Part
 
 
@@ -43,8 +43,8 @@ def vit_spec(config: Config, entry: Entry | None = None) -> AnchorSpec:
 
 
 def dinov2_spec(config: Config, entry: Entry | None = None) -> AnchorSpec:
-    """DINOv2: a ViT whose two branches are scaled, and whose head reads class token and mean patch; its position embeddings are those
-    of `trained_size`, interpolated to the image.
+    """DINOv2: a ViT with scaled branches and a head on the class token and the mean patch; its position embeddings are those of
+    `trained_size`, interpolated to the image size.
 
     Raises:
         ValueError: its feed-forward is SwiGLU.
@@ -79,15 +79,17 @@ def swin_spec(config: Config, entry: Entry | None = None) -> AnchorSpec:
     expansion, limit = ratio(config, "mlp_ratio", 4.0), positive(config, "window_size", 7)
     grid = patch_grid(config, patch)
     pixels = channels * patch[0] * patch[1]
-    positions = width * grid[0] * grid[1] if switch(config, "use_absolute_embeddings") else 0
-    stem = Part(params=pixels * width + 3 * width + positions, macs=grid[0] * grid[1] * pixels * width)
-    blocks, features, transitions = [], [], []
+    embeddings = width * grid[0] * grid[1] if switch(config, "use_absolute_embeddings") else 0
+    stem = Part(params=pixels * width + 3 * width + embeddings, macs=grid[0] * grid[1] * pixels * width)
+    blocks: list[Part] = []
+    features: list[Feature] = []
+    transitions: list[Part] = []
     trained = grid
     sides = pair(config, "image_size", 224)
-    merged = [tuple(side // 2**stage for side in grid) for stage in range(len(depths))]
-    if any(side % size for side, size in zip(sides, patch)) or any(n % 2 for stage in merged[:-1] for n in stage):
+    grids = [tuple(side // 2**stage for side in grid) for stage in range(len(depths))]
+    if any(side % size for side, size in zip(sides, patch)) or any(n % 2 for stage in grids[:-1] for n in stage):
         raise ValueError(
-            f"Swin at image_size {sides} with patch_size {patch} has stages of {merged} places: an odd number cannot be "
+            f"Swin at image_size {sides} with patch_size {patch} has stages of {grids} places: an odd number cannot be "
             "merged by two; choose an image size that halves evenly at every stage"
         )
     for stage, (depth, heads) in enumerate(zip(depths, head_counts)):
@@ -98,19 +100,19 @@ def swin_spec(config: Config, entry: Entry | None = None) -> AnchorSpec:
                 "multiple: rescale='bilinear' or 'strided' meets its own"
             )
         padded = (-(-grid[0] // window) * window) * (-(-grid[1] // window) * window)
-        places, ffn = grid[0] * grid[1], int(expansion * width)
+        positions, ffn = grid[0] * grid[1], int(expansion * width)
         attention = _attention_linears(width, width, switch(config, "qkv_bias", True))
         linears = [*attention, (width, ffn, True), (ffn, width, True)]
         block = Part(
             **linear_sizes(linears, norms=4 * width + (2 * limit - 1) ** 2 * heads),
-            macs=padded * (4 * width * width + 2 * window * window * width) + places * 2 * width * ffn,
+            macs=padded * (4 * width * width + 2 * window * window * width) + positions * 2 * width * ffn,
             adapted=_adapted_attention(width, width),
         )
         blocks += [block] * depth
         features += [Feature(width, grid)] * depth
         transitions += [Part()] * (depth if stage == 0 else depth - 1)
         if stage + 1 < len(depths):
-            grid, trained = (tuple(-(-side // 2) for side in sides) for sides in (grid, trained))
+            grid, trained = downsampled(grid, 2), downsampled(trained, 2)
             merged = 8 * width * width
             transitions.append(Part(merged + 8 * width, merged, 2 * width, macs=grid[0] * grid[1] * merged))
             width *= 2

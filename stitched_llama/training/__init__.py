@@ -1,29 +1,30 @@
 """Fine-tuning, evaluation of every stitch, plots.
 
-tables      rows of files, folders, saved data sets and the Hub
-rows        rows in Alpaca's schema: checked, counted, held out
-prompts     templates, also as chat templates
-data        rows to labelled batches of token ids
-image_files one picture of a file or an array; labels as numbers
-images      labelled images of arrays, folders and data sets
-image_sets  labelled images to batches
+tables      rows from files, folders, saved data sets and the Hub
+rows        instruction rows in Alpaca's schema: validation, skipped rows, held-out rows
+prompts     prompt templates, also as chat templates
+data        instruction rows as labelled batches of token ids
+image_files one image from a file or an array; labels as class numbers
+images      labelled images from arrays, folders and data sets
+image_sets  labelled images as batches
 arguments   training arguments
-checks      what is known to be wrong before a run starts, or with a batch
-finite      losses, gradients and weights that are no numbers end a run
-interruption   SIGTERM ends it with a checkpoint
-trainer     one route a step, the largest anchor as teacher; image_trainer is the same for pictures
-reports     what a trainer logs and evaluates in the middle of a run
+checks      checks before a run starts, and of each batch
+finite      losses, gradients and weights that are not finite end a run
+interruption   SIGTERM ends a run with a checkpoint
+trainer     one stitch a step, distilled from the largest anchor; image_trainer for images
+reports     logging, and evaluation during a run
 evaluation  loss and exact match of every stitch
-teaching    what a teacher says and what a student makes of it
+distillation  targets from teacher logits and the student's loss on them
 phases      anchors first, then the stitches
-rates       the anchors' own learning rate
+param_groups  learning rate of the anchors
 checkpoints which checkpoint to resume from
-route_search  routes or junctions by measurement
-settings    what a resumed run must have in common with its checkpoint, and what may change
-plots       the picture and the table of a run
-record      where a result comes from
-samples     the same prompts at several sizes
+route_search  routes or junctions of low loss, by measurement
+settings    settings that a resumed run shares with its checkpoint, and those that may differ
+plots       plot and table of a run
+provenance  date, commit, command, versions and machine of a result
+samples     answers to the same prompts from several stitches
 smoke       pico anchors for --smoke and tests
+hooks       private members of Transformers that the package depends on
 """
 
 from stitched_llama.models.processors import load_processor
@@ -50,7 +51,7 @@ from .image_trainer import StitchImageTrainer
 from .images import IMAGE_TASKS, few_shot, read_images, some_of
 from .plots import format_gains, format_table, plot_stitches, read_baselines
 from .prompts import TEMPLATES, Template, encode_prompt, end_ids, render_chat, template
-from .record import dump_record, provenance, redacted
+from .provenance import dump_record, provenance, redacted
 from .route_search import RouteProposal, measured_options, propose_routes
 from .rows import Row, drawn, read_parts, read_rows, split_rows
 from .samples import sample_budgets

@@ -1,4 +1,4 @@
-"""Arguments of a stitched fine-tune, on top of Transformers' own."""
+"""Command-line arguments of a stitched fine-tune, in addition to Transformers'."""
 
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Sequence
@@ -27,12 +27,12 @@ ANCHOR_SHARE = 0.67
 
 
 class _Help(RawDescriptionHelpFormatter, ArgumentDefaultsHelpFormatter):
-    """The description as it stands, defaults behind each option."""
+    """Keeps the line breaks of the description and appends each option's default."""
 
 
 class _RecipeParser(HfArgumentParser):
     def parse_args_into_dataclasses(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
-        """As Transformers has it; unknown options and what the arguments themselves refuse are errors of the command line."""
+        """Same as `HfArgumentParser`; unknown options and invalid values are command-line errors."""
         try:
             *found, unknown = super().parse_args_into_dataclasses(*args, **kwargs, return_remaining_strings=True)
         except ValueError as error:
@@ -45,7 +45,7 @@ class _RecipeParser(HfArgumentParser):
 def recipe_parser(
     arguments: Sequence[type], description: str, usage: str = "--anchors ANCHOR [ANCHOR ...]", epilog: str = KEYS
 ) -> HfArgumentParser:
-    """The parser of a recipe's command line; `--help` begins with the description."""
+    """The command-line parser of a recipe; `--help` begins with the description."""
     return _RecipeParser(
         arguments,
         usage=f"%(prog)s {usage} [options]",
@@ -60,35 +60,41 @@ class SpaceArguments:
     """Options of `StitchSpace`."""
 
     kernel_size: int = field(default=1, metadata={"help": "Blocks of the sliding window."})
-    stride: int = field(default=1, metadata={"help": "Its stride."})
-    direction: str = field(default="fast-to-slow", metadata={"help": f"Of the routes: {', '.join(DIRECTIONS)}."})
-    pairs: str = field(default="nearest", metadata={"help": f"Anchors that are joined: {', '.join(PAIRS)}."})
+    stride: int = field(default=1, metadata={"help": "Stride of the sliding window."})
+    direction: str = field(
+        default="fast-to-slow", metadata={"help": f"Direction of the routes: {', '.join(DIRECTIONS)}."}
+    )
+    pairs: str = field(default="nearest", metadata={"help": f"Which anchors are joined: {', '.join(PAIRS)}."})
     adapter: str | None = field(
         default=None,
         metadata={
             "help": f"Kind of stitching layer (linear; identity for aligned junctions of equal width): {', '.join(ADAPTERS)}."
         },
     )
-    rescale: str = field(default="none", metadata={"help": f"How it changes the resolution: {', '.join(RESCALES)}."})
-    adapter_norm: str = field(default="none", metadata={"help": f"Norms around it: {', '.join(ADAPTER_NORMS)}."})
+    rescale: str = field(
+        default="none", metadata={"help": f"How stitching layers change the resolution: {', '.join(RESCALES)}."}
+    )
+    adapter_norm: str = field(
+        default="none", metadata={"help": f"Norms before and after stitching layers: {', '.join(ADAPTER_NORMS)}."}
+    )
     across_stages: bool = field(default=False, metadata={"help": "Also join stages of different resolution."})
     junctions: list[str] = field(
         default_factory=lambda: ["nearest"],
         metadata={
-            "help": "nearest (a rule), aligned (of a small anchor made by shrink), similar (measured, of two text anchors), or pairs of "
+            "help": "nearest (by depth), aligned (for a small anchor made by shrink), similar (measured, for two text anchors), or pairs of "
             "blocks such as 3:8."
         },
     )
     routes: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "The stitches themselves, such as 1[0:5]>0[3:5]>1[9:30], or greedy: for each size the one that loses least, "
-            "measured (of a small anchor made by shrink at equal width)."
+            "help": "Explicit stitches by key, such as 1[0:5]>0[3:5]>1[9:30], or greedy: for each size the route of lowest loss found by "
+            "a greedy search (for a small anchor made by shrink at equal width)."
         },
     )
 
     def options(self) -> dict[str, Any]:
-        """Options of `StitchSpace`; `similar` junctions and `greedy` routes, which are measured first, are left to the rule.
+        """Options of `StitchSpace`; `similar` junctions and `greedy` routes are not included, as they are measured first.
 
         Raises:
             ValueError: junctions that cannot be read.
@@ -101,28 +107,30 @@ class SpaceArguments:
 
 @dataclass
 class PSTArguments:
-    """Fields of `PSTConfig`, as a command line has them."""
+    """Fields of `PSTConfig` as command-line options."""
 
-    rank: list[int] = field(default_factory=lambda: [16], metadata={"help": "LoRA rank, one or one for each anchor."})
+    rank: list[int] = field(
+        default_factory=lambda: [16], metadata={"help": "LoRA rank: one for all anchors, or one for each."}
+    )
     stitch_rank: int = field(
         default=0,
         metadata={
-            "help": "Rank of a second LoRA that the stitches share and the anchors do without; anchors then train first. 0: one LoRA for all."
+            "help": "Rank of a second LoRA, shared by the stitches and not used by the anchors; anchors then train first. 0: one LoRA for all."
         },
     )
     stitching_rank: str = field(
-        default="auto", metadata={"help": "Of the stitching layers: a number, auto (d1/4), full."}
+        default="auto", metadata={"help": "Rank of the update of stitching layers: a number, auto (d1/4), or full."}
     )
-    stitch_bias: bool = field(default=True, metadata={"help": "A bias a stitch."})
+    stitch_bias: bool = field(default=True, metadata={"help": "Train a bias for each stitch."})
     full: bool = field(
-        default=False, metadata={"help": "All weights train (SN-Net) instead of LoRA, updates and biases."}
+        default=False, metadata={"help": "Train all weights (SN-Net) instead of LoRA, low-rank updates and biases."}
     )
 
     def settings(self) -> PSTConfig:
-        """What `attach_pst` takes.
+        """The `PSTConfig` for `attach_pst`.
 
         Raises:
-            ValueError: a stitching rank that is no number.
+            ValueError: `stitching_rank` is neither a number nor `auto` or `full`.
         """
         named = {"auto": None, "full": "full"}
         if self.stitching_rank not in named and not self.stitching_rank.isdecimal():
@@ -140,7 +148,7 @@ class PSTArguments:
 
 @dataclass
 class StitchTrainingArguments(TrainingArguments):
-    """`TrainingArguments` with ESTA's choices as defaults (section 5.2), and what is its own.
+    """`TrainingArguments` with ESTA's choices as defaults (section 5.2), and options of stitched training.
 
     Raises:
         ValueError: an unknown name, a share outside 0..1, or batch sizes that contradict each other.
@@ -148,54 +156,65 @@ class StitchTrainingArguments(TrainingArguments):
 
     output_dir: str = field(default="runs/alpaca", metadata={"help": "Where checkpoints, table, plot and bundle go."})
     num_train_epochs: float = field(default=10, metadata={"help": "Passes over the data."})
-    learning_rate: float = field(default=3e-4, metadata={"help": "Peak rate of Adam (Alpaca-LoRA's)."})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Shape of the learning rate."})
+    learning_rate: float = field(default=3e-4, metadata={"help": "Peak learning rate of AdamW (that of Alpaca-LoRA)."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning rate schedule."})
     warmup_steps: float = field(default=0.03, metadata={"help": "Steps, or share of all steps, of warm-up."})
-    per_device_train_batch_size: int = field(default=4, metadata={"help": "Rows a device takes at once."})
+    per_device_train_batch_size: int = field(default=4, metadata={"help": "Rows in a batch on each device."})
     global_batch_size: int = field(
         default=128,
-        metadata={"help": "Rows a step, over all devices, by gradient accumulation; 0 leaves that to Transformers."},
+        metadata={
+            "help": "Rows in an optimiser step over all devices, reached by gradient accumulation; 0 leaves gradient_accumulation_steps as given."
+        },
     )
     report_to: None | str | list[str] = field(
         default_factory=lambda: "tensorboard" if find_spec("tensorboard") else "none",
-        metadata={"help": "Where logs go: tensorboard where it is installed, none, or what Transformers knows."},
+        metadata={
+            "help": "Where logs go: tensorboard if it is installed, none, or any other integration of Transformers."
+        },
     )
-    importance: str = field(default="excess_loss", metadata={"help": f"Score of a stitch: {', '.join(SCORES)}."})
-    sampling: str = field(default="importance", metadata={"help": f"Draw of a stitch: {', '.join(SCHEMES)}."})
+    importance: str = field(
+        default="excess_loss", metadata={"help": f"Importance score of a stitch: {', '.join(SCORES)}."}
+    )
+    sampling: str = field(
+        default="importance", metadata={"help": f"How the stitch of a step is sampled: {', '.join(SCHEMES)}."}
+    )
     eta: float = field(default=0.9, metadata={"help": "Momentum of the importance averages."})
-    interval_count: int = field(default=6, metadata={"help": "Cost intervals to draw from."})
-    sampling_warmup: float = field(default=0.1, metadata={"help": "Share of all steps drawn uniformly at first."})
-    floor: float = field(default=0.5, metadata={"help": "Share of an interval's draws spread evenly."})
+    interval_count: int = field(default=6, metadata={"help": "Cost intervals to sample from."})
+    sampling_warmup: float = field(
+        default=0.1, metadata={"help": "Share of all steps, at the beginning, sampled uniformly."}
+    )
+    floor: float = field(default=0.5, metadata={"help": "Share of the samples of an interval that is uniform."})
     anchor_share: float | None = field(
         default=None,
         metadata={
-            "help": f"Share of the steps set aside for anchors; by default {ANCHOR_SHARE} with --sampling importance and "
+            "help": f"Share of the steps reserved for anchors; by default {ANCHOR_SHARE} with --sampling importance and "
             "without --train_teacher, else 0, as in the papers."
         },
     )
     anchors_first: float = field(
         default=0.6,
         metadata={
-            "help": "With --stitch_rank: share of the steps, at the beginning, that train each anchor as it would alone; the rest train "
-            "the stitches on the frozen anchors. With 0.6 the whole run costs about twice what the anchors' own steps cost."
+            "help": "With --stitch_rank: share of the steps, at the beginning, that train the anchors in turn on labels alone; the rest "
+            "train the stitches on the frozen anchors. With 0.6 the run costs about twice what the anchors' own steps cost."
         },
     )
     inplace_teacher: bool = field(
-        default=True, metadata={"help": "The largest anchor teaches the drawn stitch; off is SN-Net's way."}
+        default=True, metadata={"help": "Distil the drawn stitch from the largest anchor; off as in SN-Net."}
     )
     train_teacher: bool = field(
-        default=False, metadata={"help": "It trains at every step too, beside the draw: ESTA's way."}
+        default=False, metadata={"help": "Also train the largest anchor at every step, as in ESTA."}
     )
     anchor_lr_scale: float = field(
-        default=1.0, metadata={"help": "Rate of the anchors' weights over that of all else (SN-Net: 0.1 for stages)."}
+        default=1.0,
+        metadata={
+            "help": "Learning rate of the anchors' weights relative to all others (SN-Net: 0.1 for staged families)."
+        },
     )
-    distillation: str = field(
-        default="hard", metadata={"help": f"Student's teacher signal: {', '.join(DISTILLATIONS)}."}
-    )
-    distillation_weight: float = field(default=0.5, metadata={"help": "Its share of the student's loss."})
+    distillation: str = field(default="hard", metadata={"help": f"Distillation targets: {', '.join(DISTILLATIONS)}."})
+    distillation_weight: float = field(default=0.5, metadata={"help": "Weight of distillation in the student's loss."})
 
     def __getstate__(self) -> dict[str, Any]:
-        """What `training_args.bin` beside a checkpoint holds: no tokens."""
+        """The state in `training_args.bin` of a checkpoint, without access tokens."""
         return {name: None if name.endswith("_token") else value for name, value in vars(self).items()}
 
     def __post_init__(self):
@@ -209,7 +228,7 @@ class StitchTrainingArguments(TrainingArguments):
             raise ValueError(f"sampling {self.sampling!r} is unknown; one of {', '.join(SCHEMES)} is needed")
         if self.interval_count < 1:
             raise ValueError(f"interval_count is {self.interval_count}; one interval or more is needed")
-        Importance(self.importance, self.eta)  # refuses what it does not know
+        Importance(self.importance, self.eta)  # raises for invalid values
         for name in ("distillation_weight", "anchor_share", "anchors_first", "floor", "sampling_warmup"):
             if getattr(self, name) is not None and not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; a share lies in 0..1")
@@ -232,26 +251,27 @@ class StitchTrainingArguments(TrainingArguments):
 
     @property
     def autocast_dtype(self) -> torch.dtype | None:
-        """Of mixed precision; None without it."""
+        """The dtype of mixed precision; None without it."""
         return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else None
 
     @property
     def share_of_anchors(self) -> float:
-        """`anchor_share`, or what stands for None."""
+        """`anchor_share`, or its default for these arguments."""
         if self.anchor_share is not None:
             return self.anchor_share
         return ANCHOR_SHARE if self.sampling == "importance" and not self.train_teacher else 0.0
 
-    def rating(self, outer_teacher: bool = False) -> str:
-        """The name of the importance score; with another teacher than the largest anchor, or none, its numbers are others."""
+    def importance_score(self, external_teacher: bool = False) -> str:
+        """The name of the importance score; it also says where the largest anchor is not the teacher, as the values then differ."""
         if self.inplace_teacher:
             return self.importance
-        return f"{self.importance}, {'outer teacher' if outer_teacher and self.importance == 'excess_loss' else 'untaught'}"
+        external = external_teacher and self.importance == "excess_loss"
+        return f"{self.importance}, {'outer teacher' if external else 'untaught'}"  # the names that bundles store
 
 
 @dataclass
 class TextDataArguments:
-    """Which rows train and which are held out, and how they become text."""
+    """Training rows, held-out rows and the prompt template."""
 
     anchors: list[str] = field(default_factory=list, metadata={"help": "Folders or Hub ids, small to large."})
     data: str = field(
@@ -259,7 +279,7 @@ class TextDataArguments:
         metadata={"help": "A Hub id, a JSON, JSONL, CSV or Parquet file, or a folder of these."},
     )
     train_split: str = field(default="train", metadata={"help": "The part of a Hub data set or folder to train on."})
-    eval_data: str | None = field(default=None, metadata={"help": "Held-out rows; by default split off the data."})
+    eval_data: str | None = field(default=None, metadata={"help": "Held-out rows; by default a random part of --data."})
     eval_split: str = field(default="train", metadata={"help": "The part of --eval_data that is held out."})
     eval_size: int = field(default=500, metadata={"help": "Held-out rows."})
     on_bad_row: str = field(
@@ -268,46 +288,46 @@ class TextDataArguments:
     template: str = field(
         default="auto",
         metadata={
-            "help": "Prompt template: alpaca, short, chat (the tokenizer's own), or auto: that if it has one, else alpaca."
+            "help": "Prompt template: alpaca, short, chat (the tokenizer's own), or auto: chat if the tokenizer has one, else alpaca."
         },
     )
-    max_length: int = field(default=512, metadata={"help": "Tokens a row may have."})
+    max_length: int = field(default=512, metadata={"help": "Maximum tokens of a row."})
 
 
 @dataclass
 class ImageDataArguments:
-    """Which anchors meet which pictures."""
+    """Anchors, and the images they are tuned on."""
 
     anchors: list[str] = field(metadata={"help": "Folders or Hub ids, small to large."})
     data: str = field(metadata={"help": "A task's name, a Hub id, an image folder, or a .npz file."})
     train_split: str = field(default="train", metadata={"help": "The part to train on; train+val joins two."})
     eval_split: str = field(default="test", metadata={"help": "The part to evaluate on."})
-    eval_size: int = field(default=0, metadata={"help": "Pictures to evaluate on; 0 is all."})
-    shots: int = field(default=0, metadata={"help": "Training pictures a class; 0 is all (ESTA: 1, 4, 8, 16)."})
+    eval_size: int = field(default=0, metadata={"help": "Images to evaluate on; 0 is all."})
+    shots: int = field(default=0, metadata={"help": "Training images of each class; 0 is all (ESTA: 1, 4, 8, 16)."})
     augment: bool = field(default=True, metadata={"help": "Random crop and flip; off for VTAB-1k."})
 
 
 @dataclass
 class ImageTrainingArguments(StitchTrainingArguments):
-    """ESTA's choices for pictures as defaults (section 5.1, appendix A); the rate follows from `base_lr` and the batch.
+    """ESTA's choices for images as defaults (section 5.1, appendix A); the learning rate is `base_lr * batch / 256`.
 
     Raises:
-        ValueError: also where a `learning_rate` is given.
+        ValueError: as `StitchTrainingArguments`, or `learning_rate` is given.
     """
 
     output_dir: str = field(default="runs/vision", metadata={"help": "Where checkpoints, table, plot and bundle go."})
     num_train_epochs: float = field(default=100, metadata={"help": "Passes over the data."})
-    base_lr: float = field(default=1e-3, metadata={"help": "Rate at a batch of 256."})
-    per_device_train_batch_size: int = field(default=64, metadata={"help": "Pictures a device takes at once."})
-    global_batch_size: int = field(default=64, metadata={"help": "Pictures a step, over all devices."})
-    weight_decay: float = field(default=1e-4, metadata={"help": "Of AdamW."})
+    base_lr: float = field(default=1e-3, metadata={"help": "Learning rate at a batch of 256."})
+    per_device_train_batch_size: int = field(default=64, metadata={"help": "Images in a batch on each device."})
+    global_batch_size: int = field(default=64, metadata={"help": "Images in an optimiser step over all devices."})
+    weight_decay: float = field(default=1e-4, metadata={"help": "Weight decay of AdamW."})
     warmup_steps: float = field(default=0.1, metadata={"help": "Steps, or share of all steps, of warm-up."})
-    interval_count: int = field(default=15, metadata={"help": "Cost intervals to draw from."})
+    interval_count: int = field(default=15, metadata={"help": "Cost intervals to sample from."})
 
     def __post_init__(self):
         super().__post_init__()
-        pictures = self.per_device_train_batch_size * self.gradient_accumulation_steps * max(1, self.world_size)
-        rate = self.base_lr * pictures / 256
+        images = self.per_device_train_batch_size * self.gradient_accumulation_steps * max(1, self.world_size)
+        rate = self.base_lr * images / 256
         if self.learning_rate not in (StitchTrainingArguments.learning_rate, rate):
             raise ValueError(
                 f"learning_rate {self.learning_rate} would be lost, it follows from base_lr and the batch here ({rate:g}): "

@@ -1,4 +1,4 @@
-"""A trainer's checkpoints: each a bundle that says what its run was started with, whole once its digests are written."""
+"""A trainer's checkpoints: each is a bundle with the settings of its run, complete once its digests are written."""
 
 import json
 import logging
@@ -28,16 +28,16 @@ _NEEDED = (SETTINGS, _STATE, "optimizer.pt", "scheduler.pt")
 
 
 def find_checkpoint(resume: str | None, output_dir: str, settings: Mapping[str, Any] | None = None) -> str | None:
-    """The checkpoint to resume from: `auto` is the newest whole one in `output_dir`, if any; else a path.
+    """The checkpoint to resume from: `auto` is the newest complete one in `output_dir`, if any; else a path.
 
-    It says which one it takes and why it passed others over.
+    Logs which one is used and why newer ones are not.
 
     Args:
-        settings: of this run, as `run_settings` gives them; the checkpoint's must be the same.
+        settings: of this run, from `run_settings`; the checkpoint's must be the same.
 
     Raises:
-        ValueError: the path holds no whole checkpoint, or one of other settings, or `output_dir` holds checkpoints of models alone
-            and none to resume from.
+        ValueError: the path holds no complete checkpoint or one with other settings, or `output_dir` holds only checkpoints without
+            optimiser state.
     """
     if resume in (None, "", "no"):
         return None
@@ -49,25 +49,27 @@ def find_checkpoint(resume: str | None, output_dir: str, settings: Mapping[str, 
 
 
 def _newest(output_dir: str) -> str | None:
-    found = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.split("-")[-1].isdecimal()]
-    passed = []
-    for path in sorted(found, key=lambda path: int(path.name.split("-")[-1]), reverse=True):
+    folders = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.split("-")[-1].isdecimal()]
+    skipped = []
+    for path in sorted(folders, key=lambda path: int(path.name.split("-")[-1]), reverse=True):
         if (reason := why_not_whole(path)) is None:
-            _tell(f"resume: {path} is taken" + "".join(f"; {other} is passed over: {why}" for other, why in passed))
+            _log(f"resume: {path} is taken" + "".join(f"; {other} is passed over: {why}" for other, why in skipped))
             return str(path)
-        passed.append((path, reason))
-    told = "; ".join(f"{path}: {why}" for path, why in passed)
-    if any(why.startswith(_WITHOUT) for _, why in passed):
+        skipped.append((path, reason))
+    reasons = "; ".join(f"{path}: {why}" for path, why in skipped)
+    if any(why.startswith(_WITHOUT) for _, why in skipped):
         raise ValueError(
-            f"none of the checkpoints in {output_dir} can be resumed, and a run from the beginning would write over them: {told}; "
+            f"none of the checkpoints in {output_dir} can be resumed, and a run from the beginning would write over them: {reasons}; "
             "begin in another output_dir, or resume 'no' to write over them"
         )
-    _tell(f"resume: no whole checkpoint in {output_dir}, the run begins with step 1" + (f"; {told}" if told else ""))
+    _log(
+        f"resume: no whole checkpoint in {output_dir}, the run begins with step 1" + (f"; {reasons}" if reasons else "")
+    )
     return None
 
 
 def why_not_whole(path: Path) -> str | None:
-    """Why a run cannot go on from there; None where it can. Reads all of it once."""
+    """Why a run cannot resume from there; None if it can. Reads all files once."""
     if not path.is_dir():
         return "it is no folder"
     if _is_unfinished(path):
@@ -87,21 +89,22 @@ def why_not_whole(path: Path) -> str | None:
 
 
 def _is_unfinished(path: Path) -> bool:
-    """Whether a save was cut short there: nothing of it was ever whole. The bundle alone may have its digests."""
+    """Whether the save there was interrupted. The digests of the bundle alone may have been written."""
     try:
         recorded = read_digests(path) if (path / DIGESTS).is_file() else {}
     except ValueError:
-        return False  # damaged: they are written in one step
+        return False  # damaged: digests are written in one step
     return _STATE not in recorded and ((path / SETTINGS).is_file() or not (path / _STATE).is_file())
 
 
-def _tell(text: str) -> None:
+def _log(text: str) -> None:
+    """Logs on rank 0."""
     if os.environ.get("RANK", "0") == "0":
         logger.warning("%s", text)
 
 
 def is_published(checkpoint: str | None, output: Path, anchors: Sequence[str]) -> bool:
-    """Whether a recipe left its bundle and result in `output` already, of these anchors and this checkpoint, the end of its run."""
+    """Whether `output` holds the bundle and result of a finished run of a recipe, for these anchors and this last checkpoint."""
     bundle, result = output / "bundle" / WEIGHTS, output / _RESULT
     if checkpoint is None or not _is_finished(_state(checkpoint)) or not (bundle.is_file() and result.is_file()):
         return False
@@ -109,11 +112,11 @@ def is_published(checkpoint: str | None, output: Path, anchors: Sequence[str]) -
         return False
     try:
         row = json.loads(result.read_text(encoding="utf-8"))
-    except ValueError:  # cut short
+    except ValueError:  # an interrupted write
         return False
     if row["anchors"] != list(anchors) or row.get("samples", ()) is None:
         return False
-    _tell(f"{checkpoint} is the end of its run, {bundle.parent} and {result} are of it: nothing to do")
+    _log(f"{checkpoint} is the end of its run, {bundle.parent} and {result} are of it: nothing to do")
     return True
 
 
@@ -126,8 +129,11 @@ def _is_finished(state: TrainerState) -> bool:
 
 
 def begin_checkpoint(folder: Path, settings: Mapping[str, Any]) -> None:
-    """An empty folder for a checkpoint about to be saved, but for what its run was started with; not whole before its digests."""
-    for name in (DIGESTS, _STATE):  # of another run, and the first to go
+    """Creates a folder that holds only the settings of the run; the checkpoint is incomplete until its digests are written."""
+    for name in (
+        DIGESTS,
+        _STATE,
+    ):  # of an earlier run; removed first, so that an interruption leaves no complete checkpoint
         (folder / name).unlink(missing_ok=True)
     if folder.exists():
         shutil.rmtree(folder)
@@ -136,10 +142,10 @@ def begin_checkpoint(folder: Path, settings: Mapping[str, Any]) -> None:
 
 
 class CheckpointMixin:
-    """How a `Trainer` saves and loads bundles."""
+    """Saving and resuming of `StitchTrainer`: a checkpoint is a bundle."""
 
     def settings(self) -> dict[str, Any]:
-        """What decides rows and steps, as each checkpoint holds it."""
+        """The settings that decide rows and steps, as stored in each checkpoint."""
         rows = len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else None
         own = {"training_rows": rows, "rows_digest": getattr(self.train_dataset, "digest", None)}
         own["anchor_dtypes"] = [
@@ -148,7 +154,7 @@ class CheckpointMixin:
         return run_settings(self.args, own, self.data_settings or {})
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Saves a bundle, with the importance averages that resuming needs.
+        """Saves a bundle, with the importance averages needed to resume.
 
         Raises:
             ValueError: a weight is not finite.
@@ -158,15 +164,16 @@ class CheckpointMixin:
         super().save_model(output_dir, _internal_call)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """As Transformers has it, with `settings`, and digests of all files once they are there; only then older ones go."""
+        """Same as `Trainer._save_checkpoint`, with `settings` and finally digests of all files; older checkpoints are removed after
+        that."""
         check_weights(self.model, self.state.global_step)
         home = self._get_output_dir(trial)
-        folder, chief, limit = (
+        folder, writes, limit = (
             Path(home) / f"checkpoint-{self.state.global_step}",
             self.args.should_save,
             self.args.save_total_limit,
         )
-        if chief:
+        if writes:
             begin_checkpoint(folder, self.settings())
         self.accelerator.wait_for_everyone()
         self.args.save_total_limit = None
@@ -174,8 +181,8 @@ class CheckpointMixin:
             super()._save_checkpoint(model, trial)
         finally:
             self.args.save_total_limit = limit
-        self.accelerator.wait_for_everyone()  # each rank has a file there
-        if chief:
+        self.accelerator.wait_for_everyone()  # each rank writes a file there
+        if writes:
             write_digests(folder, [path.name for path in folder.iterdir() if path.is_file() and path.name != DIGESTS])
             rotate_checkpoints(home, limit, self.state.best_model_checkpoint, use_mtime=True)
 
@@ -185,15 +192,15 @@ class CheckpointMixin:
             self.model.table,
             importance=dict(self.importance.averages),
             visits=dict(self.importance.visits),
-            importance_score=self.rating,
+            importance_score=self.importance_score,
             interval_count=self.args.interval_count,
         )
 
     def _checkpoint_of(self, resume: str | bool | None) -> str | None:
-        """The whole checkpoint that `train` was told of, by path or as the newest in `output_dir`.
+        """The complete checkpoint to resume from, by path or as the newest in `output_dir`; None for a new run.
 
         Raises:
-            ValueError: there is none, it is of another run, or its rows come in an order that is drawn anew.
+            ValueError: there is none, it is of another run, or the order of rows cannot be reproduced.
         """
         if not resume:
             return None
@@ -207,17 +214,17 @@ class CheckpointMixin:
         ):
             raise ValueError(
                 "rows grouped by length (train_sampling_strategy), or drawn without use_seedable_sampler, come in another order "
-                "after a resume: begin anew, or use train_sampling_strategy random"
+                "after a resume: start a new run, or use train_sampling_strategy random"
             )
         return checkpoint
 
     def _finished(self, checkpoint: str | None) -> TrainOutput | None:
-        """The end of a run that has taken all of its steps, with nothing trained or saved; None where steps are left."""
+        """The result of a finished run, without training or saving anything; None if steps are left."""
         if checkpoint is None or not _is_finished(state := _state(checkpoint)):
             return None
-        _tell(f"{checkpoint} is the end of its run of {state.max_steps} steps: nothing is left to train")
+        _log(f"{checkpoint} is the end of its run of {state.max_steps} steps: nothing is left to train")
         self._load_from_checkpoint(checkpoint)
-        if not hasattr(self.model, "_original_forward"):  # mixed precision, in which a trained model is evaluated too
+        if not hasattr(self.model, "_original_forward"):  # mixed precision, also used to evaluate a trained model
             self.accelerator.prepare_model(self.model, evaluation_mode=True)
         self.state = state
         if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
@@ -226,9 +233,9 @@ class CheckpointMixin:
         return TrainOutput(state.global_step, losses[-1] if losses else math.nan, {"train_runtime": 0.0})
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """A checkpoint is a bundle: its tensors, and the importance averages, come back whole or not at all."""
+        """Restores the tensors of the checkpoint's bundle and the importance averages, all of them or none."""
         bundle = Bundle.open(resume_from_checkpoint)
-        check_checkpoint(bundle, resume_from_checkpoint, self.model, self.rating)
+        check_checkpoint(bundle, resume_from_checkpoint, self.model, self.importance_score)
         self.model.load_bundle(bundle)
         table = StitchTable.from_dict(bundle.table)
         self.importance.averages, self.importance.visits = dict(table.importance), dict(table.visits)

@@ -1,4 +1,4 @@
-"""What is known to be wrong before a run starts, or with a batch."""
+"""Checks before a run starts, and of each batch."""
 
 from collections.abc import Mapping
 from itertools import chain
@@ -14,8 +14,8 @@ from stitched_llama.space import ANY_SIZE, SPACE_OPTIONS, StitchSpace
 
 from .data import IGNORED, batches
 
-# Ways to spread a run as `accelerate launch` asks for them; on a CPU Accelerate leaves them out without a word.
-_SPREADS = {
+# Environment flags by which `accelerate launch` requests a way of splitting a model; on a CPU Accelerate ignores them silently.
+_SPLITTING_FLAGS = {
     "ACCELERATE_USE_FSDP": "FSDP",
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
@@ -28,7 +28,7 @@ _PLAIN_DDP = (
 
 
 def check_arguments(args: Any) -> None:
-    """Refuses a way of training that is not supported, as soon as the arguments are read.
+    """Rejects an unsupported way of training, from the arguments alone.
 
     Raises:
         ValueError: names the setting, its value and the fix.
@@ -40,7 +40,7 @@ def check_arguments(args: Any) -> None:
             "average_tokens_across_devices is off: ranks would weigh their tokens differently, switch it on"
         )
     asked = [name for name in ("fsdp", "fsdp_config", "deepspeed", "parallelism_config") if getattr(args, name)]
-    asked += [f"{name} by `accelerate launch`" for flag, name in _SPREADS.items() if parse_flag_from_env(flag)]
+    asked += [f"{name} by `accelerate launch`" for flag, name in _SPLITTING_FLAGS.items() if parse_flag_from_env(flag)]
     if asked:
         raise ValueError(f"{asked[0]} is asked for: {_PLAIN_DDP}")
     if args.enable_jit_checkpoint:
@@ -49,7 +49,7 @@ def check_arguments(args: Any) -> None:
         )
     if args.train_teacher and not args.inplace_teacher:
         raise ValueError(
-            "train_teacher is on and inplace_teacher off: the teacher would train without teaching, drop one"
+            "train_teacher is on and inplace_teacher off: the teacher would train without being used for distillation, drop one"
         )
     if args.label_smoothing_factor:
         raise ValueError(f"label_smoothing_factor {args.label_smoothing_factor} is not supported: leave it 0")
@@ -66,7 +66,7 @@ def check_arguments(args: Any) -> None:
 
 
 def check_run(trainer: Any, teacher: Any) -> None:
-    """Refuses a way of training that is not supported, with the model at hand.
+    """Rejects an unsupported way of training, from the arguments and the model.
 
     Raises:
         ValueError: names the setting, its value and the fix.
@@ -77,7 +77,7 @@ def check_run(trainer: Any, teacher: Any) -> None:
         if getattr(trainer, name) is not None:
             raise ValueError(
                 f"{name} is given and would not be called, a step has its own loss and an evaluation its own scores of several "
-                "stitches: leave it out, and score model.pinned(stitch_id) by yourself"
+                "stitches: leave it out, and score model.pinned(stitch_id) yourself"
             )
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         raise ValueError(_PLAIN_DDP)
@@ -97,7 +97,7 @@ def check_run(trainer: Any, teacher: Any) -> None:
         )
     kind = getattr(model.config, "problem_type", None)
     if kind is None and model.main_input_name == "pixel_values" and model.config.num_labels == 1:
-        kind = "regression"  # what Transformers makes of it
+        kind = "regression"  # Transformers' default for one label
     if kind not in (None, "single_label_classification"):
         raise ValueError(
             f"problem_type is {kind!r}: only one class an image is trained here; for other targets take transformers.Trainer, "
@@ -114,10 +114,10 @@ def check_run(trainer: Any, teacher: Any) -> None:
 
 
 def check_batch(batch: Mapping[str, Any], images: bool) -> None:
-    """Refuses a batch that cannot be trained or evaluated on.
+    """Rejects a batch that cannot be trained or evaluated on.
 
     Raises:
-        ValueError: a column that is no tensor, no labels, or labels that are not one class a token or image.
+        ValueError: a column is not a tensor, labels are missing, or are not one class a token or image.
     """
     for name, value in batch.items():
         if not isinstance(value, torch.Tensor):
@@ -138,10 +138,10 @@ def check_batch(batch: Mapping[str, Any], images: bool) -> None:
 
 
 def check_set_to_evaluate(dataset: Any, name: str = "eval_dataset") -> None:
-    """Refuses a stream: every stitch is evaluated on all of a set.
+    """Rejects a stream: every stitch is evaluated on the whole data set.
 
     Raises:
-        ValueError: the set has no length, or no rows by number.
+        ValueError: the data set has no length or is iterable only.
     """
     if isinstance(dataset, torch.utils.data.IterableDataset) or not hasattr(dataset, "__len__"):
         raise ValueError(
@@ -151,7 +151,7 @@ def check_set_to_evaluate(dataset: Any, name: str = "eval_dataset") -> None:
 
 
 def check_sets(trainer: Any) -> None:
-    """Looks at the first batch of each set, and for one label to learn.
+    """Checks the first batch of each data set, and that the training set has at least one label.
 
     Raises:
         ValueError: as `check_batch`, or all labels of the training set are masked.
@@ -177,15 +177,15 @@ def check_sets(trainer: Any) -> None:
 
 
 def check_teacher(student: Any, teacher: Any, args: Any) -> None:
-    """Refuses a teacher whose word would not fit, from both configurations.
+    """Rejects an external teacher whose logits do not match the student's, from both configurations.
 
     Raises:
-        ValueError: other classes, other names of them, another image size, or nothing that would be taught.
+        ValueError: other classes, other class names, another image size, or distillation is off.
     """
     if args.distillation == "none" or args.distillation_weight == 0:
         raise ValueError(
             f"a teacher is given and distillation is {args.distillation!r} with weight {args.distillation_weight}: it would "
-            "teach nothing; leave one out"
+            "have no effect; leave one out"
         )
     sizes = [getattr(config, "vocab_size", None) or config.num_labels for config in (student, teacher)]
     if sizes[0] != sizes[1]:
@@ -206,7 +206,7 @@ def check_teacher(student: Any, teacher: Any, args: Any) -> None:
 
 
 def check_teacher_images(student: Any, teacher: Any) -> None:
-    """Refuses a teacher whose image processor normalises otherwise than that of the anchors: it sees the same numbers.
+    """Rejects an external teacher with another image normalisation than the anchors: both receive the same pixel values.
 
     Raises:
         ValueError: names both.
@@ -221,15 +221,15 @@ def check_teacher_images(student: Any, teacher: Any) -> None:
 
 
 def _expanded(pst: Any, space: StitchSpace) -> Any:
-    """Settings of PST with one rank an anchor: one for all of them is the same."""
+    """PST settings with one rank an anchor, so that one rank for all compares equal to a list of it."""
     return pst and pst | {"rank": list(PSTConfig.from_dict(pst).ranks(space))}
 
 
-def check_checkpoint(bundle: Bundle, path: str, model: Any, rating: str) -> None:
-    """Refuses to go on from a checkpoint of another run.
+def check_checkpoint(bundle: Bundle, path: str, model: Any, importance_score: str) -> None:
+    """Rejects a checkpoint of another run.
 
     Raises:
-        ValueError: another space, other weights of an anchor, other PST settings or another importance; names both.
+        ValueError: another space, other weights of an anchor, other PST settings or another importance score; names both.
     """
     ending = "resume with the options it began with, or in another output_dir"
     if bundle.table["space_digest"] != model.space.digest:
@@ -247,8 +247,8 @@ def check_checkpoint(bundle: Bundle, path: str, model: Any, rating: str) -> None
     if _expanded(saved, model.space) != _expanded(wanted, model.space):
         raise ValueError(f"{path} has the PST settings {saved}, this run has {wanted}: {ending}")
     score = bundle.table.get("importance_score")
-    if score != rating:
+    if score != importance_score:
         raise ValueError(
-            f"{path} averaged the importance {score!r}, this run wants {rating!r}: resume "
+            f"{path} averaged the importance {score!r}, this run wants {importance_score!r}: resume "
             "with the same --importance, --inplace_teacher and --teacher"
         )

@@ -1,4 +1,4 @@
-"""Rows as labelled token ids, and batches of them."""
+"""Instruction rows as labelled token ids, and batches of them."""
 
 import hashlib
 import json
@@ -17,19 +17,19 @@ from .prompts import Template, TextTemplate, encode_prompt
 from .rows import Row
 
 logger = logging.getLogger(__name__)
-IGNORED = -100  # the label Transformers' losses leave out
-_CHARACTERS = 16  # a token is first taken to have at most so many
+IGNORED = -100  # the label that losses of Transformers ignore
+_CHARACTERS = 16  # initial upper bound of characters a token
 
 
 class InstructionDataset(Dataset):
-    """Tokenised rows with labels on the response and what ends it.
+    """Tokenised rows with labels on the response and its end token.
 
     Args:
-        template: for this tokenizer, or in words.
-        max_length: tokens a row may have. What is too long loses the end of its response, down to a quarter of
-            `max_length`, then the beginning of its prompt; a row never loses all labels.
-        train_on_prompt: put labels on the prompt too.
-        vocab_size: of the model; a row with a token beyond it is refused.
+        template: bound to this tokenizer, or a `TextTemplate`.
+        max_length: maximum tokens of a row. A longer row is truncated at the end of its response, down to a quarter of
+            `max_length`, then at the beginning of its prompt; a row always keeps labels.
+        train_on_prompt: label the prompt too.
+        vocab_size: of the model; a row with a token id beyond it raises.
 
     Raises:
         ValueError: `max_length` below 8, the tokenizer has no EOS, or a token beyond `vocab_size`.
@@ -77,7 +77,7 @@ class InstructionDataset(Dataset):
 
     @cached_property
     def digest(self) -> str:
-        """Of all rows as they are tokenised: a resumed run has the same."""
+        """Digest of all tokenised rows, compared when a run is resumed."""
         return hashlib.sha256(json.dumps(self.examples).encode()).hexdigest()[:16]
 
     def __len__(self) -> int:
@@ -88,9 +88,9 @@ class InstructionDataset(Dataset):
 
 
 def _shortened(tokenizer: PreTrainedTokenizerBase, text: str, tokens: int, keep_end: bool = False) -> str:
-    """The beginning, or the end, of a text that is far longer than `tokens`: so much that it has twice as many.
+    """The beginning, or the end, of a text: at least twice `tokens` tokens of it, so that megabytes of one row are not tokenised.
 
-    What is kept of its ids later lies `tokens` away from the cut, and megabytes of one row are not tokenised for it.
+    The ids that are kept later lie at least `tokens` away from the cut, so they equal those of the whole text.
     """
     size = _CHARACTERS * tokens
     while size < len(text):
@@ -102,16 +102,16 @@ def _shortened(tokenizer: PreTrainedTokenizerBase, text: str, tokens: int, keep_
 
 
 def encode_pair(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str) -> tuple[list[int], list[int]]:
-    """Token ids of a prompt as generation sees it, and of the response that follows it."""
-    head, whole = encode_prompt(tokenizer, prompt), encode_prompt(tokenizer, prompt + response)
-    if whole[: len(head)] == head:
-        return head, whole[len(head) :]
+    """Token ids of a prompt as in generation, and of the response after it."""
+    start, whole = encode_prompt(tokenizer, prompt), encode_prompt(tokenizer, prompt + response)
+    if whole[: len(start)] == start:
+        return start, whole[len(start) :]
     line, after = (
         encode_prompt(tokenizer, "\n"),
         encode_prompt(tokenizer, "\n" + response),
-    )  # a piece would span the border
-    inside = after[: len(line)] == line  # of a text, where SentencePiece puts no space before the first word
-    return head, after[len(line) :] if inside else encode_prompt(tokenizer, response)
+    )  # a token would span prompt and response
+    inside = after[: len(line)] == line  # inside a text SentencePiece adds no space before the first word
+    return start, after[len(line) :] if inside else encode_prompt(tokenizer, response)
 
 
 @dataclass(frozen=True)
@@ -138,8 +138,8 @@ class Collator:
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase, vocab_size: int | None = None) -> int:
-    """The padding id: the tokenizer's, or for want of one its unk or EOS. What is padded is masked and has no label, so any id within
-    `vocab_size` serves; Alpaca's `[PAD]`, which was added behind it, does not.
+    """The padding id: the tokenizer's pad token, else its unk or EOS. Padding is masked and has no label, so any id within `vocab_size`
+    is valid; Alpaca's `[PAD]`, which was added beyond it, is not.
 
     Raises:
         ValueError: the tokenizer has none of these.
@@ -166,5 +166,5 @@ class _Batches:
 
 
 def batches(dataset: Dataset, collator: Any, size: int, limit: int | None = None) -> Iterable[dict[str, Tensor]]:
-    """Consecutive batches of the first `limit` rows or pictures, made anew at every pass; none is kept."""
+    """Consecutive batches of the first `limit` rows or images, built again at every iteration and not stored."""
     return _Batches(dataset, collator, size, limit)

@@ -1,4 +1,4 @@
-"""Quality of every stitch on held-out rows or images."""
+"""Loss and accuracy of every stitch on held-out rows or images."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,8 +18,8 @@ from .data import IGNORED
 def response_scores(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Loss sum, label count and exact match of each row: logits [batch, tokens, vocabulary], labels [batch, tokens].
 
-    A row matches when the argmax at every label, EOS included, is the label; that equals greedy decoding giving the
-    wanted output, without generating.
+    A row matches if the argmax at every labelled position, EOS included, is the label: the result of greedy decoding, computed
+    without generating.
     """
     logits, labels = logits[:, :-1].float(), labels[:, 1:]
     wanted = labels != IGNORED
@@ -30,7 +30,7 @@ def response_scores(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Ten
 
 @torch.no_grad()
 def image_scores(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, 1 and rightness of each image: logits [batch, classes], labels [batch].
+    """Loss, 1, and whether the argmax is the label, for each image: logits [batch, classes], labels [batch].
 
     Raises:
         ValueError: a label outside the classes.
@@ -51,15 +51,15 @@ def evaluate_stitches(
     split: bool = False,
     autocast: torch.dtype | None = None,
 ) -> dict[str, dict[str, float]]:
-    """`{"loss": {key: nats}, "exact_match" or "accuracy": {key: share}}`, and with `split` the same of test rows, of the stitches `keys` (all by default).
+    """`{"loss": {key: nats}, "exact_match" or "accuracy": {key: share}}` of the stitches `keys` (default: all).
 
     Args:
         batches: dicts of input_ids, attention_mask, labels, [batch, tokens] each; or of pixel_values [batch, channels,
-            height, width] and labels [batch]. One pass a stitch, and one to find labels; an iterator, which has but one, is kept
-            in memory.
-        split: measure on every second row alone, and on the others as `loss_test`, `exact_match_test` or `accuracy_test`: what a
-            choice among stitches by the former is worth.
-        autocast: precision of the products, as in mixed-precision training; the logits are scored in float32 either way.
+            height, width] and labels [batch]. They are iterated once for each stitch and once to find labels; an iterator is first
+            collected in memory.
+        split: compute the metrics on every second row, and on the other rows as `loss_test`, `exact_match_test` or
+            `accuracy_test`, for stitches chosen by the former.
+        autocast: dtype of matrix products, as in mixed-precision training; logits are scored in float32.
         rank, world_size: each rank takes every `world_size`-th stitch; all ranks get all results.
 
     Raises:
@@ -86,7 +86,7 @@ def evaluate_stitches(
 def evaluate_plain(
     model: Any, batches: Iterable[dict[str, Tensor]], split: bool = False, autocast: torch.dtype | None = None
 ) -> dict[str, float]:
-    """Loss and exact match or accuracy of a plain model of Transformers, by the names of `evaluate_stitches`.
+    """Loss and exact match or accuracy of a plain model of Transformers, named as in `evaluate_stitches`.
 
     Raises:
         ValueError: there are no labels, or with `split` fewer than two rows.
@@ -96,22 +96,22 @@ def evaluate_plain(
 
 
 def _evaluate(
-    model: Any, batches: Iterable[dict[str, Tensor]], split: bool, autocast: torch.dtype | None, **how: Any
+    model: Any, batches: Iterable[dict[str, Tensor]], split: bool, autocast: torch.dtype | None, **route: Any
 ) -> dict[str, float]:
     images, rows = model.main_input_name == "pixel_values", 0
-    totals = torch.zeros(2, 4, dtype=torch.float64)  # of even and odd rows: loss, labels, right rows, rows
-    who = f"stitch {how['stitch_id']}" if how else "the model"
+    totals = torch.zeros(2, 4, dtype=torch.float64)  # of even and odd rows: loss, labels, correct rows, rows
+    name = f"stitch {route['stitch_id']}" if route else "the model"
     for batch in batches:
         check_batch(batch, images)
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
         labels = batch.pop("labels").long()
         with torch.autocast(labels.device.type, autocast, enabled=autocast is not None):
-            logits = model(**batch, **how, **({} if images else {"use_cache": False})).logits
+            logits = model(**batch, **route, **({} if images else {"use_cache": False})).logits
         scores = (image_scores if images else response_scores)(logits, labels.to(logits.device))
         if not (finite := scores[0].isfinite()).all():
             row = int(finite.logical_not().nonzero()[0])
             raise ValueError(
-                f"{who} has the loss {float(scores[0][row])} on row {rows + row} of those it is evaluated on: its weights or that "
+                f"{name} has the loss {float(scores[0][row])} on row {rows + row} of those it is evaluated on: its weights or that "
                 "row are damaged, or the dtype is too narrow"
             )
         values = torch.stack(
@@ -122,16 +122,16 @@ def _evaluate(
         rows += len(labels)
     if split and rows < 2:
         raise ValueError(f"{rows} held-out row: two or more are needed, as half of them choose and half of them test")
-    right = "accuracy" if images else "exact_match"
+    metric = "accuracy" if images else "exact_match"
     parts = {"": totals[0], "_test": totals[1]} if split else {"": totals.sum(0)}
     values = {}
     for end, (loss, labels, matches, count) in parts.items():
-        values |= {f"loss{end}": float(loss / labels), f"{right}{end}": float(matches / count)}
+        values |= {f"loss{end}": float(loss / labels), f"{metric}{end}": float(matches / count)}
     return values
 
 
 def spearman(first: Sequence[float], second: Sequence[float]) -> float:
-    """Rank correlation, ties averaged; NaN when one side is constant or holds a NaN."""
+    """Spearman's rank correlation; NaN if one side is constant or contains a NaN."""
     from scipy.stats import spearmanr
 
     if len(set(first)) < 2 or len(set(second)) < 2:

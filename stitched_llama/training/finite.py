@@ -1,4 +1,4 @@
-"""Stops a run at the first loss, gradient or weight that is not finite, and says whose it is and on which rows."""
+"""Ends a run at the first loss, gradient or weight that is not finite; the error names stitch, step and rows."""
 
 import math
 from collections.abc import Sequence
@@ -13,15 +13,15 @@ from transformers import TrainerCallback
 
 from stitched_llama.space import Stitch
 
-_SHOWN = 16
-_WAY_OUT = (
-    "Nothing of this step is kept, checkpoints saved before stand: mend or leave out those rows, or begin anew with a lower "
+_SHOWN = 16  # rows listed in a message
+_ADVICE = (
+    "Nothing of this step is saved, earlier checkpoints are unchanged: correct or remove those rows, or start again with a lower "
     "learning_rate"
 )
 
 
 def rows_of_batch(loader: Any, args: Any, state: Any, number: int) -> list[int] | None:
-    """Indices in the training set of batch `number` of the running step, on this rank; None where the order is not known."""
+    """Indices in the training set of batch `number` of the running step, on this rank; None if the order is unknown."""
     batch_sampler = getattr(loader, "batch_sampler", None)
     inner = getattr(batch_sampler, "batch_sampler", batch_sampler)
     if not isinstance(getattr(inner, "sampler", None), (SeedableRandomSampler, SequentialSampler)):
@@ -35,7 +35,7 @@ def rows_of_batch(loader: Any, args: Any, state: Any, number: int) -> list[int] 
 
 @torch.no_grad()
 def rows_without_loss(trainer: Any, key: str, inputs: dict[str, Tensor], labels: Tensor) -> list[int]:
-    """Positions in the batch of the rows whose own loss is not finite."""
+    """Positions in the batch of the rows whose loss, computed row by row, is not finite."""
     stitch = trainer.model.space[key]
 
     def loss(row: slice) -> Tensor:
@@ -47,7 +47,7 @@ def rows_without_loss(trainer: Any, key: str, inputs: dict[str, Tensor], labels:
 
 
 def describe_rows(loader: Any, args: Any, state: Any, number: int, positions: Sequence[int] | None = None) -> str:
-    """Which rows a batch of the running step holds, or those at `positions` of it."""
+    """Names the rows in a batch of the running step, or those at `positions` of it."""
     rows = rows_of_batch(loader, args, state, number)
     where = f"batch {number} of the step on rank {args.process_index}"
     if rows is None:
@@ -60,23 +60,26 @@ def _some(rows: Sequence[int]) -> str:
 
 
 def note_fault(trainer: Any, student: Stitch, loss: float, inputs: dict[str, Tensor], labels: Tensor) -> None:
-    """Notes the first loss of the running step that is not finite, the student's or the teacher's, and on which rows."""
+    """Records the first loss of the running step that is not finite, the student's or the teacher's, and its rows."""
     if trainer.faults or (math.isfinite(loss) and math.isfinite(trainer.step_losses[1])):
         return
-    who, alone = student, list[int]()
+    stitch, faulty = student, list[int]()
     if math.isfinite(loss):
-        who, loss = trainer.largest, trainer.step_losses[1]
-    if who is student or trainer.args.inplace_teacher:
-        name, alone = f"stitch {who.stitch_id} ({who.key})", rows_without_loss(trainer, who.key, inputs, labels)
+        stitch, loss = trainer.largest, trainer.step_losses[1]
+    if stitch is student or trainer.args.inplace_teacher:
+        name, faulty = (
+            f"stitch {stitch.stitch_id} ({stitch.key})",
+            rows_without_loss(trainer, stitch.key, inputs, labels),
+        )
     else:
         name = "the teacher"
-    rows = trainer.describe_batch(trainer.batches_of_step, alone if len(alone) < len(labels) else None)
+    rows = trainer.describe_batch(trainer.batches_of_step, faulty if len(faulty) < len(labels) else None)
     trainer.faults.append(f"the loss of {name} is {loss} on {rows}")
 
 
 def check_step(trainer: Any, student: Stitch, losses: Sequence[float], gradients: Sequence[Tensor]) -> None:
-    """Refuses a step whose losses or gradients are not finite, on all ranks alike; under float16 gradients overflow at times,
-    which is for the scaler to skip.
+    """Rejects a step whose losses or gradients are not finite, on all ranks alike. Gradients that overflow under float16 are left to
+    the gradient scaler, which skips the step.
 
     Args:
         losses, gradients: summed over ranks.
@@ -92,11 +95,11 @@ def check_step(trainer: Any, student: Stitch, losses: Sequence[float], gradients
     if trainer.accelerator.num_processes > 1:
         faults = [None] * trainer.accelerator.num_processes
         torch.distributed.all_gather_object(faults, trainer.faults)
-    told = [fault for of_rank in faults for fault in of_rank]
-    if not told:
+    messages = [fault for of_rank in faults for fault in of_rank]
+    if not messages:
         rows = "; ".join(map(trainer.describe_batch, range(trainer.batches_of_step)))
-        told = [f"the gradient of stitch {student.stitch_id} ({student.key}) is not finite on {rows}"]
-    raise ValueError(f"step {trainer.state.global_step + 1}: {'; '.join(told)}. {_WAY_OUT}")
+        messages = [f"the gradient of stitch {student.stitch_id} ({student.key}) is not finite on {rows}"]
+    raise ValueError(f"step {trainer.state.global_step + 1}: {'; '.join(messages)}. {_ADVICE}")
 
 
 def _are_finite(gradients: Sequence[Tensor]) -> bool:
@@ -104,21 +107,21 @@ def _are_finite(gradients: Sequence[Tensor]) -> bool:
 
 
 class FiniteGradients(TrainerCallback):
-    """The same for a plain `Trainer`, which would train on, and log another loss instead."""
+    """The same check for a plain `Trainer`, which would continue and hide the loss from its log."""
 
     def on_pre_optimizer_step(
         self, args: Any, state: Any, control: Any, model: Any = None, train_dataloader: Any = None, **kwargs: Any
     ) -> None:
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        if args.fp16 or _are_finite(gradients):  # under float16 they overflow at times
+        if args.fp16 or _are_finite(gradients):  # under float16 the gradient scaler skips an overflow
             return
         batches = range(args.gradient_accumulation_steps)
         rows = "; ".join(describe_rows(train_dataloader, args, state, number) for number in batches)
-        raise ValueError(f"step {state.global_step + 1}: the gradient is not finite on {rows}. {_WAY_OUT}")
+        raise ValueError(f"step {state.global_step + 1}: the gradient is not finite on {rows}. {_ADVICE}")
 
 
 def check_weights(model: nn.Module, step: int) -> None:
-    """Refuses to save or publish what trained to no number.
+    """Rejects weights that are not finite, before they are saved.
 
     Raises:
         ValueError: names the tensor.
@@ -126,6 +129,6 @@ def check_weights(model: nn.Module, step: int) -> None:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not parameter.isfinite().all():
             raise ValueError(
-                f"{name} is not finite after step {step}: nothing is saved of it; the last checkpoint stands, begin anew with a "
+                f"{name} is not finite after step {step}: nothing is saved of it; the last checkpoint is unchanged, start again with a "
                 "lower learning_rate"
             )

@@ -1,4 +1,4 @@
-"""One picture from a file or an array, upright and in 8 bits; labels as numbers of classes."""
+"""One image from a file or an array, rotated upright and in 8 bits; labels as class numbers."""
 
 import io
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,12 +16,12 @@ _MOST_CLASSES = 100_000
 
 
 def is_junk(path: Path) -> bool:
-    """What file managers leave in folders, and what is hidden."""
+    """Whether a path is hidden, or a file that file managers create."""
     return path.name.startswith(".") or path.name.lower() in _JUNK
 
 
-def is_picture_name(path: Path) -> bool:
-    """Whether a file is named as a picture is."""
+def is_image_name(path: Path) -> bool:
+    """Whether a file name has the suffix of an image format."""
     from PIL import Image
 
     return path.suffix.lower() in Image.registered_extensions() and path.suffix.lower() != ".pdf"
@@ -31,24 +31,24 @@ def is_picture_name(path: Path) -> bool:
 def _named(file: Path) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # each format has its own
+    except Exception as error:  # each format raises other exceptions
         raise ValueError(f"{file} is no picture that can be opened: {first_line(error)}") from error
 
 
-def open_picture(file: Path) -> Any:
-    """A picture of Pillow, RGB.
+def open_image(file: Path) -> Any:
+    """A Pillow image in RGB.
 
     Raises:
         ValueError: it cannot be opened; names the file.
     """
     from PIL import Image
 
-    with _named(file), Image.open(io.BytesIO(file.read_bytes())) as picture:
-        return as_rgb(picture)  # from memory: Pillow (13) maps files of plain grey TIFFs, and turns these otherwise
+    with _named(file), Image.open(io.BytesIO(file.read_bytes())) as image:
+        return as_rgb(image)  # from memory: Pillow (13) memory-maps plain grey TIFF files and rotates those differently
 
 
 def check_header(file: Path) -> None:
-    """Refuses a file that is none of a picture, or one of more pixels than Pillow opens, by its header alone.
+    """Rejects a file that is not an image, or has more pixels than Pillow opens, from its header alone.
 
     Raises:
         ValueError: names the file.
@@ -59,40 +59,40 @@ def check_header(file: Path) -> None:
         pass
 
 
-def as_rgb(picture: Any) -> Any:
-    """Turned upright, as EXIF says, and in 8 bits: of 16 those of equal brightness.
+def as_rgb(image: Any) -> Any:
+    """A Pillow image rotated upright by its EXIF orientation, in RGB of 8 bits; 16 bits are scaled to 8.
 
     Raises:
-        ValueError: numbers of 32 bits, whose white is not known.
+        ValueError: values of 32 bits, whose range is unknown.
     """
     from PIL import Image, ImageOps
 
-    sixteen = picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format in _SIXTEEN_BITS)
-    if picture.mode in ("I", "F") and not sixteen:
+    sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format in _SIXTEEN_BITS)
+    if image.mode in ("I", "F") and not sixteen:
         raise ValueError(
-            f"it holds numbers of 32 bits (mode {picture.mode}), whose white is not known: save it with 8 or 16"
+            f"it holds numbers of 32 bits (mode {image.mode}), whose white is not known: save it with 8 or 16"
         )
-    if picture.getexif().get(Image.ExifTags.Base.Orientation) is not None:
-        picture = ImageOps.exif_transpose(picture)
+    if image.getexif().get(Image.ExifTags.Base.Orientation) is not None:
+        image = ImageOps.exif_transpose(image)
     if sixteen:
-        picture = Image.fromarray(((np.asarray(picture).astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8))
-    if picture.mode == "P" and "transparency" in picture.info:
-        picture = picture.convert("RGBA")  # the same colours, without Pillow's warning
-    return picture.convert("RGB")
+        image = Image.fromarray(((np.asarray(image).astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8))
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # the same colours, without Pillow's warning
+    return image.convert("RGB")
 
 
 def from_array(pixels: np.ndarray) -> Any:
-    """A picture of Pillow, RGB, from [height, width(, channels)] of uint8."""
+    """A Pillow image in RGB, from [height, width(, channels)] of uint8."""
     from PIL import Image
 
     return Image.fromarray(pixels).convert("RGB")
 
 
 def read_arrays(path: Path, needed: Iterable[str], further: Iterable[str] = ()) -> dict[str, np.ndarray]:
-    """Arrays of a `.npz` by name.
+    """Arrays of a `.npz` by name; those of `further` are optional.
 
     Raises:
-        ValueError: it cannot be read, or has not all that is needed.
+        ValueError: it cannot be read, or lacks a needed array.
     """
     if not path.is_file():
         raise ValueError(f"there is no file {path}")
@@ -100,7 +100,7 @@ def read_arrays(path: Path, needed: Iterable[str], further: Iterable[str] = ()) 
         with np.load(path, allow_pickle=False) as arrays:
             here = list(arrays.files)
             found = {name: arrays[name] for name in (*needed, *further) if name in here}
-    except Exception as error:  # of zip, of NumPy, of memory
+    except Exception as error:  # of zip, NumPy or memory
         raise ValueError(f"{path} cannot be read as a .npz: {first_line(error)}") from error
     if set(needed) - set(found):
         raise ValueError(f"{path} has no {' and '.join(needed)}: it holds {', '.join(here)}")
@@ -108,10 +108,10 @@ def read_arrays(path: Path, needed: Iterable[str], further: Iterable[str] = ()) 
 
 
 def channels_last(pixels: np.ndarray, where: str) -> np.ndarray:
-    """[images, height, width(, 3 or 4)] of grey or coloured pictures whose channels came last, first or not at all.
+    """[images, height, width(, 3 or 4)] from grey or colour images with channels last, first or absent.
 
     Raises:
-        ValueError: the shape is no pictures', or does not tell which axis the channels are.
+        ValueError: the shape is not one of images, or the channel axis is ambiguous.
     """
     shape = list(pixels.shape)
     last, first = (pixels.ndim == 4 and shape[axis] in channels for axis, channels in ((3, (1, 3, 4)), (1, (1, 3))))
@@ -129,7 +129,7 @@ def channels_last(pixels: np.ndarray, where: str) -> np.ndarray:
 
 
 def as_array(labels: Iterable[Any]) -> np.ndarray:
-    """Labels as they come, in an array of numbers or texts if they are that throughout."""
+    """Labels as an array of numbers or strings where all have that type, else of objects."""
     labels = list(labels)
     try:
         if all(isinstance(label, str) for label in labels):
@@ -141,14 +141,14 @@ def as_array(labels: Iterable[Any]) -> np.ndarray:
 
 
 def classes_of(labels: np.ndarray, names: Sequence[str] | None, where: str) -> tuple[list[int], list[str]]:
-    """The number of each picture's class, and the classes' names.
+    """The class number of each image, and the class names.
 
     Args:
-        labels: [images] or [images, 1] of whole numbers or texts, or [images, classes] with a 1 at the class.
-        names: of the classes; by default the texts in order, or the numbers up to the largest.
+        labels: [images] or [images, 1] of whole numbers or class names, or [images, classes] one-hot.
+        names: of the classes; by default the sorted class names, or the numbers up to the largest.
 
     Raises:
-        ValueError: a label is none, several, or no whole number.
+        ValueError: a label is missing, has several classes, or is not a whole number.
     """
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]

@@ -1,4 +1,4 @@
-"""Prepared pictures: pixel values and labels, augmented anew in each epoch, in batches."""
+"""Preprocessed images: pixel values and labels, with augmentation by epoch, and their batches."""
 
 import hashlib
 import json
@@ -18,16 +18,15 @@ _MODES = {1: "L", 3: "RGB"}
 
 
 class ImageSet(Dataset):
-    """Prepared pictures: the processor's pixel values [channels, height, width] and a label.
+    """Preprocessed images: the processor's pixel values [channels, height, width] and a label.
 
     Args:
         processor: an image processor of Transformers; it resizes and normalises.
-        augment: random crop (after padding an eighth of the side) and horizontal flip, others in each epoch (ESTA appendix A,
-            for FGVC and CIFAR; VTAB-1k takes none). A pure function of seed, epoch and picture, so that a resumed run sees
-            the same.
+        augment: random crop (after padding an eighth of the side) and horizontal flip (ESTA appendix A, for FGVC and CIFAR; none
+            for VTAB-1k). A pure function of seed, epoch and index, so that a resumed run gets the same images.
         seed: of the augmentation.
-        keep_bytes: pictures are prepared once and kept where they take no more than this, else at every visit.
-        channels: that the anchors take: 3, or 1 for grey pictures.
+        keep_bytes: images are preprocessed once and stored if they take no more than this, else at every access.
+        channels: that the anchors take: 3, or 1 for grey images.
 
     Raises:
         ValueError: another number of channels.
@@ -48,8 +47,8 @@ class ImageSet(Dataset):
             )
         self._mode = _MODES[channels]
         self.labels, self.augment, self.seed = list(images.labels), augment, seed
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers that outlive an epoch see it too
-        self._pictures, self._processor = images.pictures, processor
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # shared with persistent workers
+        self._images, self._processor = images.pictures, processor
         self.pixels = None
         first = self._prepared(0)
         if len(self.labels) * first.nbytes <= keep_bytes:
@@ -59,7 +58,7 @@ class ImageSet(Dataset):
 
     @property
     def epoch(self) -> int:
-        """Of the augmentation; `EpochOfAugmentation` tells it, as Accelerate's loaders do so in some of their forms only."""
+        """The epoch of the augmentation; set by `EpochOfAugmentation`, as only some of Accelerate's loaders set it."""
         return int(self._epoch)
 
     @epoch.setter
@@ -67,33 +66,33 @@ class ImageSet(Dataset):
         self._epoch.fill_(epoch)
 
     def _prepared(self, index: int) -> Tensor:
-        picture = self._pictures[index].convert(self._mode)
-        return self._processor(picture, return_tensors="pt")["pixel_values"][0]
+        image = self._images[index].convert(self._mode)
+        return self._processor(image, return_tensors="pt")["pixel_values"][0]
 
-    def picture(self, index: int) -> Tensor:
+    def pixel_values(self, index: int) -> Tensor:
         """[channels, height, width], not augmented."""
         return self._prepared(index) if self.pixels is None else self.pixels[index]
 
     @cached_property
     def digest(self) -> str:
-        """Of all labels and sixteen prepared pictures: a resumed run has the same."""
+        """Digest of all labels and sixteen preprocessed images, compared when a run is resumed."""
         found = hashlib.sha256(json.dumps(self.labels).encode())
         for index in sorted({len(self) * part // 16 for part in range(16)}):
-            found.update(self.picture(index).numpy().tobytes())
+            found.update(self.pixel_values(index).numpy().tobytes())
         return found.hexdigest()[:16]
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        pixels = self.picture(index)
+        pixels = self.pixel_values(index)
         if self.augment:
             pixels = _augmented(pixels, random.Random(f"{self.seed}/{self.epoch}/{index}"))
         return {"pixel_values": pixels, "labels": self.labels[index]}
 
 
 class EpochOfAugmentation(TrainerCallback):
-    """Tells an `ImageSet` which epoch begins, or goes on after a resume; `StitchImageTrainer` has it, a plain `Trainer` needs it."""
+    """Sets the epoch of an `ImageSet`, also after a resume. `StitchImageTrainer` adds it; a plain `Trainer` needs it as a callback."""
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any) -> None:
         images = getattr(train_dataloader, "dataset", None)

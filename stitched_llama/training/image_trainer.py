@@ -1,4 +1,4 @@
-"""The fine-tune of image classifiers."""
+"""`StitchTrainer` for image classifiers."""
 
 from typing import Any
 
@@ -14,10 +14,10 @@ from .trainer import StitchTrainer
 
 
 class StitchImageTrainer(StitchTrainer):
-    """The same for image classifiers: every image is one label (ESTA section 5.1).
+    """`StitchTrainer` for image classifiers: one label an image (ESTA section 5.1).
 
     Raises:
-        ValueError: also where a `teacher` was made for images that are normalised otherwise.
+        ValueError: as `StitchTrainer`, or the `teacher` expects images with another normalisation.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -33,7 +33,7 @@ class StitchImageTrainer(StitchTrainer):
         self, model: nn.Module, inputs: dict, labels: Tensor, stitch: Stitch | None = None
     ) -> tuple[Tensor, Tensor]:
         """Logits [batch, classes] and labels [batch]."""
-        how = {} if stitch is None else {"stitch_id": stitch.key}
-        logits = model(**inputs, **how).logits.float()
+        route = {} if stitch is None else {"stitch_id": stitch.key}
+        logits = model(**inputs, **route).logits.float()
         check_labels(labels, logits.shape[-1])
         return logits, labels.to(logits.device)

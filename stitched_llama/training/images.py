@@ -1,4 +1,4 @@
-"""Labelled images: read from arrays, folders and data sets, a few of each class drawn."""
+"""Labelled images from arrays, folders and data sets; few-shot sampling."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -19,17 +19,17 @@ from .image_files import (
     check_header,
     classes_of,
     from_array,
+    is_image_name,
     is_junk,
-    is_picture_name,
-    open_picture,
+    open_image,
     read_arrays,
 )
 from .rows import drawn
 from .tables import is_table, load_table
 
-# Tasks of VTAB-1k and FGVC (ESTA section 5.1) that the Hub holds as pictures with labels: name -> (Hub id, configuration).
-# VTAB-1k takes 1,000 training pictures of each. Not in this table: Retinopathy, DMLab, KITTI, the variants of CLEVR, dSprites and
-# smallNORB, and NABirds; `--data` takes a folder or a Hub id for these.
+# Tasks of VTAB-1k and FGVC (ESTA section 5.1) that the Hub has as labelled images: name -> (Hub id, configuration).
+# VTAB-1k takes 1,000 training images of each. Not in this table: Retinopathy, DMLab, KITTI, the variants of CLEVR, dSprites and
+# smallNORB, and NABirds; for these `--data` takes a folder or a Hub id.
 IMAGE_TASKS = {
     "cifar100": ("uoft-cs/cifar100", None),
     "caltech101": ("dpdl-benchmark/caltech101", None),
@@ -51,41 +51,41 @@ _LABEL_NAMES = ("label", "fine_label", "labels")
 
 @dataclass(frozen=True)
 class Images:
-    """Pictures (of Pillow, RGB) with classes, and the classes' names; `read_images` gives pictures that are opened when asked for."""
+    """Pillow images in RGB with class numbers, and the class names; images from `read_images` are opened on access."""
 
     pictures: Sequence[Any]
     labels: Sequence[int]
     names: Sequence[str]
 
 
-class _Pictures(Sequence):
-    """`opened(place)` of each place, at every visit anew."""
+class _LazyImages(Sequence):
+    """`load(source)` of each source, called at every access."""
 
-    def __init__(self, opened: Callable[[Any], Any], places: Sequence[Any]):
-        self.opened, self.places = opened, places
+    def __init__(self, load: Callable[[Any], Any], sources: Sequence[Any]):
+        self.load, self.sources = load, sources
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.sources)
 
     def __getitem__(self, index: int) -> Any:
-        return self.opened(self.places[index])
+        return self.load(self.sources[index])
 
 
 def read_images(source: str, split: str = "train", names: Sequence[str] | None = None) -> Images:
-    """Labelled pictures of a `.npz` file, an image folder, a task of `IMAGE_TASKS`, a Hub data set or a copy of one on disk.
+    """Labelled images from a `.npz` file, an image folder, a task of `IMAGE_TASKS`, a Hub data set or a local copy of one.
 
     A `.npz` holds `x_{split}` of uint8, [images, height, width] or with channels last or first; `y_{split}`, the number or name of a
-    class for each image, or one-hot; and optionally `class_names`. A folder holds `{split}/{class}/picture`, or `{class}/picture`:
-    then `"test"` is every fifth of a class by name, `"train"` the rest. Pictures are turned upright, as EXIF says, and brought to 8
-    bits.
+    class for each image, or one-hot; and optionally `class_names`. A folder holds `{split}/{class}/image`, or `{class}/image`:
+    then `"test"` is every fifth image of a class by name, `"train"` the rest. Images are rotated upright by EXIF and converted to
+    8 bits.
 
     Args:
-        split: `"train"` or `"test"`, or what the data set calls it; `"train+val"` joins two parts.
-        names: of the classes, where a training part has named them.
+        split: `"train"` or `"test"`, or the name of a split of the data set; `"train+val"` concatenates two.
+        names: of the classes, from the training split.
 
     Raises:
-        ValueError: the source cannot be read or is empty, a picture cannot be opened, a label is no single class or outside the
-            classes, or parts name their classes otherwise.
+        ValueError: the source cannot be read or is empty, an image cannot be opened, a label is not one class or outside the
+            classes, or splits have different class names.
     """
     path = Path(source)
     if "+" in split:
@@ -121,7 +121,7 @@ def read_images(source: str, split: str = "train", names: Sequence[str] | None =
 
 
 def _names_of_all(path: Path, splits: Sequence[str]) -> list[str] | None:
-    """The classes of all parts, where each part by itself may lack some; None where numbers stand for them."""
+    """The class names of all splits together, as one split may lack some; None where labels are numbers."""
     if path.is_dir() and not is_table(path):
         return sorted({name for part in splits for name in _classes(path, part)})
     if path.suffix != ".npz" or "class_names" in read_arrays(path, (), ("class_names",)):
@@ -141,11 +141,11 @@ def _from_npz(path: Path, split: str, names: Sequence[str] | None) -> Images:
         )
     own = [str(name) for name in arrays["class_names"]] if "class_names" in arrays else None
     labels, names = classes_of(arrays[f"y_{split}"], _agreed(own, names, str(path)), f"{path}, y_{split}")
-    return Images(_Pictures(from_array, channels_last(pixels, where)), labels, names)
+    return Images(_LazyImages(from_array, channels_last(pixels, where)), labels, names)
 
 
 def _agreed(own: Sequence[str] | None, names: Sequence[str] | None, where: str) -> Sequence[str] | None:
-    """The names of the training part, which a source's own must not contradict; else its own."""
+    """The class names of the training split if given, which those of the source must not contradict; else those of the source."""
     if own and names:
         if other := next(((i, a, b) for i, (a, b) in enumerate(zip(own, names)) if a != b), None):
             raise ValueError(
@@ -159,7 +159,7 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def _root(path: Path, split: str) -> tuple[Path, bool]:
-    """Where a part's class folders lie, and whether the parts of an image folder share them."""
+    """The folder that holds a split's class folders, and whether all splits share it."""
     folders = [folder for folder in _entries(path) if folder.is_dir()]
     parts = [folder.name for folder in folders if any(inner.is_dir() for inner in _entries(folder))]
     if (path / split).is_dir():
@@ -171,7 +171,7 @@ def _root(path: Path, split: str) -> tuple[Path, bool]:
 
 def _classes(path: Path, split: str) -> list[str]:
     entries = _entries(_root(path, split)[0])
-    if stray := next((entry for entry in entries if entry.is_file() and is_picture_name(entry)), None):
+    if stray := next((entry for entry in entries if entry.is_file() and is_image_name(entry)), None):
         raise ValueError(f"{stray} lies beside the folders of classes and has none: move it into one, or remove it")
     folders = [folder for folder in entries if folder.is_dir()]
     if empty := next((folder for folder in folders if not _entries(folder)), None):
@@ -193,26 +193,26 @@ def _from_folder(path: Path, split: str, names: Sequence[str] | None) -> Images:
             check_header(file)
         found += files
         labels += [label] * len(files)
-    return Images(_Pictures(open_picture, found), labels, classes)
+    return Images(_LazyImages(open_image, found), labels, classes)
 
 
 def _from_table(table: Any, where: str, names: Sequence[str] | None) -> Images:
-    """Of a `datasets.Dataset`, whose pictures are opened when asked for."""
+    """Images of a `datasets.Dataset`, opened on access."""
     image = next((name for name in _IMAGE_NAMES if name in table.column_names), None)
     label = next((name for name in _LABEL_NAMES if name in table.column_names), None)
     if image is None or label is None:
         raise ValueError(f"{where} has the columns {table.column_names}: an image and a label are needed")
     own = getattr(table.features[label], "names", None)
     labels, names = classes_of(as_array(table[label]), _agreed(own, names, where), f"{where}, {label}")
-    return Images(_Pictures(partial(_from_row, table, image, where), range(len(table))), labels, names)
+    return Images(_LazyImages(partial(_from_row, table, image, where), range(len(table))), labels, names)
 
 
 def _from_row(table: Any, column: str, where: str, index: int) -> Any:
     try:
-        picture = table[index][column]
-        if picture is None:
+        image = table[index][column]
+        if image is None:
             raise ValueError("there is none")
-        return as_rgb(picture)
+        return as_rgb(image)
     except Exception as error:
         raise ValueError(f"the picture of {where}, row {index} cannot be opened: {first_line(error)}") from error
 
@@ -222,12 +222,12 @@ def _chosen(images: Images, indices: Sequence[int]) -> Images:
 
 
 def some_of(images: Images, size: int, seed: int) -> Images:
-    """`size` pictures drawn by `seed`, whatever order they come in; all for 0."""
+    """`size` images sampled at random by `seed`; all if `size` is 0."""
     return _chosen(images, drawn(len(images.labels), size, seed))
 
 
 def few_shot(images: Images, shots: int, seed: int) -> Images:
-    """`shots` pictures of each class, drawn by `seed`.
+    """`shots` images of each class, sampled at random by `seed`.
 
     Raises:
         ValueError: a class has fewer.

@@ -1,4 +1,4 @@
-"""SIGTERM, as schedulers send it before they kill: the running step is finished, a checkpoint saved, the run left."""
+"""SIGTERM, which schedulers send before SIGKILL: the running step is finished, a checkpoint saved and the run ended."""
 
 import contextlib
 import os
@@ -9,33 +9,33 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-EXIT_CODE = 128 + signal.SIGTERM  # what a shell reports of a process that the signal ended
+EXIT_CODE = 128 + signal.SIGTERM  # the status a shell reports for a process ended by the signal
 
 
 class Interruption(TrainerCallback):
-    """Whether SIGTERM came, and the callback that ends the run at the end of a step.
+    """Records SIGTERM and ends the run at the end of a step.
 
     Attributes:
-        came: to this process.
-        agreed: all ranks know of it, so that all of them stop at the same step.
+        received: by this process.
+        agreed: by any rank, known to all of them, so that all stop at the same step.
     """
 
     def __init__(self) -> None:
-        self.came = self.agreed = False
+        self.received = self.agreed = False
 
     @contextlib.contextmanager
     def awaited(self) -> Iterator[None]:
-        """Within it the signal is noted; outside, and in worker processes, it does what it did before."""
-        self.came = self.agreed = False
-        if threading.current_thread() is not threading.main_thread():  # Python handles signals there alone
+        """Records the signal while the context is active; in worker processes it keeps its default action."""
+        self.received = self.agreed = False
+        if threading.current_thread() is not threading.main_thread():  # Python sets signal handlers only there
             yield
             return
         owner = os.getpid()
 
         def note(number: int, frame: Any) -> None:
             if os.getpid() == owner:
-                self.came = True
-            else:  # a data loader's worker, which inherited this
+                self.received = True
+            else:  # a data loader's worker, which inherited this handler
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
 

@@ -1,4 +1,4 @@
-"""Two phases of one run, where the stitches have a LoRA of their own: the anchors first, then the stitches on frozen anchors."""
+"""Training in two phases, for stitches with a separate LoRA: first the anchors, then the stitches on frozen anchors."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,8 +8,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
 
-def part_phases(model: Any, optimizer: torch.optim.Optimizer) -> None:
-    """Splits every group of the optimiser into what the anchors train and what the stitches train, told by `group["phase"]`."""
+def split_phases(model: Any, optimizer: torch.optim.Optimizer) -> None:
+    """Splits every parameter group into the anchors' and the stitches' parameters, marked by `group["phase"]`."""
     anchors = {p for name, p in model.named_parameters() if name.startswith("anchors.")}
     for group in list(optimizer.param_groups):
         parameters = group["params"]
@@ -18,10 +18,10 @@ def part_phases(model: Any, optimizer: torch.optim.Optimizer) -> None:
 
 
 def phase_scheduler(args: Any, optimizer: torch.optim.Optimizer, first: int, steps: int) -> LambdaLR:
-    """The arguments' schedule twice, each with its own warm-up: over `first` steps for the anchors, over the rest for the stitches.
+    """The configured schedule twice, each with its own warm-up: over `first` steps for the anchors, over the rest for the stitches.
 
     Raises:
-        ValueError: a schedule that is no function of the step.
+        ValueError: a schedule that is not a function of the step.
     """
 
     def factor(count: int) -> Callable[[int], float]:
@@ -35,8 +35,8 @@ def phase_scheduler(args: Any, optimizer: torch.optim.Optimizer, first: int, ste
         )
         if not isinstance(made, LambdaLR):
             raise ValueError(
-                f"lr_scheduler_type {args.lr_scheduler_type} is no function of the step, which training in two phases needs: take cosine, "
-                "linear or constant"
+                f"lr_scheduler_type {args.lr_scheduler_type} is not a function of the step, which training in two phases needs: use "
+                "cosine, linear or constant"
             )
         return made.lr_lambdas[0]
 

@@ -1,4 +1,4 @@
-"""The picture of a run: quality against parameters."""
+"""Plot and table of a run: quality against parameters."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -15,10 +15,10 @@ _LABELS = {
 
 
 def read_baselines(path: str | Path | None, space: StitchSpace) -> dict[str, dict[str, float]]:
-    """What a baseline recipe wrote, anchor key -> metric -> value; nothing for None.
+    """The result of a baseline recipe: anchor key -> metric -> value; empty for None.
 
     Raises:
-        ValueError: there is no such file, or it names a stitch that the space has not.
+        ValueError: there is no such file, or it names a stitch that is not an anchor of the space.
     """
     if path is None:
         return {}
@@ -43,13 +43,13 @@ def plot_stitches(
     alone: Mapping[str, Mapping[str, float]] | None = None,
     title: str = "",
 ) -> None:
-    """Draws each metric against parameters: every stitch, anchors starred, the published front as a line.
+    """Plots each metric against parameters: every stitch, anchors as stars, the published front as a line.
 
-    A `{metric}_before` in the table is told in the legend, as a range. A metric that is the same for all has nothing to
-    show and is left out.
+    The range of a `{metric}_before` in the table is written into the legend. A metric with one value for all stitches is not
+    plotted.
 
     Args:
-        alone: anchor key -> metric -> value of that anchor tuned alone, drawn as diamonds; by default what the table says.
+        alone: anchor key -> metric -> value of that anchor fine-tuned alone, drawn as diamonds; by default from the table.
         title: of the whole figure.
 
     Raises:
@@ -86,15 +86,15 @@ def plot_stitches(
             mec="black",
             label="anchor",
         )
-        rivals = [
+        baselines = [
             (space[key], found[name] * scale)
             for key, found in (table.alone if alone is None else alone).items()
             if name in found
         ]
-        if rivals:
+        if baselines:
             axis.plot(
-                [s.params for s, _ in rivals],
-                [v for _, v in rivals],
+                [s.params for s, _ in baselines],
+                [v for _, v in baselines],
                 "D",
                 color="tab:red",
                 label="anchor tuned alone",
@@ -106,7 +106,7 @@ def plot_stitches(
         axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_count(value)))
         axis.grid(alpha=0.3)
         before = [value * scale for value in table.metrics.get(f"{name}_before", {}).values()]
-        if before:  # in words: drawn to scale they would flatten what training reached
+        if before:  # as text: points at that scale would flatten the plot
             axis.plot([], [], " ", label=f"before training: {min(before):.3g} to {max(before):.3g}")
         axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3, frameon=False)
     figure.suptitle(title)
@@ -115,7 +115,7 @@ def plot_stitches(
 
 
 def format_table(space: StitchSpace, table: StitchTable) -> str:
-    """The table of a run as text: one stitch a line, published ones marked; test rows before training are left out."""
+    """The table of a run as text: one line a stitch, with marks for anchors and published stitches; without `*_test_before`."""
     names = [name for name in table.metrics if not name.endswith("_test_before")]
     published = set(table.published(space))
     lines = [f"{'id':>3} {'key':<24} {'params':>8} " + " ".join(f"{name:>18}" for name in names) + "  importance"]
@@ -131,7 +131,7 @@ def format_table(space: StitchSpace, table: StitchTable) -> str:
 
 
 def format_gains(gains: Mapping[str, Mapping[str, float]]) -> str:
-    """Palette gains (`space.palette_gains`) as text, one metric a line."""
+    """Palette gains (from `space.palette_gains`) as text, one line a metric."""
     return "\n".join(
         f"palette gain by {name}: {gain['params']:.2f} over parameters, {gain['macs']:.2f} over MACs"
         for name, gain in gains.items()

@@ -1,7 +1,7 @@
-"""Prompt templates: a row as text, and the same as a chat template.
+"""Prompt templates: a row as text, and the equivalent chat template.
 
-Special tokens stand in the text, none are added when it is tokenised: Transformers' convention for chat templates. So a row that
-trains, `tokenizer.apply_chat_template` and a text pipeline give the same token ids.
+Special tokens are part of the text and none are added by the tokenizer, which is Transformers' convention for chat templates. So a
+training row, `tokenizer.apply_chat_template` and a text pipeline give the same token ids.
 """
 
 import json
@@ -16,14 +16,14 @@ from stitched_llama.space import first_line
 
 @dataclass(frozen=True)
 class Template:
-    """How rows become text for one tokenizer: the prompt, then the response.
+    """A prompt template bound to one tokenizer: the prompt, then the response.
 
     Attributes:
         name: of `TEMPLATES`, or `"chat"` for the tokenizer's own.
-        render: (instruction, input) -> the prompt, with special tokens in front where the tokenizer adds them to a text.
-        start: the token ids that every prompt begins with: BOS where the tokenizer has it, else none.
-        begin, end: what stands in a conversation before and after the text of a response; `end` closes with a special token.
-        chat: a Jinja chat template whose conversations of one turn are such a prompt and response.
+        render: (instruction, input) -> the prompt, including special tokens that the tokenizer would add in front.
+        start: the token ids that every prompt begins with: BOS if the tokenizer adds one, else none.
+        begin, end: text before and after a response in a conversation; `end` ends with a special token.
+        chat: a Jinja chat template that renders a conversation of one turn as this prompt and response.
     """
 
     name: str
@@ -36,14 +36,14 @@ class Template:
 
 @dataclass(frozen=True)
 class TextTemplate:
-    """A template in words: formats of `{instruction}` and `{input}` that end where the response begins.
+    """A prompt template as format strings of `{instruction}` and `{input}`, not bound to a tokenizer.
 
     Attributes:
         name: of `TEMPLATES`.
-        preamble: what a conversation begins with; a system message takes its place.
-        turn: of the user, a format of `{instruction}`.
-        asks: before each response.
-        gap: between a response and the next turn.
+        preamble: beginning of a conversation; a system message replaces it.
+        turn: a user turn, with `{instruction}`.
+        asks: text before each response.
+        gap: text between a response and the next turn.
         preamble_with_input, turn_with_input: the same for rows with an input.
     """
 
@@ -129,11 +129,11 @@ TEMPLATES = {
 
 
 def template(name: str, tokenizer: PreTrainedTokenizerBase | None = None) -> Template | TextTemplate:
-    """A template by name: for one tokenizer where that is given, else in words, of which `InstructionDataset` makes its own.
+    """A template by name: bound to `tokenizer` if given, else a `TextTemplate`, which `InstructionDataset` binds to its tokenizer.
 
     Args:
-        name: of `TEMPLATES`; `"chat"` is the tokenizer's own chat template, where an input follows its instruction after an empty
-            line; `"auto"` that where it has one, else `"alpaca"`.
+        name: of `TEMPLATES`; `"chat"` is the tokenizer's own chat template, with an input after its instruction and an empty
+            line; `"auto"` is `"chat"` if the tokenizer has a chat template, else `"alpaca"`.
 
     Raises:
         ValueError: there is none of that name, the tokenizer has no EOS, or its chat template cannot be trained on.
@@ -151,7 +151,8 @@ def template(name: str, tokenizer: PreTrainedTokenizerBase | None = None) -> Tem
 def _automatic(tokenizer: PreTrainedTokenizerBase) -> str:
     own = tokenizer.chat_template
     if not own:
-        return "alpaca"  # one that `template` made is the template it was made of, with its form for inputs
+        return "alpaca"
+    # a chat template written by `template` is recognised, as that template has a format of its own for inputs
     return next((name for name, text in TEMPLATES.items() if text.chat(tokenizer) == own), "chat")
 
 
@@ -195,24 +196,24 @@ def render_chat(
     """
     try:
         return tokenizer.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, tokenize=False)
-    except Exception as error:  # whatever a template of somebody's does
+    except Exception as error:  # a chat template may raise anything
         raise ValueError(f"the chat template does not take this conversation: {first_line(error)}") from error
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """Token ids of a text whose special tokens stand in it; none are added."""
+    """Token ids of a text that contains its special tokens; none are added."""
     return tokenizer(prompt, add_special_tokens=False).input_ids
 
 
 def start_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The special tokens that the tokenizer puts in front of a text by itself: BOS, or none."""
+    """The ids of special tokens that the tokenizer adds in front of a text: BOS, or none."""
     plain, full = encode_prompt(tokenizer, _PROBE), tokenizer(_PROBE).input_ids
-    places = [i for i in range(len(full) - len(plain) + 1) if full[i : i + len(plain)] == plain]
-    return full[: places[0]] if places else []
+    starts = [i for i in range(len(full) - len(plain) + 1) if full[i : i + len(plain)] == plain]
+    return full[: starts[0]] if starts else []
 
 
 def _start_text(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What stands for `start_ids` in a text; with a space where the tokenizer would read the first word otherwise after them
+    """`start_ids` as text; with a trailing space where the tokenizer would otherwise encode the first word after them differently
     (SentencePiece)."""
     ids = start_ids(tokenizer)
     text = "".join(tokenizer.convert_ids_to_tokens(ids))
@@ -236,7 +237,7 @@ def _special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
 def end_ids(
     tokenizer: PreTrainedTokenizerBase, generation_config: Any = None, prompt: Template | None = None
 ) -> list[int]:
-    """The tokens that end an answer: those of the generation config, the tokenizer's EOS and the template's end."""
+    """Token ids that end a response: those of the generation config, the tokenizer's EOS and the template's end token."""
     configured = getattr(generation_config, "eos_token_id", None)
     found = {*(configured if isinstance(configured, list | tuple) else [configured]), tokenizer.eos_token_id}
     if prompt is not None:

@@ -1,4 +1,4 @@
-"""What a trainer logs, and what it evaluates in the middle of a run."""
+"""Logging, and evaluation during a run."""
 
 from typing import Any
 
@@ -8,10 +8,10 @@ from .evaluation import evaluate_stitches
 
 
 class ReportMixin:
-    """How a `Trainer` of stitches logs and evaluates."""
+    """Logging and evaluation of `StitchTrainer`."""
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Of the stitches that ran: three forwards where they trained, as Transformers counts a step, one where they taught."""
+        """Operations of all passes of a step: three forwards for a stitch that trained, as Transformers counts, one for a teacher."""
         name = self.model.main_input_name
         units = inputs[name].numel() if name == "input_ids" else len(inputs[name])
         return 2 * units * self._macs
@@ -28,11 +28,11 @@ class ReportMixin:
     ):
         """Loss and exact match of the anchors and the middle stitch of each interval, or of `keys`.
 
-        Returns `eval_loss` (mean over those stitches) and one entry a stitch and metric; of several data sets by name, as
-        Transformers takes them, `eval_{name}_loss` and so on.
+        Returns `eval_loss` (mean over those stitches) and one entry a stitch and metric; for a dict of data sets
+        `eval_{name}_loss` and so on, as `Trainer.evaluate`.
 
         Raises:
-            ValueError: no data set is given, here or to the trainer.
+            ValueError: neither `eval_dataset` nor the trainer's is set.
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(dataset, dict):
@@ -43,7 +43,7 @@ class ReportMixin:
             raise ValueError("nothing to evaluate on: pass eval_dataset, here or to the trainer")
         check_set_to_evaluate(dataset)
         if keys is None:
-            keys = [stitch.key for stitch in self.stitches if stitch.is_anchor or stitch.key in self._middles]
+            keys = [stitch.key for stitch in self.stitches if stitch.is_anchor or stitch.key in self._middle_keys]
         found = evaluate_stitches(
             self.model,
             batches(

@@ -1,4 +1,4 @@
-"""Spaces by measurement: for each size the route that loses least before training, or the junctions that do."""
+"""Options of a space found by measurement: routes or junctions of low loss before training."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ class RouteProposal:
 
 
 def exchanged_route(groups: Sequence[range], from_large: Sequence[bool]) -> str:
-    """Key of the route that takes group `i` of blocks from the large anchor (1) where `from_large[i]`, else block `i` of the small one."""
+    """Key of the route that runs group `i` of blocks of the large anchor (1) if `from_large[i]`, else block `i` of the small one."""
     segments: list[Segment] = []
     for index, (blocks, large) in enumerate(zip(groups, from_large, strict=True)):
         segment = Segment(1, blocks.start, blocks.stop) if large else Segment(0, index, index + 1)
@@ -55,15 +55,15 @@ def propose_routes(
 ) -> RouteProposal:
     """For each size between a model and the small one shrunk from it, a route of low loss, found greedily.
 
-    From the small anchor up to half way, one group of blocks after the other is taken from the large anchor: each time the one
-    that lowers the loss most. From the large anchor down to half way, one group after the other is replaced by the small anchor's
-    block that imitates it: each time the one that raises the loss least. For `n` groups some 3 n^2 / 4 evaluations.
+    Starting from the small anchor, each step replaces the block whose group of large blocks lowers the loss most, until half of
+    them are replaced. Starting from the large anchor, each step replaces the group whose small block raises the loss least, down
+    to half. For `n` groups about 3 n^2 / 4 evaluations.
 
     Args:
         model_class: the stitched class of the anchors.
         anchors: two loaded models of equal width, the first made from the second by `shrink`.
-        batches: dicts of input_ids, attention_mask, labels, [batch, tokens] each; not those that results are reported on.
-        autocast: precision of the products, as in `evaluate_stitches`.
+        batches: dicts of input_ids, attention_mask, labels, [batch, tokens] each; other rows than those reported on.
+        autocast: dtype of matrix products, as in `evaluate_stitches`.
 
     Raises:
         ValueError: other anchors, or no labels.
@@ -103,9 +103,9 @@ def measured_options(
     autocast: torch.dtype | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Options of `StitchSpace` for `--junctions similar` or `--routes greedy` of two decoders by name; empty for neither.
+    """Options of `StitchSpace` for `--junctions similar` or `--routes greedy` between two decoders; empty for neither.
 
-    The anchors are loaded for it in float32 and freed again; what was measured is printed.
+    The anchors are loaded in float32 for the measurement and then freed; the result is printed if `progress`.
     """
     similar, greedy = options.junctions == ["similar"], options.routes == ["greedy"]
     if not similar and not greedy:

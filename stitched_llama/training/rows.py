@@ -1,4 +1,4 @@
-"""Instruction rows in Alpaca's schema: what a row must hold, which rows are left out, which are held out."""
+"""Instruction rows in Alpaca's schema: validation, skipped rows, held-out rows."""
 
 import logging
 import math
@@ -20,7 +20,7 @@ _SHORT.maxstring = _SHORT.maxother = 60
 
 @dataclass(frozen=True)
 class Row:
-    """One instruction, its optional input and the wanted output."""
+    """One instruction, its optional input and the expected output."""
 
     instruction: str
     input: str
@@ -28,14 +28,14 @@ class Row:
 
 
 def read_rows(source: str, on_bad_row: str = "error", split: str = "train") -> list[Row]:
-    """Rows in Alpaca's schema of a JSON, JSONL, CSV, TSV, Parquet or Arrow file (packed by gzip, bzip2 or xz or not), of a folder of
-    these or one that `save_to_disk` wrote, or of a Hub data set.
+    """Rows in Alpaca's schema from a JSON, JSONL, CSV, TSV, Parquet or Arrow file (optionally compressed by gzip, bzip2 or xz), from a
+    folder of these or one written by `save_to_disk`, or from a Hub data set.
 
-    An input that is null, NaN or blank is none; numbers are their text.
+    An input that is null, NaN or blank becomes an empty string; numbers become their text.
 
     Args:
-        on_bad_row: `"error"` stops at a row without instruction or output; `"skip"` leaves it out and counts, up to half of all rows.
-        split: of a folder or Hub data set: `"train"`, `"test"`, ...; a file is all `"train"`.
+        on_bad_row: `"error"` stops at a row without instruction or output; `"skip"` skips and counts it, up to half of all rows.
+        split: of a folder or Hub data set: `"train"`, `"test"`, ...; a file has the split `"train"` alone.
 
     Raises:
         ValueError: the source cannot be read, is empty, or a row is bad (named by file and row).
@@ -44,13 +44,13 @@ def read_rows(source: str, on_bad_row: str = "error", split: str = "train") -> l
         raise ValueError(f"on_bad_row {on_bad_row!r} is unknown; 'error' or 'skip' is needed")
     rows: list[Row] = []
     reasons, first = Counter[str](), ""
-    for place, content in read_table(source, split):
+    for location, content in read_table(source, split):
         try:
             rows.append(_row(content))
         except ValueError as error:
             if on_bad_row == "error":
-                raise ValueError(f"{place}: {error}; mend it, or pass --on_bad_row skip") from None
-            first = first or f"{place}: {error}"
+                raise ValueError(f"{location}: {error}; mend it, or pass --on_bad_row skip") from None
+            first = first or f"{location}: {error}"
             reasons[str(error).split(" is ")[0]] += 1
     skipped = reasons.total()
     if skipped > len(rows):
@@ -82,16 +82,16 @@ def _row(content: Any) -> Row:
             held = f" (the row holds {_SHORT.repr(list(content))})" if content and name not in content else ""
             raise ValueError(f"{name} is {'blank' if value else 'missing'}{held}")
     found = output.strip()
-    if "\n" in found:  # it may be code, whose first line is indented as well
+    if "\n" in found:  # possibly code with an indented first line
         found = re.sub(r"\A(\s*\n)+", "", output.rstrip())
     return Row(instruction.strip(), extra.strip(), found)
 
 
 def _text(content: dict[str, Any], name: str) -> str:
-    """A field as text: numbers as they are written, null and NaN as nothing.
+    """A field as text: numbers as written, null and NaN as the empty string.
 
     Raises:
-        ValueError: it is something else, or no text that can be encoded.
+        ValueError: another type, or text that cannot be encoded as UTF-8.
     """
     value = content.get(name)
     if value is None or (isinstance(value, float) and math.isnan(value)):
@@ -108,7 +108,7 @@ def _text(content: dict[str, Any], name: str) -> str:
 
 
 def drawn(count: int, size: int, seed: int) -> list[int]:
-    """`size` of `count` indices in their order, drawn at random by `seed`; all of them where there are no more, or for 0.
+    """`size` of `count` indices, sampled at random by `seed`, ascending; all if `size` is 0 or not below `count`.
 
     Raises:
         ValueError: `size` is below 0.
@@ -119,7 +119,7 @@ def drawn(count: int, size: int, seed: int) -> list[int]:
 
 
 def split_rows(rows: Sequence[Row], held_out: int, seed: int) -> tuple[list[Row], list[Row]]:
-    """Training rows and `held_out` others, drawn at random by `seed`.
+    """Training rows and `held_out` others, sampled at random by `seed`.
 
     Raises:
         ValueError: nothing would be left to train on.
@@ -131,10 +131,10 @@ def split_rows(rows: Sequence[Row], held_out: int, seed: int) -> tuple[list[Row]
 
 
 def read_parts(args: TextDataArguments, seed: int) -> tuple[list[Row], list[Row]]:
-    """Training rows, and held-out ones of a data set of their own or split off.
+    """Training rows, and held-out rows from `eval_data` or split off the training data.
 
     Raises:
-        ValueError: a source cannot be read, or both are the same rows.
+        ValueError: a source cannot be read, or both name the same rows.
     """
     rows = read_rows(args.data, args.on_bad_row, args.train_split)
     if not args.eval_data:

@@ -1,4 +1,4 @@
-"""The same prompts answered at several sizes."""
+"""Greedy answers to the same prompts from several stitches."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -21,20 +21,21 @@ def sample_budgets(
     budgets: Sequence[Any] = (),
     max_new_tokens: int = 64,
 ) -> list[dict[str, Any]]:
-    """Greedy answers to the rows' prompts at each budget; by default by the smallest published size, the largest, and the one
-    halfway: where none is published between them the stitch in the middle.
+    """Greedy answers to the rows' prompts at each budget; by default of three stitches: the smallest and the largest published one,
+    and the published one halfway, or if there is none between them the stitch in the middle.
 
     Returns one `{"prompt", "wanted", "answers": {"stitch": text}}` a row.
     """
     prompt = prompt.of(tokenizer) if isinstance(prompt, TextTemplate) else prompt
-    sizes = [(f"{budget}: ", model.choose(budget)) for budget in budgets] or [("", stitch) for stitch in _three(model)]
+    chosen = [(f"{budget}: ", model.choose(budget)) for budget in budgets]
+    chosen = chosen or [("", stitch) for stitch in _default_stitches(model)]
     samples = []
     model.eval()
     for row in rows:
         text = prompt.render(row.instruction, row.input)
         input_ids = torch.tensor([encode_prompt(tokenizer, text)], device=model.device)
         answers = {}
-        for budget, stitch in sizes:
+        for budget, stitch in chosen:
             with torch.no_grad():
                 tokens = model.generate(
                     input_ids=input_ids,
@@ -51,8 +52,8 @@ def sample_budgets(
     return samples
 
 
-def _three(model: Any) -> list[Stitch]:
-    """Small to large; fewer where the model holds fewer."""
+def _default_stitches(model: Any) -> list[Stitch]:
+    """Up to three stitches, small to large."""
     low, high = model.published[0], model.published[-1]
     middle = model.choose((low.params + high.params) // 2)
     if middle in (low, high):

@@ -1,4 +1,4 @@
-"""What a run was started with, kept in each of its checkpoints: a run that goes on from one has the same, or is refused."""
+"""The settings of a run, stored in each of its checkpoints; a run is resumed only with the same settings."""
 
 import json
 from collections.abc import Mapping
@@ -8,8 +8,8 @@ from typing import Any
 
 SETTINGS = "run.json"
 
-# May differ where a run is resumed: what changes neither its rows nor its steps. Everything else must be the same. Anchors may lie
-# elsewhere, their weights are compared.
+# Settings that may differ when a run is resumed, as they change neither its rows nor its steps. Everything else must be the same.
+# Paths of anchors may differ; their weights are compared.
 MAY_CHANGE = frozenset(
     """
     anchors resume baselines budgets smoke
@@ -32,11 +32,11 @@ MAY_CHANGE = frozenset(
 
 
 def run_settings(args: Any, *others: Any) -> dict[str, Any]:
-    """What decides a run's rows and steps, by the names of options, as JSON has it.
+    """The settings that decide a run's rows and steps, by option name, as JSON values.
 
     Args:
-        args: of the training.
-        others: dataclasses or mappings of further settings, of the data and the space say.
+        args: the training arguments.
+        others: dataclasses or mappings of further settings, for example of the data and the space.
     """
     settings = {**args.to_dict(), "world_size": max(1, args.world_size)}
     for other in others:
@@ -49,10 +49,10 @@ def write_settings(folder: Path, settings: Mapping[str, Any]) -> None:
 
 
 def check_settings(checkpoint: str | None, settings: Mapping[str, Any]) -> None:
-    """Refuses to go on from a checkpoint of a run of other settings.
+    """Rejects a checkpoint of a run with other settings.
 
     Args:
-        settings: as `run_settings` gives them, or some of them.
+        settings: from `run_settings`, or some of them.
 
     Raises:
         ValueError: names each setting that differs and both values.

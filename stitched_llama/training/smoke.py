@@ -1,4 +1,4 @@
-"""Pico anchors and rows for `--smoke`: the whole path in seconds, on nothing but what is made here."""
+"""Pico anchors and rows for `--smoke`: a whole run in seconds, without downloads."""
 
 import json
 from dataclasses import replace
@@ -41,9 +41,9 @@ def pico_anchor(width: int, depth: int, heads: int, kv_heads: int, vocab_size: i
 
 
 def smoke_anchors(args: Any, training: Any) -> tuple[Any, Any]:
-    """Recipe arguments that run on pico anchors and rows below `output_dir`, a few steps of eight rows or so long.
+    """Arguments of a recipe changed to a short run on pico anchors and rows in `output_dir`/smoke.
 
-    One process of a node writes them, the others wait for it.
+    One process of a node writes these files, the others wait for it.
     """
     folder = Path(training.output_dir) / "smoke"
     with training.main_process_first(desc="pico anchors"):

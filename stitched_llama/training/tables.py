@@ -1,8 +1,8 @@
-"""Rows of any source: a JSON, CSV or Parquet file, a folder, a data set saved to disk, or the Hub.
+"""Reads rows from a JSON, CSV or Parquet file, a folder, a data set saved to disk, or the Hub.
 
 `datasets` finds the files of folders and Hub ids, and reads Parquet and Arrow. JSON and CSV are read here: `datasets` (5.2) turns
-texts that look like dates into timestamps, drops lone surrogates, reads long integers as infinity, dies of deep nesting, and takes
-"NA" and "None" in a CSV for missing.
+strings that look like dates into timestamps, drops lone surrogates, reads long integers as infinity, crashes on deep nesting, and
+reads "NA" and "None" in a CSV as missing.
 """
 
 import bz2
@@ -27,7 +27,7 @@ _SPACE = re.compile(r"[ \t\r\n]*")
 
 
 class RepeatedKeys(dict):
-    """A JSON object in which a key stands more than once; the dict has the last value of each."""
+    """A JSON object with a repeated key; the dict has the last value of each."""
 
     def __init__(self, pairs: list[tuple[str, Any]]):
         super().__init__(pairs)
@@ -36,12 +36,12 @@ class RepeatedKeys(dict):
 
 
 def read_table(source: str, split: str = "train") -> Iterator[tuple[str, Any]]:
-    """(place, row) of each row; a place names the file, and `line 1` on in JSON lines and CSV, else `row 0` on.
+    """(location, row) of each row; the location names the file and a line from 1 (JSON lines, CSV) or a row from 0 (all others).
 
-    Numbers of JSON are the texts that stand in the file, NaN is a float.
+    JSON numbers are returned as their text in the file, NaN as a float.
 
     Raises:
-        ValueError: the source cannot be read, or has no such part; names the file, and the row where that is known.
+        ValueError: the source cannot be read, or has no such split; names the file, and the row where known.
     """
     path = Path(source)
     if path.is_file():
@@ -54,10 +54,10 @@ def read_table(source: str, split: str = "train") -> Iterator[tuple[str, Any]]:
 
 
 def load_table(source: str, config: str | None = None, split: str = "train") -> Any:
-    """A `datasets.Dataset`: a folder written by `save_to_disk`, or what `load_dataset` takes.
+    """A `datasets.Dataset` from a folder written by `save_to_disk`, or from anything `load_dataset` accepts.
 
     Raises:
-        ValueError: it cannot be read, or has no such part.
+        ValueError: it cannot be read, or has no such split.
     """
     from datasets import Dataset, load_dataset, load_from_disk
 
@@ -78,12 +78,12 @@ def _is_saved(path: Path) -> bool:
 
 
 def is_table(folder: Path) -> bool:
-    """Whether a folder is a data set that was saved to disk, or a copy of one of the Hub in Parquet."""
+    """Whether a folder holds a data set written by `save_to_disk`, or a local copy of a Hub data set in Parquet."""
     return _is_saved(folder) or any(folder.glob("*.parquet")) or any(folder.glob("data/*.parquet"))
 
 
 def _reason(error: BaseException) -> str:
-    """What an error says at its root, in a line: that `datasets` could not generate something says nothing."""
+    """The first line of the root cause of an error, as `datasets` wraps it in one without information."""
     while error.__cause__ is not None:
         error = error.__cause__
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -120,7 +120,7 @@ def _read_by_datasets(source: str, split: str) -> Iterator[tuple[str, Any]]:
 
 
 def _check_none_left_out(folder: Path, files: dict[str, list[str]]) -> None:
-    """Of files of several forms in a folder `datasets` reads those of one."""
+    """Rejects a folder with files of several formats, of which `datasets` would read only one."""
     read = {_form_of(file)[0] for found in files.values() for file in found}
     for path in sorted(folder.rglob("*")) if folder.is_dir() else ():
         hidden = any(part.startswith((".", "__")) for part in path.relative_to(folder).parts)
@@ -130,7 +130,7 @@ def _check_none_left_out(folder: Path, files: dict[str, list[str]]) -> None:
 
 
 def _form_of(name: str) -> tuple[str, str]:
-    """The suffix of a file's name, and the one of an archive that may follow it."""
+    """The suffix of a file name, and that of the compression after it, if any."""
     suffixes = [suffix.lower() for suffix in Path(name).suffixes]
     packed = suffixes.pop() if suffixes[-1:] and suffixes[-1] in _UNPACKED else ""
     return (suffixes[-1] if suffixes else ""), packed
@@ -146,7 +146,7 @@ def _numbered(rows: Iterable[Any], source: str) -> Iterator[tuple[str, Any]]:
 
 
 def _read_file(path: Path, name: str) -> Iterator[tuple[str, Any]]:
-    """The rows of one file, `name`d so in errors; its form follows from that name."""
+    """The rows of one file; `name` appears in errors and its suffix decides the format."""
     form, packed = _form_of(name)
     if form in _BUILDERS:
         return _numbered(_load_file(_BUILDERS[form], path, name), name)
@@ -170,17 +170,17 @@ def _load_file(builder: str, path: Path, name: str) -> Any:
 
 
 def _csv_rows(text: str, name: str, delimiter: str) -> Iterator[tuple[str, Any]]:
-    """Every field is its text; an empty line is none."""
+    """Rows of a CSV with every field as text; empty lines are skipped."""
     limit = csv.field_size_limit(sys.maxsize)
     try:
         lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
         header: list[str] = []
         while True:
-            place = f"{name}, line {lines.line_num + 1}"
+            location = f"{name}, line {lines.line_num + 1}"
             try:
                 fields = next(lines, None)
             except csv.Error as error:
-                raise ValueError(f"{place} is not CSV: {error}") from None
+                raise ValueError(f"{location} is not CSV: {error}") from None
             if fields is None:
                 return
             if not header:
@@ -188,15 +188,15 @@ def _csv_rows(text: str, name: str, delimiter: str) -> Iterator[tuple[str, Any]]
                 if len(set(header)) < len(header):
                     raise ValueError(f"{name} names a column twice: {', '.join(header)}")
             elif fields and len(fields) != len(header):
-                raise ValueError(f"{place} has {len(fields)} fields, the header {len(header)}: {', '.join(header)}")
+                raise ValueError(f"{location} has {len(fields)} fields, the header {len(header)}: {', '.join(header)}")
             elif fields:
-                yield place, dict(zip(header, fields))
+                yield location, dict(zip(header, fields))
     finally:
         csv.field_size_limit(limit)
 
 
 def _json_rows(text: str, name: str) -> Iterator[tuple[str, Any]]:
-    """The elements of a list, or values that follow each other, each on a line or not."""
+    """The elements of a list, or a sequence of JSON values with any white space between."""
     at = _after_space(text, 0)
     if text[at : at + 1] == "[":
         yield from _json_elements(text, at, name)
@@ -226,13 +226,13 @@ def _json_elements(text: str, at: int, name: str) -> Iterator[tuple[str, Any]]:
         )
 
 
-def _json_value(text: str, at: int, place: str) -> tuple[Any, int]:
+def _json_value(text: str, at: int, location: str) -> tuple[Any, int]:
     try:
         return _DECODER.raw_decode(text, at)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{place} is not JSON: {error}") from None
+        raise ValueError(f"{location} is not JSON: {error}") from None
     except RecursionError:
-        raise ValueError(f"{place} is nested too deep") from None
+        raise ValueError(f"{location} is nested too deep") from None
 
 
 def _after_space(text: str, at: int) -> int:

@@ -1,4 +1,4 @@
-"""Where a result comes from: what every JSON row of the project carries beside its figures."""
+"""Provenance of a result: date, commit, command, versions and machine, stored in every JSON result."""
 
 import json
 import math
@@ -24,7 +24,7 @@ _PACKAGES = ("stitched-llama", "torch", "transformers", "peft", "accelerate", "b
 
 
 def provenance() -> dict[str, Any]:
-    """Date, commit, command, package versions and machine of this run."""
+    """Date, commit, command, package versions and machine of this process."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return {
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
@@ -42,8 +42,8 @@ def provenance() -> dict[str, Any]:
 
 
 def redacted(arguments: Sequence[str]) -> list[str]:
-    """A command line without its secrets: values of options named for a token, key, password or secret, Hub tokens and logins in
-    addresses, wherever they stand."""
+    """A command line without secrets: values of options named after a token, key, password or secret, and Hub tokens and logins in
+    URLs anywhere in it."""
     shown, secret = [], False
     for argument in arguments:
         name, equals, value = argument.partition("=")
@@ -57,7 +57,7 @@ def redacted(arguments: Sequence[str]) -> list[str]:
 
 
 def dump_record(content: Any) -> str:
-    """A result as JSON in which a number that is not finite is null."""
+    """A result as JSON; numbers that are not finite become null."""
     return json.dumps(_finite(content), indent=1, allow_nan=False) + "\n"
 
 
@@ -77,7 +77,7 @@ def _version(name: str) -> str | None:
 
 
 def _processor() -> str | None:
-    """The processor's name where the system tells, as Linux does."""
+    """The processor's name, from /proc/cpuinfo where that exists."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -86,7 +86,7 @@ def _processor() -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit of the working tree, marked when it has uncommitted changes; None outside a checkout."""
+    """The commit of the working tree, with a suffix for uncommitted changes; None outside a checkout."""
     try:
         found = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
