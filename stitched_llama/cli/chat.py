@@ -43,6 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--anchors", nargs="+", metavar="ANCHOR", help="where the anchors lie now, small to large")
     parser.add_argument("--no-verify", action="store_true", help="also where the bundle is not what was saved")
     parser.add_argument("--load-in-8bit", action="store_true", help="anchors in 8 bits")
+    parser.add_argument(
+        "--no-merge",
+        action="store_true",
+        help="leave PST beside the weights (default: merged, unless they are quantised)",
+    )
     parser.add_argument("--dtype", default="auto", help="of the anchors")
     parser.add_argument(
         "--device-map", help="as from_pretrained takes it (default: auto where there is a GPU, else cpu)"
@@ -76,6 +81,8 @@ def run(options: argparse.Namespace) -> int:
         quantization_config=quantization,
         verify=not options.no_verify,
     )
+    if not options.no_merge and model.merge_obstacle() is None:
+        model.merge_pst()
     if options.budget is not None and options.stitch_id is not None:
         raise ValueError("--budget and --stitch-id both given: pass one of them")
     size = options.budget if options.stitch_id is None else f"#{options.stitch_id}"

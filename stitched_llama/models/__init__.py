@@ -15,6 +15,7 @@ bundle_tensors  which tensors a bundle holds
 bundle_anchors  the anchors of a bundle, found and checked
 measured        which weights the metrics of a table were measured on
 making          from_anchors
+merging         PST merged into the weights
 storage         from_pretrained, save_pretrained, push_to_hub
 card            the model card of a bundle
 llama           decoders of LLaMA blocks

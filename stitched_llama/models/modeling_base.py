@@ -16,6 +16,7 @@ from stitched_llama.space import BYTES_PER_NUMBER, Precision, Stitch
 from .calibration import Calibration, calibrate
 from .configuration import StitchedConfig
 from .making import AnchorsMixin
+from .merging import MergingMixin
 from .route import first_norm
 from .shared import share_embedding
 from .storage import BundleMixin
@@ -30,7 +31,7 @@ class BlockOutputs(NamedTuple):
     leaves: list[Tensor]
 
 
-class StitchedPreTrainedModel(AnchorsMixin, BundleMixin, PreTrainedModel):
+class StitchedPreTrainedModel(AnchorsMixin, BundleMixin, MergingMixin, PreTrainedModel):
     """Base of the stitched models.
 
     The route is an argument of `forward` (`stitch_id=`), never a mode; every method that names a stitch takes an id or
@@ -189,7 +190,7 @@ class StitchedPreTrainedModel(AnchorsMixin, BundleMixin, PreTrainedModel):
         Raises:
             ValueError: PST is attached; another adapter would undo it.
         """
-        if self.config.pst is not None:
+        if self.config.pst is not None or self.is_merged:
             refuse_another()
         super().add_adapter(*args, **kwargs)
 
@@ -199,7 +200,7 @@ class StitchedPreTrainedModel(AnchorsMixin, BundleMixin, PreTrainedModel):
         Raises:
             ValueError: PST is attached; another adapter would undo it.
         """
-        if self.config.pst is not None:
+        if self.config.pst is not None or self.is_merged:
             refuse_another()
         return super().load_adapter(*args, **kwargs)
 
@@ -246,10 +247,12 @@ class StitchedPreTrainedModel(AnchorsMixin, BundleMixin, PreTrainedModel):
         """Adds the trainable parts by declaration; everything else stays frozen and no output changes.
 
         Raises:
-            ValueError: PST is attached already, or a rank does not fit.
+            ValueError: PST is attached already, or was merged, or a rank does not fit.
 
         Source: ESTA section 4.1; `PSTConfig(full=True)` SN-Net section 3.3.
         """
+        if self.is_merged:
+            raise ValueError("PST was merged into the weights: load the bundle without merge to train it on")
         if self.config.pst is not None:
             raise ValueError(f"PST is attached already ({self.config.pst}): load the anchors anew for other settings")
         self.stitch_bias, self.stitch_lora = attach_pst(

@@ -19,6 +19,7 @@ from .bundle_tensors import BundleTensors
 from .card import model_card
 from .config_fields import check_shadows
 from .loading import LOAD_OPTIONS, take
+from .merging import quantised
 from .references import HUB_OPTIONS
 
 _UPLOAD = ("repo_id", "commit_message", "commit_description", "tags", "private", "token", "revision", "create_pr")
@@ -54,11 +55,12 @@ class BundleMixin(BundleTensors):
             verify: compare the bundle's files with its digests, and anchors with theirs: of less than a GiB whole, of larger ones
                 samples, or all of them whole with `"full"`. False leaves the bundle's files as they are, for one that was edited
                 on purpose; anchors are compared all the same.
+            merge: merge PST into the weights (`merge_pst`), for use at full speed; such a model trains no more.
             trust_remote_code: run the code of anchors that you name by `anchors`; never that of a bundle.
 
         Raises:
             ValueError: a file or an anchor changed, a tensor is missing, unused, not finite or has another shape, the space differs,
-                no such stitch, the budget is too small, or both are given.
+                no such stitch, the budget is too small, or both are given, or anchors are quantised where PST is to be merged.
             OSError: the bundle or an anchor is neither a folder nor in reach on the Hub.
             TypeError: an unknown argument.
         """
@@ -71,6 +73,7 @@ class BundleMixin(BundleTensors):
         context_tokens, verify = kwargs.pop("context_tokens", 0), kwargs.pop("verify", True)
         if verify not in (True, False, "full"):
             raise ValueError(f"verify is {verify!r}; True, False or 'full' is needed")
+        merge = bool(kwargs.pop("merge", False))
         trust = bool(kwargs.pop("trust_remote_code", False)) and wanted["anchors"] is not None
         if "torch_dtype" in kwargs:  # what Transformers 4 called dtype
             kwargs.setdefault("dtype", kwargs.pop("torch_dtype"))
@@ -109,6 +112,8 @@ class BundleMixin(BundleTensors):
             table = check_table(bundle.table, space, own.keys)
         if config.pst is not None:
             table = table.in_training()
+            if merge and precision.quantization is not None:
+                raise ValueError(quantised(precision.quantization))
         if wanted["budget"] is not None:
             config.keys = [table.choose(space, wanted["budget"], context_tokens, keys=config.keys).key]
         elif wanted["stitch_id"] is not None:
@@ -139,6 +144,8 @@ class BundleMixin(BundleTensors):
                 check_shadows(bundle.generation, where, GenerationConfig)
                 model.generation_config = GenerationConfig.from_dict(dict(bundle.generation))
         config._name_or_path = name
+        if merge:
+            model.merge_pst()
         return model.eval()
 
     @classmethod
@@ -194,6 +201,11 @@ class BundleMixin(BundleTensors):
             stitching_dtype = self.config.stitching_dtype
         if stitching_dtype not in (None, "int8"):
             raise ValueError(f"stitching_dtype {stitching_dtype!r} is unknown; None or 'int8' is needed")
+        if self.is_merged and self.config.anchors:
+            raise ValueError(
+                "PST was merged into the anchors' weights, and a bundle holds none of these: what was trained would be lost; load the "
+                "bundle without merge to save it, or write one size with its weights by export(folder, stitch_id=...)"
+            )
         upload = take(kwargs, _UPLOAD)
         self._check_options(kwargs)
         if not is_main_process:
