@@ -14,6 +14,7 @@ loading         anchors by reference, whole or only a route's blocks
 bundle_tensors  which tensors a bundle holds
 bundle_anchors  the anchors of a bundle, found and checked
 measured        which weights the metrics of a table were measured on
+whole           models that have no anchors to name
 making          from_anchors
 merging         PST merged into the weights
 storage         from_pretrained, save_pretrained, push_to_hub

@@ -12,6 +12,7 @@ from stitched_llama.pst import is_low_rank
 from stitched_llama.space import Stitch
 
 from .measured import MeasuredTable
+from .whole import anchor_tensors
 
 
 class BundleTensors(MeasuredTable):
@@ -21,8 +22,14 @@ class BundleTensors(MeasuredTable):
     config: Any
     keys: list[str]
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether there are no anchors to name, so that a bundle holds their weights."""
+        return not self.config.anchors
+
     def load_bundle(self, bundle: Bundle) -> None:
-        """Copies a bundle's tensors into this model: every one this model has, no more, no less than it has.
+        """Copies a bundle's tensors into this model: every one this model has, no more, no less than it has. Weights of anchors that
+        a bundle holds are there already.
 
         Raises:
             ValueError: a tensor is missing, has another shape, is not finite, or is of no use here.
@@ -42,7 +49,7 @@ class BundleTensors(MeasuredTable):
                     f"tensor {name} of {bundle.folder} has shape {list(bundle.shapes[name])}, "
                     f"this model needs {list(own[name].shape)}"
                 )
-        self._check_all_used(bundle, {*names, *scales})
+        self._check_all_used(bundle, {*names, *scales, *self._saved_tensors(self.keys)})
         tensors = bundle.load_tensors([*names, *scales])
         for name, shape in scales.items():
             if tensors[name].shape != shape:
@@ -96,7 +103,7 @@ class BundleTensors(MeasuredTable):
             RuntimeError: `strict` and a name is missing, or a name is unknown.
             ValueError: a tensor of a checkpoint is not finite.
         """
-        own = self._own_tensors(self.keys)
+        own = self._saved_tensors(self.keys)
         unknown = set(state_dict) - {*own, *(f"{name}_scale" for name in own)}
         if not state_dict or unknown:
             if set(state_dict) & (own.keys() - self.state_dict().keys()):  # by names that only a bundle has
@@ -112,8 +119,13 @@ class BundleTensors(MeasuredTable):
         _fill({name: tensor for name, tensor in own.items() if name in state_dict}, state_dict)
         return _IncompatibleKeys(missing, [])
 
-    def _own_tensors(self, keys: Sequence[str]) -> dict[str, Tensor]:
+    def _saved_tensors(self, keys: Sequence[str]) -> dict[str, Tensor]:
         """What a bundle holds of this model, by the name it has there."""
+        inside = anchor_tensors(self, [self.space[key] for key in keys]) if self.is_whole else {}
+        return {_bundle_name(name): tensor for name, tensor in inside.items()} | self._own_tensors(keys)
+
+    def _own_tensors(self, keys: Sequence[str]) -> dict[str, Tensor]:
+        """What a bundle holds of this model beside the weights of its anchors."""
         routes = [self.space[key] for key in keys]
         layers = {layer for stitch in routes for layer in stitch.layers}
         blocks = tuple(self.block_prefix(*block) for block in {b for stitch in routes for b in stitch.blocks()})
@@ -151,7 +163,7 @@ class BundleTensors(MeasuredTable):
         return any(segment.anchor == anchor for stitch in routes for segment in stitch.segments)
 
     def _bundle_tensors(self, keys: Sequence[str], stitching_dtype: str | None) -> dict[str, Tensor]:
-        tensors = dict(self._own_tensors(keys))
+        tensors = self._saved_tensors(keys)
         if stitching_dtype == "int8":
             for name in [name for name in tensors if _is_stitching_weight(name)]:
                 weight, tensors[f"{name}_scale"] = quantize_rows(tensors[name].detach().flatten(1))

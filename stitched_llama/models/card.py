@@ -19,8 +19,10 @@ processor = AutoImageProcessor.from_pretrained("this/bundle")
 model(**processor(image, return_tensors="pt")).logits"""
 
 
-def model_card(anchors: list[dict], space: StitchSpace, stitches: list[Stitch], table: StitchTable) -> str:
-    """Markdown with Hub metadata: which anchors are needed, which sizes are published, how to load one."""
+def model_card(anchors: list[dict] | None, space: StitchSpace, stitches: list[Stitch], table: StitchTable) -> str:
+    """Markdown with Hub metadata: which anchors are needed (None where their weights are in the bundle), which sizes are published,
+    how to load one."""
+    whole, anchors = not anchors, anchors or [{}] * len(space.anchors)
     names = [anchor.get("name_or_path") or "an unnamed model" for anchor in anchors]
     hub_ids = [
         name for name in names if name.count("/") == 1 and not name.startswith((".", "/")) and not Path(name).exists()
@@ -48,14 +50,18 @@ def model_card(anchors: list[dict], space: StitchSpace, stitches: list[Stitch], 
         for name, found in gains.items()
         if name == table.metric and isfinite(found["params"])
     ]
+    what = f"{len(stitches)} sizes between {len(anchors)} models, with all their weights."
+    if not whole:
+        what = (
+            f"{len(stitches)} sizes between {' and '.join(f'`{name}`' for name in names)}, trained at once by parameter-efficient "
+            "stitch fine-tuning. The anchors' weights are not in it: they are loaded from where they were published."
+        )
     middle = published[len(published) // 2]
     budget = format_count(next(stitch.params for stitch in stitches if stitch.key == middle))
     return "\n".join(
         [
             *head, "---", "", "# Stitched LLaMA bundle", "",
-            f"{len(stitches)} sizes between {' and '.join(f'`{name}`' for name in names)}, "
-            "trained at once by parameter-efficient stitch fine-tuning. The anchors' weights are not in it: they are "
-            "loaded from where they were published.", "",
+            what, "",
             "```python", "import stitched_llama  # registers the classes",
             *((_IMAGE_USE if images else _TEXT_USE).format(budget=budget).splitlines()), "```", "",
             "## Published sizes", "", "A budget chooses among these; every stitch stays reachable by `stitch_id`.", "",

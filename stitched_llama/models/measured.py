@@ -41,5 +41,5 @@ class MeasuredTable:
         return self._table.without_metrics(stale)
 
     def _weights_digest(self) -> str:
-        parts = fingerprint_tensors(self._own_tensors(self.keys))
+        parts = fingerprint_tensors(self._saved_tensors(self.keys))
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -52,6 +52,10 @@ class StitchedPreTrainedModel(AnchorsMixin, BundleMixin, MergingMixin, PreTraine
     supports_gradient_checkpointing = True
 
     def __init__(self, config: StitchedConfig, anchors: Sequence[nn.Module] | None = None):
+        pst = None
+        if anchors is None and (config.anchors or config.pst):  # weights of its own, which are no named anchor's
+            config, pst = copy.deepcopy(config), config.pst_config
+            config.anchors = config.pst = None
         super().__init__(config)
         self.space = config.stitch_space()
         self.families = [FAMILIES[spec.family] for spec in self.space.anchors]
@@ -74,6 +78,8 @@ class StitchedPreTrainedModel(AnchorsMixin, BundleMixin, MergingMixin, PreTraine
         self.requires_grad_(False)
         self.post_init()
         self._count_bytes_as_loaded()
+        if pst is not None:
+            self.attach_pst(pst)
 
     def get_expanded_tied_weights_keys(self, *args: Any, **kwargs: Any) -> dict[str, str]:
         """As Transformers has it, of the pairs that are here: one size may hold an anchor's embedding or its head alone."""

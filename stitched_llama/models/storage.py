@@ -1,9 +1,10 @@
-"""Saving and loading a stitched model as a bundle that holds none of its anchors' weights."""
+"""Saving and loading a stitched model as a bundle, which names its anchors, or holds their weights where there are none to name."""
 
 import copy
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from .config_fields import check_shadows
 from .loading import LOAD_OPTIONS, take
 from .merging import quantised
 from .references import HUB_OPTIONS
+from .whole import anchors_inside, check_saves_whole
 
 _UPLOAD = ("repo_id", "commit_message", "commit_description", "tags", "private", "token", "revision", "create_pr")
 _NO_MATTER = ("save_peft_format", "save_original_format", "save_function")
@@ -44,7 +46,8 @@ class BundleMixin(BundleTensors):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any):
-        """Loads a bundle and its anchors; nothing is initialised anew and no code is run.
+        """Loads a bundle and its anchors, which lie in it where the model has none to name; nothing is initialised anew and no code
+        is run.
 
         Args:
             pretrained_model_name_or_path: a folder or a Hub repository that holds a bundle.
@@ -128,7 +131,11 @@ class BundleMixin(BundleTensors):
         with named(bundle.folder / CONFIG):
             pst = config.pst_config
         whole = True if verify == "full" else None
-        loaded = load_anchors(config, bundle.folder, wanted["anchors"], stitches, load, hub, whole, trust)
+        if config.anchors or wanted["anchors"] is not None:
+            loaded = load_anchors(config, bundle.folder, wanted["anchors"], stitches, load, hub, whole, trust)
+        else:
+            with named(bundle.folder):
+                loaded = anchors_inside(config, space, bundle, stitches, load)
         with named(bundle.folder):
             model = cls(config, anchors=loaded)
             if pst is not None:
@@ -180,7 +187,8 @@ class BundleMixin(BundleTensors):
         stitching_dtype: str | None = "as loaded",
         **kwargs: Any,
     ) -> None:
-        """Saves a bundle: trained parts, stitching layers, table, configs, model card. An interrupted save changes nothing.
+        """Saves a bundle: trained parts, stitching layers, table, configs, model card, and the weights of the anchors where there are
+        none to name, as in a model that was built from a configuration. An interrupted save changes nothing.
 
         Args:
             stitches: `"all"`, or `"published"` to leave out everything that no published stitch needs.
@@ -206,6 +214,8 @@ class BundleMixin(BundleTensors):
                 "PST was merged into the anchors' weights, and a bundle holds none of these: what was trained would be lost; load the "
                 "bundle without merge to save it, or write one size with its weights by export(folder, stitch_id=...)"
             )
+        if self.is_whole:
+            check_saves_whole(self)
         upload = take(kwargs, _UPLOAD)
         self._check_options(kwargs)
         if not is_main_process:
@@ -221,12 +231,16 @@ class BundleMixin(BundleTensors):
         config.architectures, config.stitching_dtype = [type(self).__name__], stitching_dtype
         keys = self.keys if stitches == "all" else [stitch.key for stitch in self.published]
         config.keys = None if len(keys) == len(self.space) else keys
+        if self.is_whole:
+            for own, anchor in zip(config.anchor_configs, self.anchors):
+                for parameter in islice(anchor.parameters(), 1):  # none of an anchor that no route needs
+                    own["dtype"] = str(parameter.dtype).removeprefix("torch.")
         space = config.stitch_space()
         texts = {CONFIG: config.to_json_string()}
         if self.can_generate():
             texts[GENERATION] = self.generation_config.to_json_string()
         table = self.table_to_save()
-        texts[CARD] = model_card(config.anchors or [{}] * len(self.anchors), space, [space[key] for key in keys], table)
+        texts[CARD] = model_card(config.anchors, space, [space[key] for key in keys], table)
         write_bundle(save_directory, self._bundle_tensors(keys, stitching_dtype), table.to_dict(space, keys), texts)
         if push_to_hub:
             repo_id = upload.pop("repo_id", Path(save_directory).name)

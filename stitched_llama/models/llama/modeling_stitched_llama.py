@@ -71,7 +71,7 @@ class StitchedLlamaForCausalLM(StitchedPreTrainedModel, StitchedGenerationMixin)
         implementations = {anchor.config._attn_implementation for anchor in self.anchors}
         if len(implementations) > 1:
             raise ValueError(f"anchors run with different attention implementations {sorted(implementations)}: load both with one attn_implementation")  # fmt: skip
-        config._attn_implementation = implementations.pop()
+        self.config._attn_implementation = implementations.pop()
 
     def get_input_embeddings(self):
         return self.anchors[self.stitch().segments[0].anchor].get_input_embeddings()
