@@ -1,6 +1,7 @@
 """Which tensors a bundle holds of a model, and their way in and out."""
 
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from .whole import anchor_tensors
 class BundleTensors(MeasuredTable):
     """`load_bundle` of stitched models, and what `save_pretrained` writes."""
 
+    anchors: Any
     space: Any
     config: Any
     keys: list[str]
@@ -26,6 +28,12 @@ class BundleTensors(MeasuredTable):
     def is_whole(self) -> bool:
         """Whether there are no anchors to name, so that a bundle holds their weights."""
         return not self.config.anchors
+
+    def note_dtypes(self, config: Any) -> None:
+        """Sets the dtype of each anchor in a configuration to the one that its weights have here."""
+        for own, anchor in zip(config.anchor_configs, self.anchors):
+            for parameter in islice(anchor.parameters(), 1):  # none of an anchor that no route needs
+                own["dtype"] = str(parameter.dtype).removeprefix("torch.")
 
     def load_bundle(self, bundle: Bundle) -> None:
         """Copies a bundle's tensors into this model: every one this model has, no more, no less than it has. Weights of anchors that
@@ -122,7 +130,7 @@ class BundleTensors(MeasuredTable):
     def _saved_tensors(self, keys: Sequence[str]) -> dict[str, Tensor]:
         """What a bundle holds of this model, by the name it has there."""
         inside = anchor_tensors(self, [self.space[key] for key in keys]) if self.is_whole else {}
-        return {_bundle_name(name): tensor for name, tensor in inside.items()} | self._own_tensors(keys)
+        return {bundle_name(name): tensor for name, tensor in inside.items()} | self._own_tensors(keys)
 
     def _own_tensors(self, keys: Sequence[str]) -> dict[str, Tensor]:
         """What a bundle holds of this model beside the weights of its anchors."""
@@ -146,7 +154,7 @@ class BundleTensors(MeasuredTable):
                     name, routes, blocks
                 )
             if keep:
-                own[_bundle_name(name)] = tensor
+                own[bundle_name(name)] = tensor
         for name, tensor in self.stitching_layers.named_buffers():  # running statistics of an adapter's norms
             if name.split(".")[0] in layers and name.endswith(("running_mean", "running_var")):
                 own[f"stitching_layers.{name}"] = tensor
@@ -185,6 +193,6 @@ def _is_stitching_weight(name: str) -> bool:
     return name.startswith("stitching_layers.") and name.endswith(".proj.weight")
 
 
-def _bundle_name(name: str) -> str:
+def bundle_name(name: str) -> str:
     """A tensor's name in a bundle: PEFT's wrapping and this package's containers left out."""
     return name.replace(".base_layer.", ".").replace(".default.", ".").replace("stitch_bias.vectors.", "stitch_bias.")

@@ -87,8 +87,8 @@ def quantised(bits: str | None) -> str:
     """Why PST is not merged into anchors in 8 or 4 bits, with the way out."""
     form = {"8bit": "8 bits", "4bit": "4 bits"}.get(bits or "", "a quantised form")
     return (
-        f"PST cannot be merged into anchors in {form}, which would round their weights once more, by 1 to 2 %: load them without "
-        "quantization_config (dtype='bfloat16'); where they are stored so, run them without merge"
+        f"PST cannot be merged into anchors in {form}, and no size exported: their weights would be rounded once more, by 1 to 2 %; "
+        "load them without quantization_config (dtype='bfloat16'), or where they are stored so run them without merge"
     )
 
 

@@ -15,6 +15,7 @@ from stitched_llama.space import BYTES_PER_NUMBER, Precision, Stitch
 
 from .calibration import Calibration, calibrate
 from .configuration import StitchedConfig
+from .export import ExportMixin
 from .making import AnchorsMixin
 from .merging import MergingMixin
 from .route import first_norm
@@ -31,7 +32,7 @@ class BlockOutputs(NamedTuple):
     leaves: list[Tensor]
 
 
-class StitchedPreTrainedModel(AnchorsMixin, BundleMixin, MergingMixin, PreTrainedModel):
+class StitchedPreTrainedModel(AnchorsMixin, BundleMixin, MergingMixin, ExportMixin, PreTrainedModel):
     """Base of the stitched models.
 
     The route is an argument of `forward` (`stitch_id=`), never a mode; every method that names a stitch takes an id or

@@ -4,7 +4,6 @@ import copy
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from .bundle_anchors import bundle_folder, load_anchors
 from .bundle_tensors import BundleTensors
 from .card import model_card
 from .config_fields import check_shadows
+from .export import CODE, auto_map, code_of
 from .loading import LOAD_OPTIONS, take
 from .merging import quantised
 from .references import HUB_OPTIONS
@@ -232,11 +232,14 @@ class BundleMixin(BundleTensors):
         keys = self.keys if stitches == "all" else [stitch.key for stitch in self.published]
         config.keys = None if len(keys) == len(self.space) else keys
         if self.is_whole:
-            for own, anchor in zip(config.anchor_configs, self.anchors):
-                for parameter in islice(anchor.parameters(), 1):  # none of an anchor that no route needs
-                    own["dtype"] = str(parameter.dtype).removeprefix("torch.")
+            self.note_dtypes(config)
         space = config.stitch_space()
-        texts = {CONFIG: config.to_json_string()}
+        texts = {}
+        if getattr(config, "auto_map", None) == auto_map(type(self)):
+            texts[CODE] = code_of(type(self))
+        elif hasattr(config, "auto_map"):  # names code that would not be there
+            del config.auto_map
+        texts[CONFIG] = config.to_json_string()
         if self.can_generate():
             texts[GENERATION] = self.generation_config.to_json_string()
         table = self.table_to_save()
