@@ -128,6 +128,7 @@ def test_a_stitch_of_two_widths_is_one_folder_without_anchors(settings, anchors,
     assert done.not_plain.startswith("a stitching layer joins block 1 of anchor 0 to block 3 of anchor 1")
     part = load(tmp_path / "bundle", stitch_id=2, merge=settings is not None)
     part.export(tmp_path / "from part")
+    measured = {"loss": {stitch.key: model.table.metrics["loss"][stitch.key]}}
     small = model.export(tmp_path / "anchor", stitch_id=0, plain=False)
     assert "asked for as a stitched model" in small.not_plain
     wanted_small = logits(model, stitch_id=0)
@@ -137,6 +138,8 @@ def test_a_stitch_of_two_widths_is_one_folder_without_anchors(settings, anchors,
         again = load(tmp_path / name)
         assert_close(logits(again), wanted[None])
         assert again.keys == [stitch.key]
+        assert again.table.metrics == measured
+        assert main(["bundle", "verify", str(tmp_path / name)]) == 0
         biased = sum(
             t.numel() for n, t in load_file(tmp_path / name / WEIGHTS).items() if not n.startswith("stitch_bias")
         )

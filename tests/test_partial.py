@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausa
 
 from stitched_llama import PSTConfig, StitchedLlamaForCausalLM
 from stitched_llama.bundles import WEIGHTS, dequantize_rows, quantize_rows
+from stitched_llama.cli import main
 
 
 @pytest.mark.parametrize("how", ["stitch_id", "key", "budget", "auto"])
@@ -44,6 +45,17 @@ def test_one_size_can_be_saved_and_loaded_again(made, bundle, tmp_path):
     assert torch.equal(logits(again), logits(made, key))
     with pytest.raises(ValueError, match="stitch 0 .* is not in .*part: it holds"):
         load(tmp_path / "part", stitch_id=0)
+
+
+def test_a_part_is_consistent_with_itself(made, tmp_path, capsys):
+    """Palette gain needs both anchors: a part without them has none."""
+    test = {stitch.key: 3.0 - stitch.stitch_id / 10 for stitch in made.space}
+    made.table = made.table.with_metrics("loss_test", test)
+    made.save_pretrained(tmp_path / "whole")
+    load(tmp_path / "whole", stitch_id=2).save_pretrained(tmp_path / "part")
+    made.save_pretrained(tmp_path / "published", stitches="published")
+    for name in ("whole", "part", "published"):
+        assert main(["bundle", "verify", "--no-anchors", str(tmp_path / name)]) == 0, capsys.readouterr().err
 
 
 def test_a_size_that_was_never_evaluated_can_be_saved_and_chosen(made, tmp_path):

@@ -89,7 +89,11 @@ def exported_card(
     places = [
         f"anchor {i} is {f'`{name}`' if name else 'an unnamed model'}" for i, name in enumerate(anchors) if i in used
     ]
-    measured = {name: values[stitch.key] for name, values in sorted(table.metrics.items()) if stitch.key in values}
+    measured = {
+        name: values[stitch.key]
+        for name, values in sorted(table.metrics.items())
+        if stitch.key in values and not name.endswith("_before")
+    }
     load = [f"from transformers import {auto}", "", f'model = {auto}.from_pretrained("this/folder"{{}})']
     if not_plain is None:
         runs = (

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from stitched_llama.bundles import CARD, CONFIG, GENERATION, write_bundle
 from stitched_llama.pst import is_low_rank
-from stitched_llama.space import Stitch
+from stitched_llama.space import Stitch, StitchTable
 
 from .bundle_tensors import bundle_name
 from .card import exported_card
@@ -93,20 +93,21 @@ class ExportMixin:
             )
         beside = self._beside() if tokenizer is None else tokenizer
         with _new_folder(Path(folder)) as stage:
+            table = self.table_to_save()
             if reason is None:
                 model = plain_model(self, stitch)
                 model.save_pretrained(stage)
                 (stage / GENERATION).write_text(self.generation_config.to_json_string(), encoding="utf-8")
                 architecture = type(model).__name__
             else:
-                self._write_stitched(stage, stitch)
+                self._write_stitched(stage, stitch, table)
                 architecture = type(self).__name__
             if beside is not None:
                 beside.save_pretrained(stage)
             done = Export(Path(folder), stitch, architecture, reason)
             names = [anchor["name_or_path"] for anchor in self.config.anchors or []]
             source = self.config._name_or_path
-            card = exported_card(stitch, self.table, names, source, architecture, reason)
+            card = exported_card(stitch, table, names, source, architecture, reason)
             (stage / CARD).write_text(card, encoding="utf-8")
         return done
 
@@ -133,7 +134,7 @@ class ExportMixin:
         )
         return None
 
-    def _write_stitched(self, folder: Path, stitch: Stitch) -> None:
+    def _write_stitched(self, folder: Path, stitch: Stitch, table: StitchTable) -> None:
         """One size as a stitched model that holds all weights of its route."""
         biased = self.stitch_bias is not None and stitch.key in self.stitch_bias.vectors
         left, config = settings_left(biased), copy.deepcopy(self.config)
@@ -145,8 +146,8 @@ class ExportMixin:
         texts = {CONFIG: config.to_json_string(), CODE: code_of(type(self))}
         if self.can_generate():
             texts[GENERATION] = self.generation_config.to_json_string()
-        table = self.table_to_save().to_dict(config.stitch_space(), config.keys)
-        write_bundle(folder, _route_tensors(self, stitch), table, texts)
+        rows = table.to_dict(config.stitch_space(), config.keys)
+        write_bundle(folder, _route_tensors(self, stitch), rows, texts)
 
 
 def auto_map(model_class: type) -> dict[str, str]:

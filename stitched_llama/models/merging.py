@@ -24,6 +24,7 @@ class MergingMixin:
     families: Sequence[Any]
     config: Any
     keys: list[str]
+    same_outputs: Any
 
     @property
     def is_merged(self) -> bool:
@@ -59,6 +60,14 @@ class MergingMixin:
             return ()
         if obstacle := self.merge_obstacle():
             raise ValueError(obstacle)
+        with self.same_outputs():
+            self._merge()
+        left = settings_left(self.stitch_bias is not None, self.stitch_lora)
+        self.config.pst = None if left is None else left.to_dict()
+        return tuple(name for name in ("stitch_bias", "stitch_lora") if getattr(self, name) is not None)
+
+    def _merge(self) -> None:
+        self.anchors.pst_merged = True  # first: what an interrupt leaves is saved by nobody
         own_lora = self.stitch_lora
         if own_lora is not None and any(self.space[key].is_anchor for key in self.keys):
             own_lora = None
@@ -72,15 +81,9 @@ class MergingMixin:
             vars(layer).pop("peft_config", None)
         if own_lora is not None or (self.stitch_lora is not None and not self.stitch_lora.down):
             self.stitch_lora = None
-        if (
-            self.stitch_bias is not None and not self.stitch_bias.vectors
-        ):  # an anchor alone, where stitches have biases only
+        if self.stitch_bias is not None and not self.stitch_bias.vectors:  # of an anchor alone, beside stitch_rank
             self.stitch_bias = None
         self.requires_grad_(False)
-        self.anchors.pst_merged = True
-        left = settings_left(self.stitch_bias is not None, self.stitch_lora)
-        self.config.pst = None if left is None else left.to_dict()
-        return tuple(name for name in ("stitch_bias", "stitch_lora") if getattr(self, name) is not None)
 
 
 def quantised(bits: str | None) -> str:
