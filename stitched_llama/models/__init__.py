@@ -18,6 +18,7 @@ whole           models that have no anchors to name
 making          from_anchors
 merging         PST merged into the weights
 plain           one route as a plain model of Transformers
+adapters        an anchor's LoRA to and from PEFT's adapter folders
 export          one size as a model of its own
 storage         from_pretrained, save_pretrained, push_to_hub
 card            the model card of a bundle, or of a size that was exported

@@ -92,7 +92,7 @@ class ExportMixin:
                 f"stitch {stitch.stitch_id} ({stitch.key}) is no plain model: {reason}; leave plain out for a stitched one"
             )
         beside = self._beside() if tokenizer is None else tokenizer
-        with _new_folder(Path(folder)) as stage:
+        with new_folder(Path(folder)) as stage:
             table = self.table_to_save()
             if reason is None:
                 model = plain_model(self, stitch)
@@ -183,7 +183,7 @@ def _route_tensors(model: Any, stitch: Stitch) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _new_folder(folder: Path) -> Iterator[Path]:
+def new_folder(folder: Path) -> Iterator[Path]:
     """A folder to fill; on leaving without an error it stands at `folder`, otherwise nothing does.
 
     Raises:

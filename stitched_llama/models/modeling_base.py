@@ -13,6 +13,7 @@ from stitched_llama.layers import StitchingLayer
 from stitched_llama.pst import PSTConfig, StitchBias, StitchLora, attach_pst, is_low_rank, refuse_another
 from stitched_llama.space import BYTES_PER_NUMBER, Precision, Stitch
 
+from .adapters import AdapterMixin
 from .calibration import Calibration, calibrate
 from .configuration import StitchedConfig
 from .export import ExportMixin
@@ -32,7 +33,7 @@ class BlockOutputs(NamedTuple):
     leaves: list[Tensor]
 
 
-class StitchedPreTrainedModel(AnchorsMixin, BundleMixin, MergingMixin, ExportMixin, PreTrainedModel):
+class StitchedPreTrainedModel(AnchorsMixin, BundleMixin, MergingMixin, ExportMixin, AdapterMixin, PreTrainedModel):
     """Base of the stitched models.
 
     The route is an argument of `forward` (`stitch_id=`), never a mode; every method that names a stitch takes an id or
