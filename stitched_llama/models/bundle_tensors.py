@@ -1,6 +1,6 @@
 """Which tensors a bundle holds of a model, and their way in and out."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -13,6 +13,7 @@ from stitched_llama.pst import is_low_rank
 from stitched_llama.space import Stitch
 
 from .measured import MeasuredTable
+from .merging import merged_weight
 from .whole import anchor_tensors
 
 
@@ -170,13 +171,26 @@ class BundleTensors(MeasuredTable):
             return name.startswith(blocks)
         return any(segment.anchor == anchor for stitch in routes for segment in stitch.segments)
 
-    def _bundle_tensors(self, keys: Sequence[str], stitching_dtype: str | None) -> dict[str, Tensor]:
+    @torch.no_grad()
+    def _bundle_tensors(
+        self, keys: Sequence[str], stitching_dtype: str | None, for_inference: bool = False
+    ) -> dict[str, Tensor]:
         tensors = self._saved_tensors(keys)
+        if for_inference:
+            tensors = self._merged_and_rounded(tensors, self._own_tensors(keys))
         if stitching_dtype == "int8":
             for name in [name for name in tensors if _is_stitching_weight(name)]:
                 weight, tensors[f"{name}_scale"] = quantize_rows(tensors[name].detach().flatten(1))
                 tensors[name] = weight.view_as(tensors[name])
         return tensors
+
+    def _merged_and_rounded(self, tensors: Mapping[str, Tensor], own: Iterable[str]) -> dict[str, Tensor]:
+        """What a bundle for inference holds: stitching layers without low-rank updates, what trained in bfloat16."""
+        kept = {n: t for n, t in tensors.items() if not (n.startswith("stitching_layers.") and is_low_rank(n))}
+        merged = {f"stitching_layers.{name}.proj.weight": layer.proj for name, layer in self.stitching_layers.items()}
+        kept |= {name: merged_weight(proj) for name, proj in merged.items() if name in kept}
+        rounded = {name for name in own if not name.endswith(("running_mean", "running_var"))}
+        return {name: tensor.bfloat16() if name in rounded else tensor for name, tensor in kept.items()}
 
 
 @torch.no_grad()

@@ -19,7 +19,9 @@ processor = AutoImageProcessor.from_pretrained("this/bundle")
 model(**processor(image, return_tensors="pt")).logits"""
 
 
-def model_card(anchors: list[dict] | None, space: StitchSpace, stitches: list[Stitch], table: StitchTable) -> str:
+def model_card(
+    anchors: list[dict] | None, space: StitchSpace, stitches: list[Stitch], table: StitchTable, note: str | None = None
+) -> str:
     """Markdown with Hub metadata: which anchors are needed (None where their weights are in the bundle), which sizes are published,
     how to load one."""
     whole, anchors = not anchors, anchors or [{}] * len(space.anchors)
@@ -59,7 +61,7 @@ def model_card(anchors: list[dict] | None, space: StitchSpace, stitches: list[St
     return "\n".join(
         [
             *head, "---", "", "# Stitched LLaMA bundle", "",
-            what, "",
+            what, "", *([note, ""] if note else []),
             "```python", "import stitched_llama  # registers the classes",
             *((_IMAGE_USE if images else _TEXT_USE).format(budget=budget).splitlines()), "```", "",
             "## Published sizes", "", "A budget chooses among these; every stitch stays reachable by `stitch_id`.", "",

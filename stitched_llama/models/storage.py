@@ -12,7 +12,7 @@ from huggingface_hub import HfApi, ModelCard
 from transformers import GenerationConfig
 
 from stitched_llama.bundles import CARD, CONFIG, GENERATION, Bundle, write_bundle
-from stitched_llama.space import StitchSpace, StitchTable, named
+from stitched_llama.space import StitchSpace, StitchTable, format_bytes, named
 
 from .bundle_anchors import bundle_folder, load_anchors
 from .bundle_tensors import BundleTensors
@@ -25,6 +25,10 @@ from .references import HUB_OPTIONS
 from .whole import anchors_inside, check_saves_whole
 
 _UPLOAD = ("repo_id", "commit_message", "commit_description", "tags", "private", "token", "revision", "create_pr")
+_FOR_INFERENCE = (
+    "Saved for use, in {size}: what trained is in bfloat16, the low-rank updates are merged into the stitching layers. Metrics were "
+    "measured before that rounding; train on from the bundle that this one was saved from."
+)
 _NO_MATTER = ("save_peft_format", "save_original_format", "save_function")
 _REFUSED = {
     "max_shard_size": "the weights of a bundle are one file: leave it out",
@@ -182,18 +186,21 @@ class BundleMixin(BundleTensors):
         self,
         save_directory: str | os.PathLike,
         is_main_process: bool = True,
-        stitches: str = "all",
+        stitches: str | None = None,
         push_to_hub: bool = False,
         stitching_dtype: str | None = "as loaded",
+        for_inference: bool = False,
         **kwargs: Any,
     ) -> None:
         """Saves a bundle: trained parts, stitching layers, table, configs, model card, and the weights of the anchors where there are
         none to name, as in a model that was built from a configuration. An interrupted save changes nothing.
 
         Args:
-            stitches: `"all"`, or `"published"` to leave out everything that no published stitch needs.
+            stitches: `"all"` (default), or `"published"` to leave out everything that no published stitch needs.
             stitching_dtype: `"int8"` halves the stitching layers' bytes against bfloat16, None keeps them as they are; by default
                 as the bundle has them that this model was loaded from.
+            for_inference: published stitches alone by default, the low-rank updates merged into the stitching layers, and what
+                trained in bfloat16: for use, not for training on.
             kwargs: what `push_to_hub` takes; options of Transformers that mean nothing here are left alone.
 
         Metrics of the table that were measured on other weights than those that are saved are left out, with a warning.
@@ -203,6 +210,8 @@ class BundleMixin(BundleTensors):
                 option of Transformers asks for what a bundle cannot be.
             TypeError: an unknown argument.
         """
+        if stitches is None:
+            stitches = "published" if for_inference else "all"
         if stitches not in ("all", "published"):
             raise ValueError(f"stitches {stitches!r} is unknown; 'all' or 'published' is needed")
         if stitching_dtype == "as loaded":
@@ -233,6 +242,8 @@ class BundleMixin(BundleTensors):
         config.keys = None if len(keys) == len(self.space) else keys
         if self.is_whole:
             self.note_dtypes(config)
+        if for_inference and config.pst is not None and not config.pst_config.full:
+            config.pst["stitching_rank"] = 0
         space = config.stitch_space()
         texts = {}
         if getattr(config, "auto_map", None) == auto_map(type(self)):
@@ -243,11 +254,15 @@ class BundleMixin(BundleTensors):
         if self.can_generate():
             texts[GENERATION] = self.generation_config.to_json_string()
         table = self.table_to_save()
-        texts[CARD] = model_card(config.anchors, space, [space[key] for key in keys], table)
-        write_bundle(save_directory, self._bundle_tensors(keys, stitching_dtype), table.to_dict(space, keys), texts)
+        tensors = self._bundle_tensors(keys, stitching_dtype, for_inference)
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        note = _FOR_INFERENCE.format(size=format_bytes(size)) if for_inference else None
+        texts[CARD] = model_card(config.anchors, space, [space[key] for key in keys], table, note)
+        write_bundle(save_directory, tensors, table.to_dict(space, keys), texts)
         if push_to_hub:
             repo_id = upload.pop("repo_id", Path(save_directory).name)
-            self.push_to_hub(repo_id, stitches=stitches, stitching_dtype=stitching_dtype, **upload)
+            how = {"stitches": stitches, "stitching_dtype": stitching_dtype, "for_inference": for_inference}
+            self.push_to_hub(repo_id, **how, **upload)
 
     def _check_options(self, options: Mapping[str, Any]) -> None:
         """Refuses options of Transformers' `save_pretrained` that would change what is written there, and do not here."""
