@@ -125,6 +125,7 @@ def test_a_stitch_of_two_widths_is_one_folder_without_anchors(settings, anchors,
     wanted = {plain: logits(model, stitch_id=stitch.key) for plain in (None, False)}
     done = model.export(tmp_path / "out", budget=stitch.params)
     assert done.stitch == stitch
+    assert model.pinned(2).export(tmp_path / "from view").stitch == stitch
     assert done.not_plain.startswith("a stitching layer joins block 1 of anchor 0 to block 3 of anchor 1")
     part = load(tmp_path / "bundle", stitch_id=2, merge=settings is not None)
     part.export(tmp_path / "from part")

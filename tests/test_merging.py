@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from conftest import FAMILIES, fresh, randomise
+from conftest import FAMILIES, fresh, ids_like, randomise
 from image_anchors import FAMILIES as IMAGE_FAMILIES
 from image_anchors import build
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from stitched_llama import PSTConfig
 from stitched_llama.cli import chat, main
+from stitched_llama.training import evaluate_stitches
 
 SETTINGS = {
     "paper": PSTConfig(rank=4, stitching_rank=3),
@@ -76,6 +77,19 @@ def test_one_size_merges_the_lora_of_the_stitches_too(anchors, tmp_path):
         assert part.stitch_lora is None
         assert (part.stitch_bias is None) == model.space[key].is_anchor
         assert_close(part, model, [key])
+
+
+def test_evaluation_of_a_merged_model_finds_the_same(made):
+    rows = ids_like(4, 12)
+    batches = [{"input_ids": rows, "attention_mask": torch.ones_like(rows), "labels": rows}]
+    wanted = evaluate_stitches(made, batches, progress=False)["loss"]
+    made.table = made.table.with_metrics("loss", wanted, decides=True)
+    made.merge_pst()
+    assert evaluate_stitches(made, batches, progress=False)["loss"] == pytest.approx(wanted, rel=1e-4)
+    assert made.table_to_save().metrics["loss"] == wanted, "they hold for the merged weights too"
+    with torch.no_grad():
+        made.stitch_bias.vectors[made.keys[0]].add_(1)
+    assert not made.table_to_save().metrics
 
 
 @pytest.mark.parametrize("loader", [load, AutoModelForCausalLM.from_pretrained])

@@ -52,6 +52,20 @@ def test_a_model_built_from_a_config_is_saved_and_loaded_whole(pst, anchors, tmp
         assert sizes == [stitch.params for stitch in model.space]
 
 
+def test_published_sizes_and_checkpoints(anchors, tmp_path, capsys):
+    model, other = (with_table(built(anchors, pst=PSTConfig(rank=2))) for _ in range(2))
+    randomise(model, 5)
+    model.save_pretrained(tmp_path / "published", stitches="published")
+    again = load(tmp_path / "published")
+    assert len(again.keys) == 3
+    assert_equal(again, model, again.keys)
+    assert main(["bundle", "show", str(tmp_path / "published")]) == 0
+    assert "the weights of its anchors are in it" in capsys.readouterr().out
+    model.save_pretrained(tmp_path / "all")
+    assert other.load_state_dict(load_file(tmp_path / "all" / WEIGHTS)) == ([], [])  # as a Trainer that resumes
+    assert_equal(other, model)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", None])
 def test_dtype_stays(dtype, anchors, tmp_path):
     model = built(anchors, pst=PSTConfig(rank=2)).to(torch.bfloat16)

@@ -71,7 +71,7 @@ class ExportMixin:
         alone, its biases those of the layers. Any other becomes a stitched model of one size without anchors to name.
 
         Args:
-            stitch_id, budget: which size; neither where this model holds one alone.
+            stitch_id, budget: which size; neither where this model holds one alone, or is a view of one.
             context_tokens: tokens of KV cache that a budget of memory must also hold.
             tokenizer: saved with it (for images, their processor); by default that of the bundle or of an anchor.
             plain: True refuses what is no plain model, False writes a stitched model in any case.
@@ -116,6 +116,8 @@ class ExportMixin:
             raise ValueError(f"stitch_id {stitch_id!r} and budget {budget!r} both given: pass one of them")
         if budget is not None:
             return self.choose(budget, context_tokens)
+        if stitch_id is None and self.pinned_key is not None:
+            return self.stitch(self.pinned_key)
         if stitch_id is None and len(self.keys) > 1:
             raise ValueError(f"{len(self.keys)} sizes to choose from: name one by stitch_id or budget")
         return self.stitch(self.keys[0] if stitch_id is None else stitch_id)
