@@ -141,6 +141,18 @@ def test_the_config_of_a_bundle_makes_a_model_of_its_own(made, bundle, tmp_path)
         load(tmp_path / "random", anchors=["a", "b"])
 
 
+def test_what_transformers_asks_of_any_model(anchors, tmp_path):
+    config = StitchedLlamaConfig.from_anchor_configs(anchors["unequal"])
+    model = StitchedLlamaForCausalLM._from_config(config, attn_implementation="eager").eval()
+    assert len(model(IDS, output_attentions=True).attentions) == 5
+    model.save_pretrained(tmp_path)
+    again, info = load(tmp_path, output_loading_info=True, attn_implementation="eager")
+    assert not any(info.values())
+    assert_equal(again, model)
+    with pytest.raises(ValueError, match="needs the folder or Hub id of a bundle"):
+        load(None)
+
+
 def test_damage_is_named(made, bundle, anchors, tmp_path):
     fields = json.loads((bundle / CONFIG).read_text())
     (bundle / CONFIG).write_text(json.dumps(fields | {"anchors": None}))

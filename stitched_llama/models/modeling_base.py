@@ -63,9 +63,10 @@ class StitchedPreTrainedModel(AnchorsMixin, BundleMixin, MergingMixin, ExportMix
         self.families = [FAMILIES[spec.family] for spec in self.space.anchors]
         self.keys = [s.key for s in self.space] if config.keys is None else list(config.keys)
         if anchors is None:
-            anchors = [
-                family.auto_class().from_config(config.anchor_config(i)) for i, family in enumerate(self.families)
-            ]
+            chosen = self.config._attn_implementation
+            how = {} if chosen in (None, "sdpa") else {"attn_implementation": chosen}  # else each family's default
+            configs = [config.anchor_config(i) for i in range(len(self.families))]
+            anchors = [family.auto_class().from_config(own, **how) for family, own in zip(self.families, configs)]
         self.anchors = nn.ModuleList(anchors)
         for index, spec in enumerate(self.space.anchors):
             if spec.shared_with is not None:

@@ -29,6 +29,12 @@ _FOR_INFERENCE = (
     "Saved for use, in {size}: what trained is in bfloat16, the low-rank updates are merged into the stitching layers. Metrics were "
     "measured before that rounding; train on from the bundle that this one was saved from."
 )
+_LOADED = {
+    "missing_keys": set(),
+    "unexpected_keys": set(),
+    "mismatched_keys": set(),
+    "error_msgs": [],
+}  # else it is refused
 _NO_MATTER = ("save_peft_format", "save_original_format", "save_function")
 _REFUSED = {
     "max_shard_size": "the weights of a bundle are one file: leave it out",
@@ -62,6 +68,7 @@ class BundleMixin(BundleTensors):
             verify: compare the bundle's files with its digests, and anchors with theirs: of less than a GiB whole, of larger ones
                 samples, or all of them whole with `"full"`. False leaves the bundle's files as they are, for one that was edited
                 on purpose; anchors are compared all the same.
+            output_loading_info: return also what is missing or unexpected, which is nothing.
             merge: merge PST into the weights (`merge_pst`), for use at full speed; such a model trains no more.
             trust_remote_code: run the code of anchors that you name by `anchors`; never that of a bundle.
 
@@ -71,6 +78,10 @@ class BundleMixin(BundleTensors):
             OSError: the bundle or an anchor is neither a folder nor in reach on the Hub.
             TypeError: an unknown argument.
         """
+        if pretrained_model_name_or_path is None:
+            raise ValueError(
+                f"from_pretrained needs the folder or Hub id of a bundle; {cls.__name__}(config) makes a new model"
+            )
         name = os.fspath(pretrained_model_name_or_path)
         if kwargs.get("stitch_id") is not None and kwargs.get("budget") is not None:
             raise ValueError(
@@ -80,7 +91,7 @@ class BundleMixin(BundleTensors):
         context_tokens, verify = kwargs.pop("context_tokens", 0), kwargs.pop("verify", True)
         if verify not in (True, False, "full"):
             raise ValueError(f"verify is {verify!r}; True, False or 'full' is needed")
-        merge = bool(kwargs.pop("merge", False))
+        merge, with_info = bool(kwargs.pop("merge", False)), bool(kwargs.pop("output_loading_info", False))
         trust = bool(kwargs.pop("trust_remote_code", False)) and wanted["anchors"] is not None
         if "torch_dtype" in kwargs:  # what Transformers 4 called dtype
             kwargs.setdefault("dtype", kwargs.pop("torch_dtype"))
@@ -157,7 +168,7 @@ class BundleMixin(BundleTensors):
         config._name_or_path = name
         if merge:
             model.merge_pst()
-        return model.eval()
+        return (model.eval(), copy.deepcopy(_LOADED)) if with_info else model.eval()
 
     @classmethod
     def check_tables(cls, bundle: Bundle) -> None:
