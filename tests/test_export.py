@@ -123,7 +123,9 @@ def test_a_stitch_of_two_widths_is_one_folder_without_anchors(settings, anchors,
     model.save_pretrained(tmp_path / "bundle")
     stitch = model.space[2]
     wanted = {plain: logits(model, stitch_id=stitch.key) for plain in (None, False)}
+    (tmp_path / "out").mkdir()  # an empty folder may be there
     done = model.export(tmp_path / "out", budget=stitch.params)
+    assert not [path.name for path in done.folder.iterdir() if path.name.startswith(".")]
     assert done.stitch == stitch
     assert model.pinned(2).export(tmp_path / "from view").stitch == stitch
     assert done.not_plain.startswith("a stitching layer joins block 1 of anchor 0 to block 3 of anchor 1")

@@ -96,7 +96,8 @@ def test_weights_that_anchors_share_are_saved_once(tmp_path):
     model = fresh([small, large], junctions="aligned")
     model.config.anchors = None
     model.save_pretrained(tmp_path / "whole")
-    names = load_file(tmp_path / "whole" / WEIGHTS).keys()
+    tensors = load_file(tmp_path / "whole" / WEIGHTS)
+    names = tensors.keys()
     assert [name for name in names if "embed_tokens" in name or "lm_head" in name] == [
         "anchors.0.model.embed_tokens.weight"
     ]
@@ -108,6 +109,10 @@ def test_weights_that_anchors_share_are_saved_once(tmp_path):
         assert torch.equal(logits(part), logits(model, stitch.key)), stitch.key
         part.save_pretrained(tmp_path / "part")
         assert torch.equal(logits(load(tmp_path / "part")), logits(model, stitch.key)), stitch.key
+    del tensors["anchors.1.model.layers.0.mlp.up_proj.weight"]  # that of anchor 0 has the same shape
+    save_file(tensors, tmp_path / "whole" / WEIGHTS)
+    with pytest.raises(ValueError, match="lacks 1 of .* of anchor 1, the first is model.layers.0.mlp.up_proj.weight"):
+        load(tmp_path / "whole", verify=False)
 
 
 @pytest.mark.parametrize("family", IMAGE_FAMILIES)

@@ -186,21 +186,25 @@ def _route_tensors(model: Any, stitch: Stitch) -> dict[str, Tensor]:
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """A folder to fill; on leaving without an error it stands at `folder`, otherwise nothing does.
+    """A folder to fill; on leaving without an error what is in it stands at `folder`, otherwise nothing does.
 
     Raises:
         ValueError: something is there already.
     """
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ValueError(f"{folder} is there already and not an empty folder: export into a new one")
+    given = folder.is_dir()  # it may be where something is mounted
     folder.parent.mkdir(parents=True, exist_ok=True)
-    stage = folder.with_name(f".{folder.name}.{uuid4().hex}")
+    stage = (folder if given else folder.parent) / f".{folder.name}.{uuid4().hex}"
     stage.mkdir()
     try:
         yield stage
-        if folder.exists():
-            folder.rmdir()
-        os.replace(stage, folder)
+        if given:
+            for path in sorted(stage.iterdir(), key=lambda path: path.name == CONFIG):  # without which it is no model
+                os.replace(path, folder / path.name)
+            stage.rmdir()
+        else:
+            os.replace(stage, folder)
     except BaseException:
         shutil.rmtree(stage, ignore_errors=True)
         raise

@@ -18,11 +18,7 @@ from .references import check_placed
 
 def anchor_tensors(model: Any, stitches: Iterable[Stitch]) -> dict[str, Tensor]:
     """The weights of a model's anchors that these routes need, LoRA left out, by their name in the model; one that has several
-    names, as where an embedding is tied, has its first.
-
-    Raises:
-        ValueError: an anchor is quantised.
-    """
+    names, as where an embedding is tied, has its first."""
     stitches, found, seen = list(stitches), {}, set()
     for index, (anchor, family, spec) in enumerate(zip(model.anchors, model.families, model.space.anchors)):
         unused = tuple(f"{name}." for name in Needed(family, spec, index, stitches).unused(anchor))
@@ -65,8 +61,7 @@ def anchors_inside(
         needed = Needed(family, spec, index, stitches)
         known = family.auto_class()._model_mapping[type(own)]  # of DeiT two, the first has one head
         model_class = partial_class(known[0] if isinstance(known, tuple) else known, needed)
-        shares = [other for other, s in enumerate(space.anchors) if index in (s.shared_with, other)]
-        shares += [] if spec.shared_with is None else [spec.shared_with]
+        shares = [other for other, s in enumerate(space.anchors) if other == spec.shared_with or s.shared_with == index]
         with torch.device("meta"):
             skeleton = model_class(own)
         wanted = _shapes(skeleton)
@@ -111,6 +106,7 @@ def _is_count(tensor: Tensor) -> bool:
 
 
 def _source(bundle: Bundle, index: int, name: str, shares: Iterable[int]) -> str | None:
-    """The name of an anchor's tensor in the bundle, which may be that of an anchor that shares it."""
+    """The name of an anchor's tensor in the bundle; of an embedding or head that anchors share, it may be another anchor's."""
+    shares = shares if name.startswith(("model.embed_tokens.", "lm_head.")) else ()
     names = [f"anchors.{anchor}.{name}" for anchor in (index, *shares)]
     return next((name for name in names if name in bundle.shapes), None)
