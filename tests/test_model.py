@@ -73,6 +73,14 @@ def test_every_family_of_llama_blocks(family, fields, tmp_path):
         assert torch.equal(*generated), stitch.key
 
 
+def test_shifted_labels_are_taken_as_by_plain_llama(stitched, anchors):
+    plain = LlamaForCausalLM.from_pretrained(anchors["unequal"][1])
+    with torch.no_grad():
+        found, wanted = (m(IDS, labels=IDS, shift_labels=IDS.flip(1)).loss for m in (stitched("unequal"), plain))
+        assert abs(wanted - plain(IDS, labels=IDS).loss) > 0.01
+    torch.testing.assert_close(found, wanted)
+
+
 def test_loss_equals_plain_llama(stitched, anchors):
     plain = LlamaForCausalLM.from_pretrained(anchors["unequal"][1])
     labels = IDS.masked_fill(MASK == 0, -100)

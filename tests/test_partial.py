@@ -11,7 +11,8 @@ from test_bundle import IDS, assert_equal, contents, load, logits, tensors
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM
 
 from stitched_llama import PSTConfig, StitchedLlamaForCausalLM
-from stitched_llama.bundles import WEIGHTS, dequantize_rows, quantize_rows
+from stitched_llama.bundles import CARD, WEIGHTS, dequantize_rows, quantize_rows
+from stitched_llama.cli import main
 
 
 @pytest.mark.parametrize("how", ["stitch_id", "key", "budget", "auto"])
@@ -44,6 +45,17 @@ def test_one_size_can_be_saved_and_loaded_again(made, bundle, tmp_path):
     assert torch.equal(logits(again), logits(made, key))
     with pytest.raises(ValueError, match="stitch 0 .* is not in .*part: it holds"):
         load(tmp_path / "part", stitch_id=0)
+
+
+def test_a_part_is_consistent_with_itself(made, tmp_path, capsys):
+    """Palette gain needs both anchors: a part without them has none."""
+    test = {stitch.key: 3.0 - stitch.stitch_id / 10 for stitch in made.space}
+    made.table = made.table.with_metrics("loss_test", test)
+    made.save_pretrained(tmp_path / "whole")
+    load(tmp_path / "whole", stitch_id=2).save_pretrained(tmp_path / "part")
+    made.save_pretrained(tmp_path / "published", stitches="published")
+    for name in ("whole", "part", "published"):
+        assert main(["bundle", "verify", "--no-anchors", str(tmp_path / name)]) == 0, capsys.readouterr().err
 
 
 def test_a_size_that_was_never_evaluated_can_be_saved_and_chosen(made, tmp_path):
@@ -136,6 +148,33 @@ def test_stitching_layers_in_8_bits(made, tmp_path):
     assert torch.equal(logits(load(tmp_path / "int8", stitch_id=3)), logits(again, again.keys[3]))
     with pytest.raises(ValueError, match="'int4' is unknown"):
         made.save_pretrained(tmp_path / "x", stitching_dtype="int4")
+
+
+@pytest.mark.parametrize("stitching_dtype", [None, "int8"])
+def test_a_bundle_for_inference_is_small_and_near(stitching_dtype, made, tmp_path):
+    made.save_pretrained(tmp_path / "all")
+    how = {"for_inference": True, "stitching_dtype": stitching_dtype}
+    made.save_pretrained(tmp_path / "use", **how)
+    again = load(tmp_path / "use")
+    assert again.keys == [made.keys[number] for number in (0, 2, len(made.keys) - 1)]
+    assert [s.stitch_id for s in again.published] == [0, 2, len(made.keys) - 1]
+    found = tensors(tmp_path / "use")
+    assert not any("stitching_layers" in name and "lora_" in name for name in found)
+    wide = {name for name, t in found.items() if t.dtype == torch.float32}
+    assert wide == {name for name in found if name.endswith("_scale")}
+    assert (tmp_path / "use" / WEIGHTS).stat().st_size < 0.5 * (tmp_path / "all" / WEIGHTS).stat().st_size
+    for key in again.keys:
+        near = torch.nn.functional.cosine_similarity(logits(again, key), logits(made, key), dim=-1).min()
+        assert 0.99 < near, key
+        assert not torch.equal(logits(again, key), logits(made, key)), key
+    part = load(tmp_path / "use", stitch_id=2, merge=True)
+    torch.testing.assert_close(logits(part), logits(again, part.keys[0]), atol=1e-4, rtol=1e-4)
+    text = (tmp_path / "use" / CARD).read_text()
+    assert "Saved for use, in " in text
+    assert "Saved for use" not in (tmp_path / "all" / CARD).read_text()
+    assert main(["bundle", "verify", str(tmp_path / "use")]) == 0
+    made.save_pretrained(tmp_path / "all of them", stitches="all", **how)
+    assert load(tmp_path / "all of them").keys == made.keys
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

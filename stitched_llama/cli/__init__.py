@@ -2,6 +2,7 @@
 
 space    list the stitches of anchors and their costs, from config.json alone
 bundle   show or verify a bundle
+export   write one size with all its weights
 chat     talk to a bundle at any size; conversation holds the turns
 recipes  finetune, finetune-vision, shrink, baseline, baseline-vision
 """
@@ -16,7 +17,7 @@ from contextlib import contextmanager
 from stitched_llama import __version__
 from stitched_llama.space import printable
 
-from . import bundle, chat, recipes, space
+from . import bundle, chat, export, recipes, space
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -28,7 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"stitched-llama {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     recipes.add_parsers(commands)
-    for module in (space, bundle, chat):
+    for module in (space, bundle, chat, export):
         module.add_parser(commands)
     return parser
 

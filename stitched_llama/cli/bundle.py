@@ -48,6 +48,8 @@ def run_show(options: argparse.Namespace) -> int:
     for index, anchor in enumerate(bundle.config.get("anchors") or []):
         at = f" at {anchor['revision']}" if anchor["revision"] else ""
         print(printable(f"anchor {index}: {anchor['name_or_path']}{at}"))
+    if not bundle.config.get("anchors"):
+        print("the weights of its anchors are in it")
     size = (bundle.folder / WEIGHTS).stat().st_size
     print(f"{len(bundle.shapes)} tensors, {format_bytes(size)}; PST: {json.dumps(bundle.config.get('pst'))}")
     names = sorted(table.metrics)

@@ -47,6 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--no-verify", action="store_true", help="also if files of the bundle differ from their digests"
     )
     parser.add_argument("--load-in-8bit", action="store_true", help="load the anchors in 8 bits")
+    parser.add_argument(
+        "--no-merge", action="store_true", help="keep PST beside the weights (default: merged, unless quantised)"
+    )
     parser.add_argument("--dtype", default="auto", help="dtype of the anchors")
     parser.add_argument("--device-map", help="device_map of from_pretrained (default: auto with a GPU, else cpu)")
 
@@ -78,6 +81,8 @@ def run(options: argparse.Namespace) -> int:
         quantization_config=quantization,
         verify=not options.no_verify,
     )
+    if not options.no_merge and model.merge_obstacle() is None:
+        model.merge_pst()
     if options.budget is not None and options.stitch_id is not None:
         raise ValueError("--budget and --stitch-id both given: pass one of them")
     size = options.budget if options.stitch_id is None else f"#{options.stitch_id}"

@@ -14,9 +14,14 @@ loading         anchors by reference, whole or only a route's blocks
 bundle_tensors  which tensors a bundle holds
 bundle_anchors  the anchors of a bundle, found and checked
 measured        which weights the metrics of a table were measured on
+whole           models that have no anchors to name
 making          from_anchors
+merging         PST merged into the weights
+plain           one route as a plain model of Transformers
+adapters        an anchor's LoRA to and from PEFT's adapter folders
+export          one size as a model of its own
 storage         from_pretrained, save_pretrained, push_to_hub
-card            the model card of a bundle
+card            the model card of a bundle, or of a size that was exported
 llama           decoders of LLaMA blocks
 images          what every stitched image classifier is
 vit, dinov2, swin, convnext, resnet, mobilenet_v2, mixed   one image family each

@@ -81,8 +81,7 @@ def load_anchors(
     hub = {name: value for name, value in hub.items() if name != "revision"}  # the bundle's is not the anchors'
     if not config.anchors:
         raise ValueError(
-            "the bundle names no anchors, its model was not made by from_anchors: make it with from_anchors, then "
-            "save it again"
+            "anchors are given, and the bundle names no anchors: the weights of its own are in it, leave anchors out"
         )
     if given is not None and len(given) != len(config.anchors):
         raise ValueError(

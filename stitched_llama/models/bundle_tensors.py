@@ -1,6 +1,7 @@
 """Which tensors a bundle holds of a model, and their way in and out."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -12,17 +13,32 @@ from stitched_llama.pst import is_low_rank
 from stitched_llama.space import Stitch
 
 from .measured import MeasuredTable
+from .merging import merged_weight
+from .whole import anchor_tensors
 
 
 class BundleTensors(MeasuredTable):
     """`load_bundle` of stitched models, and what `save_pretrained` writes."""
 
+    anchors: Any
     space: Any
     config: Any
     keys: list[str]
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether there are no anchors to name, so that a bundle holds their weights."""
+        return not self.config.anchors
+
+    def note_dtypes(self, config: Any) -> None:
+        """Sets the dtype of each anchor in a configuration to the one that its weights have here."""
+        for own, anchor in zip(config.anchor_configs, self.anchors):
+            for parameter in islice(anchor.parameters(), 1):  # none of an anchor that no route needs
+                own["dtype"] = str(parameter.dtype).removeprefix("torch.")
+
     def load_bundle(self, bundle: Bundle) -> None:
-        """Copies a bundle's tensors into this model: every one this model has, no more, no less than it has.
+        """Copies a bundle's tensors into this model: every one this model has, no more, no less than it has. Weights of anchors that
+        a bundle holds are there already.
 
         Raises:
             ValueError: a tensor is missing, has another shape, is not finite, or is of no use here.
@@ -42,7 +58,7 @@ class BundleTensors(MeasuredTable):
                     f"tensor {name} of {bundle.folder} has shape {list(bundle.shapes[name])}, "
                     f"this model needs {list(own[name].shape)}"
                 )
-        self._check_all_used(bundle, {*names, *scales})
+        self._check_all_used(bundle, {*names, *scales, *self._saved_tensors(self.keys)})
         tensors = bundle.load_tensors([*names, *scales])
         for name, shape in scales.items():
             if tensors[name].shape != shape:
@@ -96,7 +112,7 @@ class BundleTensors(MeasuredTable):
             RuntimeError: `strict` and a name is missing, or a name is unknown.
             ValueError: a tensor of a checkpoint is not finite.
         """
-        own = self._own_tensors(self.keys)
+        own = self._saved_tensors(self.keys)
         unknown = set(state_dict) - {*own, *(f"{name}_scale" for name in own)}
         if not state_dict or unknown:
             if set(state_dict) & (own.keys() - self.state_dict().keys()):  # by names that only a bundle has
@@ -112,8 +128,13 @@ class BundleTensors(MeasuredTable):
         _fill({name: tensor for name, tensor in own.items() if name in state_dict}, state_dict)
         return _IncompatibleKeys(missing, [])
 
-    def _own_tensors(self, keys: Sequence[str]) -> dict[str, Tensor]:
+    def _saved_tensors(self, keys: Sequence[str]) -> dict[str, Tensor]:
         """What a bundle holds of this model, by the name it has there."""
+        inside = anchor_tensors(self, [self.space[key] for key in keys]) if self.is_whole else {}
+        return {bundle_name(name): tensor for name, tensor in inside.items()} | self._own_tensors(keys)
+
+    def _own_tensors(self, keys: Sequence[str]) -> dict[str, Tensor]:
+        """What a bundle holds of this model beside the weights of its anchors."""
         routes = [self.space[key] for key in keys]
         layers = {layer for stitch in routes for layer in stitch.layers}
         blocks = tuple(self.block_prefix(*block) for block in {b for stitch in routes for b in stitch.blocks()})
@@ -134,7 +155,7 @@ class BundleTensors(MeasuredTable):
                     name, routes, blocks
                 )
             if keep:
-                own[_bundle_name(name)] = tensor
+                own[bundle_name(name)] = tensor
         for name, tensor in self.stitching_layers.named_buffers():  # running statistics of an adapter's norms
             if name.split(".")[0] in layers and name.endswith(("running_mean", "running_var")):
                 own[f"stitching_layers.{name}"] = tensor
@@ -150,13 +171,26 @@ class BundleTensors(MeasuredTable):
             return name.startswith(blocks)
         return any(segment.anchor == anchor for stitch in routes for segment in stitch.segments)
 
-    def _bundle_tensors(self, keys: Sequence[str], stitching_dtype: str | None) -> dict[str, Tensor]:
-        tensors = dict(self._own_tensors(keys))
+    @torch.no_grad()
+    def _bundle_tensors(
+        self, keys: Sequence[str], stitching_dtype: str | None, for_inference: bool = False
+    ) -> dict[str, Tensor]:
+        tensors = self._saved_tensors(keys)
+        if for_inference:
+            tensors = self._merged_and_rounded(tensors, self._own_tensors(keys))
         if stitching_dtype == "int8":
             for name in [name for name in tensors if _is_stitching_weight(name)]:
                 weight, tensors[f"{name}_scale"] = quantize_rows(tensors[name].detach().flatten(1))
                 tensors[name] = weight.view_as(tensors[name])
         return tensors
+
+    def _merged_and_rounded(self, tensors: Mapping[str, Tensor], own: Iterable[str]) -> dict[str, Tensor]:
+        """What a bundle for inference holds: stitching layers without low-rank updates, what trained in bfloat16."""
+        kept = {n: t for n, t in tensors.items() if not (n.startswith("stitching_layers.") and is_low_rank(n))}
+        merged = {f"stitching_layers.{name}.proj.weight": layer.proj for name, layer in self.stitching_layers.items()}
+        kept |= {name: merged_weight(proj) for name, proj in merged.items() if name in kept}
+        rounded = {name for name in own if not name.endswith(("running_mean", "running_var"))}
+        return {name: tensor.bfloat16() if name in rounded else tensor for name, tensor in kept.items()}
 
 
 @torch.no_grad()
@@ -173,6 +207,6 @@ def _is_stitching_weight(name: str) -> bool:
     return name.startswith("stitching_layers.") and name.endswith(".proj.weight")
 
 
-def _bundle_name(name: str) -> str:
+def bundle_name(name: str) -> str:
     """A tensor's name in a bundle: PEFT's wrapping and this package's containers left out."""
     return name.replace(".base_layer.", ".").replace(".default.", ".").replace("stitch_bias.vectors.", "stitch_bias.")

@@ -36,7 +36,8 @@ class StitchedConfig(PreTrainedConfig):
 
     Args:
         anchor_configs: the anchors' own configurations as JSON objects, small to large.
-        anchors: where each anchor's weights are: `name_or_path`, `revision`, `fingerprint` (part -> digest).
+        anchors: where each anchor's weights are: `name_or_path`, `revision`, `fingerprint` (part -> digest); None where they are in
+            the bundle itself.
         kernel_size, stride, direction, pairs, adapter, rescale, adapter_norm, across_stages, junctions, routes: options
             of `StitchSpace`.
         space_digest: of the space the weights were trained in; another space is refused.

@@ -21,7 +21,7 @@ from .references import HUB_OPTIONS, check_placed, digests_of_files, weight_file
 LOAD_OPTIONS = ("dtype", "quantization_config", "device_map", "max_memory", "offload_folder", "attn_implementation")
 
 
-_IN_PART = "only the blocks of some sizes were loaded of it: load the anchor by itself, from its folder or Hub id"
+IN_PART = "only the blocks of some sizes were loaded of it: load the anchor by itself, from its folder or Hub id"
 
 
 def take(kwargs: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
@@ -43,24 +43,33 @@ def check_options(anchors: Iterable[Any], options: Mapping[str, Any]) -> None:
         )
 
 
-class _Needed:
-    """Which tensors of an anchor a set of routes needs."""
+class Needed:
+    """Which tensors of an anchor a set of routes needs; of an image anchor all but blocks."""
 
-    def __init__(self, family: LlamaFamily, spec: AnchorSpec, index: int, stitches: Iterable[Stitch]):
+    def __init__(self, family: Family, spec: AnchorSpec, index: int, stitches: Iterable[Stitch]):
         routes = [stitch.segments for stitch in stitches]
         self.family = family
         self.blocks = {b for route in routes for s in route if s.anchor == index for b in range(s.start, s.stop)}
-        self.head = any(route[-1].anchor == index for route in routes)
-        self.embedding = any(route[0].anchor == index for route in routes) or (self.head and spec.tied)
+        self.head = self.embedding = True
+        if isinstance(family, LlamaFamily):
+            self.head = any(route[-1].anchor == index for route in routes)
+            self.embedding = any(route[0].anchor == index for route in routes) or (self.head and spec.tied)
         self.all = len(self.blocks) == spec.depth and self.head and self.embedding
 
     def __call__(self, tensor: str) -> bool:
+        """Of an anchor of LLaMA blocks: whether a tensor of this name is needed."""
         family = self.family
         if tensor.startswith(family.blocks_module + "."):
             return int(tensor.removeprefix(family.blocks_module + ".").split(".")[0]) in self.blocks
         if tensor.startswith(family.embedding_modules):
             return self.embedding
         return self.head if tensor.startswith(family.head_modules) else True
+
+    def unused(self, model: nn.Module) -> list[str]:
+        """The modules of an anchor that are not needed."""
+        names = [name for number, name in enumerate(self.family.block_names(model)) if number not in self.blocks]
+        names += () if self.embedding else self.family.embedding_modules
+        return names + list(() if self.head else self.family.head_modules)
 
 
 def load_anchor(
@@ -85,7 +94,7 @@ def load_anchor(
     if not isinstance(family, LlamaFamily):
         how = {"whole": whole, "trust_remote_code": trust_remote_code, **options}
         return _load_image_anchor(name_or_path, config, family, index, stitches, new_head, **how)
-    needed = None if stitches is None else _Needed(family, spec, index, stitches)
+    needed = None if stitches is None else Needed(family, spec, index, stitches)
     if needed is not None and (needed.all or getattr(config, "quantization_config", None)):
         needed = None
     files = weight_files(name_or_path, needed, **options)
@@ -102,12 +111,12 @@ def load_anchor(
         options = {name: value for name, value in options.items() if name not in HUB_OPTIONS}
         if not files:  # not on any of these routes: no weight is left that could be quantised
             options.pop("quantization_config", None)
-        model_class = _partial_class(family.auto_class()._model_mapping[type(config)], needed)
+        model_class = partial_class(family.auto_class()._model_mapping[type(config)], needed)
         model, info = model_class.from_pretrained(
             None, config=config, state_dict=_read(files), output_loading_info=True, **options
         )
         model.__class__ = model_class.__base__  # it was needed to build it; pickle knows this one
-        refuse_to_save(model, _IN_PART)
+        refuse_to_save(model, IN_PART)
     _check_whole(name_or_path, info["missing_keys"])
     check_placed(name_or_path, model)
     model.requires_grad_(False)
@@ -195,21 +204,15 @@ def _let_go(model: nn.Module, family: Family, index: int, stitches: Iterable[Sti
         for name in unused:
             model.set_submodule(name, nn.Identity())
         if unused:
-            refuse_to_save(model, _IN_PART)
+            refuse_to_save(model, IN_PART)
 
 
-def _partial_class(model_class: type[PreTrainedModel], needed: _Needed) -> type[PreTrainedModel]:
+def partial_class(model_class: type[PreTrainedModel], needed: Needed) -> type[PreTrainedModel]:
     """The same model with everything that is not needed left empty, original block numbers kept."""
 
     def __init__(self, config):
         model_class.__init__(self, config)
-        blocks = self.get_submodule(needed.family.blocks_module)
-        for number in range(len(blocks)):
-            if number not in needed.blocks:
-                blocks[number] = nn.Identity()
-        unused = () if needed.embedding else needed.family.embedding_modules
-        unused += () if needed.head else needed.family.head_modules
-        for name in unused:
+        for name in needed.unused(self):
             self.set_submodule(name, nn.Identity())
         if not (needed.head and needed.embedding):
             self.all_tied_weights_keys = {}

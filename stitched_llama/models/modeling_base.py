@@ -13,9 +13,12 @@ from stitched_llama.layers import StitchingLayer
 from stitched_llama.pst import PSTConfig, StitchBias, StitchLora, attach_pst, is_low_rank, refuse_another
 from stitched_llama.space import BYTES_PER_NUMBER, Precision, Stitch
 
+from .adapters import AdapterMixin
 from .calibration import Calibration, calibrate
 from .configuration import StitchedConfig
+from .export import ExportMixin
 from .making import AnchorsMixin
+from .merging import MergingMixin
 from .route import first_norm
 from .shared import share_embedding
 from .storage import BundleMixin
@@ -30,7 +33,7 @@ class BlockOutputs(NamedTuple):
     leaves: list[Tensor]
 
 
-class StitchedPreTrainedModel(AnchorsMixin, BundleMixin, PreTrainedModel):
+class StitchedPreTrainedModel(AnchorsMixin, BundleMixin, MergingMixin, ExportMixin, AdapterMixin, PreTrainedModel):
     """Base of the stitched models.
 
     The route is an argument of `forward` (`stitch_id=`), never a mode; every method that names a stitch takes an id or
@@ -51,14 +54,19 @@ class StitchedPreTrainedModel(AnchorsMixin, BundleMixin, PreTrainedModel):
     supports_gradient_checkpointing = True
 
     def __init__(self, config: StitchedConfig, anchors: Sequence[nn.Module] | None = None):
+        pst = None
+        if anchors is None and (config.anchors or config.pst):  # weights of its own, which are no named anchor's
+            config, pst = copy.deepcopy(config), config.pst_config
+            config.anchors = config.pst = None
         super().__init__(config)
         self.space = config.stitch_space()
         self.families = [FAMILIES[spec.family] for spec in self.space.anchors]
         self.keys = [s.key for s in self.space] if config.keys is None else list(config.keys)
         if anchors is None:
-            anchors = [
-                family.auto_class().from_config(config.anchor_config(i)) for i, family in enumerate(self.families)
-            ]
+            chosen = self.config._attn_implementation
+            how = {} if chosen in (None, "sdpa") else {"attn_implementation": chosen}  # else each family's default
+            configs = [config.anchor_config(i) for i in range(len(self.families))]
+            anchors = [family.auto_class().from_config(own, **how) for family, own in zip(self.families, configs)]
         self.anchors = nn.ModuleList(anchors)
         for index, spec in enumerate(self.space.anchors):
             if spec.shared_with is not None:
@@ -73,6 +81,8 @@ class StitchedPreTrainedModel(AnchorsMixin, BundleMixin, PreTrainedModel):
         self.requires_grad_(False)
         self.post_init()
         self._count_bytes_as_loaded()
+        if pst is not None:
+            self.attach_pst(pst)
 
     def get_expanded_tied_weights_keys(self, *args: Any, **kwargs: Any) -> dict[str, str]:
         """As Transformers has it, of the pairs that are here: one size may hold an anchor's embedding or its head alone."""
@@ -189,7 +199,7 @@ class StitchedPreTrainedModel(AnchorsMixin, BundleMixin, PreTrainedModel):
         Raises:
             ValueError: PST is attached; another adapter would undo it.
         """
-        if self.config.pst is not None:
+        if self.config.pst is not None or self.is_merged:
             refuse_another()
         super().add_adapter(*args, **kwargs)
 
@@ -199,7 +209,7 @@ class StitchedPreTrainedModel(AnchorsMixin, BundleMixin, PreTrainedModel):
         Raises:
             ValueError: PST is attached; another adapter would undo it.
         """
-        if self.config.pst is not None:
+        if self.config.pst is not None or self.is_merged:
             refuse_another()
         return super().load_adapter(*args, **kwargs)
 
@@ -246,10 +256,12 @@ class StitchedPreTrainedModel(AnchorsMixin, BundleMixin, PreTrainedModel):
         """Adds the trainable parts by declaration; everything else stays frozen and no output changes.
 
         Raises:
-            ValueError: PST is attached already, or a rank does not fit.
+            ValueError: PST is attached already, or was merged, or a rank does not fit.
 
         Source: ESTA section 4.1; `PSTConfig(full=True)` SN-Net section 3.3.
         """
+        if self.is_merged:
+            raise ValueError("PST was merged into the weights: load the bundle without merge to train it on")
         if self.config.pst is not None:
             raise ValueError(f"PST is attached already ({self.config.pst}): load the anchors anew for other settings")
         self.stitch_bias, self.stitch_lora = attach_pst(

@@ -1,4 +1,4 @@
-"""Saving and loading a stitched model as a bundle that holds none of its anchors' weights."""
+"""Saving and loading a stitched model as a bundle, which names its anchors, or holds their weights where there are none to name."""
 
 import copy
 import os
@@ -12,16 +12,29 @@ from huggingface_hub import HfApi, ModelCard
 from transformers import GenerationConfig
 
 from stitched_llama.bundles import CARD, CONFIG, GENERATION, Bundle, write_bundle
-from stitched_llama.space import StitchSpace, StitchTable, named
+from stitched_llama.space import StitchSpace, StitchTable, format_bytes, named
 
 from .bundle_anchors import bundle_folder, load_anchors
 from .bundle_tensors import BundleTensors
 from .card import model_card
 from .config_fields import check_shadows
+from .export import CODE, auto_map, code_of
 from .loading import LOAD_OPTIONS, take
+from .merging import quantised
 from .references import HUB_OPTIONS
+from .whole import anchors_inside, check_saves_whole
 
 _UPLOAD = ("repo_id", "commit_message", "commit_description", "tags", "private", "token", "revision", "create_pr")
+_FOR_INFERENCE = (
+    "Saved for use, in {size}: what trained is in bfloat16, the low-rank updates are merged into the stitching layers. Metrics were "
+    "measured before that rounding; train on from the bundle that this one was saved from."
+)
+_LOADED = {
+    "missing_keys": set(),
+    "unexpected_keys": set(),
+    "mismatched_keys": set(),
+    "error_msgs": [],
+}  # else it is refused
 _NO_MATTER = ("save_peft_format", "save_original_format", "save_function")
 _REFUSED = {
     "max_shard_size": "the weights of a bundle are one file: leave it out",
@@ -43,7 +56,8 @@ class BundleMixin(BundleTensors):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any):
-        """Loads a bundle and its anchors; nothing is initialised anew and no code is run.
+        """Loads a bundle and its anchors, which lie in it where the model has none to name; nothing is initialised anew and no code
+        is run.
 
         Args:
             pretrained_model_name_or_path: a folder or a Hub repository that holds a bundle.
@@ -54,14 +68,20 @@ class BundleMixin(BundleTensors):
             verify: compare the bundle's files with its digests, and anchors with theirs: of less than a GiB whole, of larger ones
                 samples, or all of them whole with `"full"`. False leaves the bundle's files as they are, for one that was edited
                 on purpose; anchors are compared all the same.
+            output_loading_info: return also what is missing or unexpected, which is nothing.
+            merge: merge PST into the weights (`merge_pst`), for use at full speed; such a model trains no more.
             trust_remote_code: run the code of anchors that you name by `anchors`; never that of a bundle.
 
         Raises:
             ValueError: a file or an anchor changed, a tensor is missing, unused, not finite or has another shape, the space differs,
-                no such stitch, the budget is too small, or both are given.
+                no such stitch, the budget is too small, or both are given, or anchors are quantised where PST is to be merged.
             OSError: the bundle or an anchor is neither a folder nor in reach on the Hub.
             TypeError: an unknown argument.
         """
+        if pretrained_model_name_or_path is None:
+            raise ValueError(
+                f"from_pretrained needs the folder or Hub id of a bundle; {cls.__name__}(config) makes a new model"
+            )
         name = os.fspath(pretrained_model_name_or_path)
         if kwargs.get("stitch_id") is not None and kwargs.get("budget") is not None:
             raise ValueError(
@@ -71,6 +91,7 @@ class BundleMixin(BundleTensors):
         context_tokens, verify = kwargs.pop("context_tokens", 0), kwargs.pop("verify", True)
         if verify not in (True, False, "full"):
             raise ValueError(f"verify is {verify!r}; True, False or 'full' is needed")
+        merge, with_info = bool(kwargs.pop("merge", False)), bool(kwargs.pop("output_loading_info", False))
         trust = bool(kwargs.pop("trust_remote_code", False)) and wanted["anchors"] is not None
         if "torch_dtype" in kwargs:  # what Transformers 4 called dtype
             kwargs.setdefault("dtype", kwargs.pop("torch_dtype"))
@@ -109,6 +130,8 @@ class BundleMixin(BundleTensors):
             table = check_table(bundle.table, space, own.keys)
         if config.pst is not None:
             table = table.in_training()
+            if merge and precision.quantization is not None:
+                raise ValueError(quantised(precision.quantization))
         if wanted["budget"] is not None:
             config.keys = [table.choose(space, wanted["budget"], context_tokens, keys=config.keys).key]
         elif wanted["stitch_id"] is not None:
@@ -123,7 +146,11 @@ class BundleMixin(BundleTensors):
         with named(bundle.folder / CONFIG):
             pst = config.pst_config
         whole = True if verify == "full" else None
-        loaded = load_anchors(config, bundle.folder, wanted["anchors"], stitches, load, hub, whole, trust)
+        if config.anchors or wanted["anchors"] is not None:
+            loaded = load_anchors(config, bundle.folder, wanted["anchors"], stitches, load, hub, whole, trust)
+        else:
+            with named(bundle.folder):
+                loaded = anchors_inside(config, space, bundle, stitches, load)
         with named(bundle.folder):
             model = cls(config, anchors=loaded)
             if pst is not None:
@@ -139,7 +166,9 @@ class BundleMixin(BundleTensors):
                 check_shadows(bundle.generation, where, GenerationConfig)
                 model.generation_config = GenerationConfig.from_dict(dict(bundle.generation))
         config._name_or_path = name
-        return model.eval()
+        if merge:
+            model.merge_pst()
+        return (model.eval(), copy.deepcopy(_LOADED)) if with_info else model.eval()
 
     @classmethod
     def check_tables(cls, bundle: Bundle) -> None:
@@ -168,17 +197,21 @@ class BundleMixin(BundleTensors):
         self,
         save_directory: str | os.PathLike,
         is_main_process: bool = True,
-        stitches: str = "all",
+        stitches: str | None = None,
         push_to_hub: bool = False,
         stitching_dtype: str | None = "as loaded",
+        for_inference: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Saves a bundle: trained parts, stitching layers, table, configs, model card. An interrupted save changes nothing.
+        """Saves a bundle: trained parts, stitching layers, table, configs, model card, and the weights of the anchors where there are
+        none to name, as in a model that was built from a configuration. An interrupted save changes nothing.
 
         Args:
-            stitches: `"all"`, or `"published"` to leave out everything that no published stitch needs.
+            stitches: `"all"` (default), or `"published"` to leave out everything that no published stitch needs.
             stitching_dtype: `"int8"` halves the stitching layers' bytes against bfloat16, None keeps them as they are; by default
                 as the bundle has them that this model was loaded from.
+            for_inference: published stitches alone by default, the low-rank updates merged into the stitching layers, and what
+                trained in bfloat16: for use, not for training on.
             kwargs: what `push_to_hub` takes; options of Transformers that mean nothing here are left alone.
 
         Metrics of the table that were measured on other weights than those that are saved are left out, with a warning.
@@ -188,12 +221,21 @@ class BundleMixin(BundleTensors):
                 option of Transformers asks for what a bundle cannot be.
             TypeError: an unknown argument.
         """
+        if stitches is None:
+            stitches = "published" if for_inference else "all"
         if stitches not in ("all", "published"):
             raise ValueError(f"stitches {stitches!r} is unknown; 'all' or 'published' is needed")
         if stitching_dtype == "as loaded":
             stitching_dtype = self.config.stitching_dtype
         if stitching_dtype not in (None, "int8"):
             raise ValueError(f"stitching_dtype {stitching_dtype!r} is unknown; None or 'int8' is needed")
+        if self.is_merged and self.config.anchors:
+            raise ValueError(
+                "PST was merged into the anchors' weights, and a bundle holds none of these: what was trained would be lost; load the "
+                "bundle without merge to save it, or write one size with its weights by export(folder, stitch_id=...)"
+            )
+        if self.is_whole:
+            check_saves_whole(self)
         upload = take(kwargs, _UPLOAD)
         self._check_options(kwargs)
         if not is_main_process:
@@ -209,16 +251,29 @@ class BundleMixin(BundleTensors):
         config.architectures, config.stitching_dtype = [type(self).__name__], stitching_dtype
         keys = self.keys if stitches == "all" else [stitch.key for stitch in self.published]
         config.keys = None if len(keys) == len(self.space) else keys
+        if self.is_whole:
+            self.note_dtypes(config)
+        if for_inference and config.pst is not None and not config.pst_config.full:
+            config.pst["stitching_rank"] = 0
         space = config.stitch_space()
-        texts = {CONFIG: config.to_json_string()}
+        texts = {}
+        if getattr(config, "auto_map", None) == auto_map(type(self)):
+            texts[CODE] = code_of(type(self))
+        elif hasattr(config, "auto_map"):  # names code that would not be there
+            del config.auto_map
+        texts[CONFIG] = config.to_json_string()
         if self.can_generate():
             texts[GENERATION] = self.generation_config.to_json_string()
         table = self.table_to_save()
-        texts[CARD] = model_card(config.anchors or [{}] * len(self.anchors), space, [space[key] for key in keys], table)
-        write_bundle(save_directory, self._bundle_tensors(keys, stitching_dtype), table.to_dict(space, keys), texts)
+        tensors = self._bundle_tensors(keys, stitching_dtype, for_inference)
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        note = _FOR_INFERENCE.format(size=format_bytes(size)) if for_inference else None
+        texts[CARD] = model_card(config.anchors, space, [space[key] for key in keys], table, note)
+        write_bundle(save_directory, tensors, table.to_dict(space, keys), texts)
         if push_to_hub:
             repo_id = upload.pop("repo_id", Path(save_directory).name)
-            self.push_to_hub(repo_id, stitches=stitches, stitching_dtype=stitching_dtype, **upload)
+            how = {"stitches": stitches, "stitching_dtype": stitching_dtype, "for_inference": for_inference}
+            self.push_to_hub(repo_id, **how, **upload)
 
     def _check_options(self, options: Mapping[str, Any]) -> None:
         """Refuses options of Transformers' `save_pretrained` that would change what is written there, and do not here."""

@@ -59,7 +59,9 @@ def attach_pst(
                 install_update_hooks(family, block, layers)
     for anchor in anchors:
         refuse_to_save(
-            anchor, "it carries PST: save the stitched model, or load the anchor anew from its own folder or Hub id"
+            anchor,
+            "it carries PST: save the stitched model, write one size as a model of its own by export(folder, stitch_id=...), or load "
+            "the anchor anew from its own folder or Hub id",
         )
     for name, layer in stitching_layers.items():
         rank, core = stitching_ranks[name], list(layer.core.parameters())

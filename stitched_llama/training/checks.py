@@ -83,7 +83,8 @@ def check_run(trainer: Any, teacher: Any) -> None:
         raise ValueError(_PLAIN_DDP)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(
-            "nothing of this model trains: call model.attach_pst(PSTConfig(...)) before you make a trainer"
+            "nothing of this model trains: call model.attach_pst(PSTConfig(...)) before you make a trainer; one whose PST was merged "
+            "is loaded anew, without merge"
         )
     if args.device.type == "cpu" and any(getattr(anchor, "is_loaded_in_4bit", False) for anchor in model.anchors):
         raise ValueError(

@@ -71,7 +71,7 @@ class StitchedLlamaForCausalLM(StitchedPreTrainedModel, StitchedGenerationMixin)
         implementations = {anchor.config._attn_implementation for anchor in self.anchors}
         if len(implementations) > 1:
             raise ValueError(f"anchors run with different attention implementations {sorted(implementations)}: load both with one attn_implementation")  # fmt: skip
-        config._attn_implementation = implementations.pop()
+        self.config._attn_implementation = implementations.pop()
 
     def get_input_embeddings(self):
         return self.anchors[self.stitch().segments[0].anchor].get_input_embeddings()
@@ -111,7 +111,7 @@ class StitchedLlamaForCausalLM(StitchedPreTrainedModel, StitchedGenerationMixin)
                 anchor the route begins in: `model.pinned(stitch_id).get_input_embeddings()`.
             attention_mask: [batch, past + tokens], 1 for tokens to attend to.
             stitch_id: id or key; a key also under `torch.compile`. None takes the default of the configuration.
-            labels: [batch, tokens], -100 where no loss is wanted.
+            labels: [batch, tokens], -100 where no loss is wanted; `shift_labels` beside them, shifted already, take their place.
 
         Raises:
             ValueError: no such stitch, a token id outside the vocabulary, embeddings of another width, or the cache was made by
@@ -138,7 +138,7 @@ class StitchedLlamaForCausalLM(StitchedPreTrainedModel, StitchedGenerationMixin)
             past_key_values = DynamicCache(config=self.config)
         if past_key_values is not None and not torch.compiler.is_compiling():
             _claim(past_key_values, stitch)
-        loss_kwargs = {name: kwargs.pop(name) for name in ("num_items_in_batch",) if name in kwargs}
+        loss_kwargs = {name: kwargs.pop(name) for name in ("num_items_in_batch", "shift_labels") if name in kwargs}
         context = self._context(
             first,
             inputs_embeds,
