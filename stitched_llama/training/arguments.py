@@ -43,7 +43,7 @@ class _RecipeParser(HfArgumentParser):
 
 
 def recipe_parser(arguments: Sequence[type], description: str) -> HfArgumentParser:
-    """The command-line parser of a recipe; `--help` begins with the description."""
+    """The parser of a recipe's command line; `--help` begins with the description."""
     return _RecipeParser(
         arguments,
         usage="%(prog)s --anchors ANCHOR [ANCHOR ...] [options]",
@@ -192,8 +192,8 @@ class StitchTrainingArguments(TrainingArguments):
     anchors_first: float = field(
         default=0.5,
         metadata={
-            "help": "With --stitch_rank: share of the steps, at the beginning, that train the anchors in turn on labels alone; the rest "
-            "train the stitches on the frozen anchors."
+            "help": "With --stitch_rank: share of the steps, at the beginning, that train each anchor as it would alone; the rest train "
+            "the stitches on the frozen anchors."
         },
     )
     inplace_teacher: bool = field(
