@@ -46,8 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-verify", action="store_true", help="also if files of the bundle differ from their digests"
     )
-    parser.add_argument("--load-in-8bit", action="store_true", help="load the anchors in 8 bits")
-    parser.add_argument("--dtype", default="auto", help="dtype of the anchors")
+    parser.add_argument("--load-in-8bit", action="store_true", help="anchors in 8 bits")
+    parser.add_argument("--dtype", default="auto", help="of the anchors")
     parser.add_argument("--device-map", help="device_map of from_pretrained (default: auto with a GPU, else cpu)")
 
 
