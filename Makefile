@@ -64,6 +64,11 @@ evidence: setup
 test: setup lint
 	$(BIN)/python -m pytest -q
 
+# With the tests marked slow
+.PHONY: test-all
+test-all: setup lint
+	$(BIN)/python -m pytest -q -m "not gpu and not hub"
+
 # Thousands of damaged, edited and hostile inputs, each right or refused by name.
 fuzz: setup
 	$(BIN)/python tests/fuzz.py --full --out benchmarks/results/reliability.json

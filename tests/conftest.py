@@ -26,11 +26,7 @@ FAMILIES = {
     "three": ([(32, 3, 4, 2, {}), (40, 4, 5, 1, {}), (48, 5, 6, 3, {"head_dim": 12})], {"pairs": "chain"}),
 }
 
-MARKERS = {
-    "gpu": "needs a GPU",
-    "slow": "takes minutes",
-    "hub": "needs the Hugging Face Hub",
-}
+MARKERS = ("gpu", "slow", "hub")  # left out unless selected with -m; setup.cfg says what they mean
 
 # Each exception has its reason; anything else that warns fails the test.
 ALLOWED_WARNINGS = {
@@ -48,8 +44,6 @@ ALLOWED_WARNINGS = {
 
 
 def pytest_configure(config):
-    for name, reason in MARKERS.items():
-        config.addinivalue_line("markers", f"{name}: {reason}; left out unless selected with -m")
     config.addinivalue_line("filterwarnings", "error")
     for line in ALLOWED_WARNINGS:
         config.addinivalue_line("filterwarnings", line)

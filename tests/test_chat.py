@@ -326,7 +326,7 @@ def test_a_session_of_its_own_survives_bytes_and_interrupts(anchors, chatty, tmp
     fresh(anchors["unequal"], PSTConfig(rank=2)).save_pretrained(tmp_path)
     chatty.save_pretrained(tmp_path)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
-    command = [sys.executable, "-m", "stitched_llama", "chat", tmp_path, "--max-new-tokens", "2000", "--stitch-id", "2"]
+    command = [sys.executable, "-m", "stitched_llama", "chat", tmp_path, "--max-new-tokens", "400", "--stitch-id", "2"]
     how = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, cwd=ROOT, env=environment, **how) as run:
         assert b"stitch 2" in run.stdout.readline()

@@ -17,6 +17,9 @@ EVERY = [
     pytest.param(family, pst, id=f"{family}-{'pst' if pst else 'bare'}") for family in FAMILIES for pst in (False, True)
 ]
 WITH_PST = [pytest.param(family, True, id=family) for family in FAMILIES]
+ASSISTED = [
+    pytest.param(*param.values, id=param.id, marks=[] if param.values[1] else [pytest.mark.slow]) for param in EVERY
+]
 
 
 @torch.no_grad()
@@ -165,7 +168,7 @@ def test_sampling_repeats_with_a_seed(family, pst, stitched):
     assert torch.equal(*found)
 
 
-@pytest.mark.parametrize(("family", "pst"), EVERY)
+@pytest.mark.parametrize(("family", "pst"), ASSISTED)
 def test_assisted_by_a_smaller_stitch_equals_greedy(family, pst, stitched):
     model = stitched(family, pst)
     for stitch in model.space:

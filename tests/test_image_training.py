@@ -369,8 +369,11 @@ def test_the_vision_demos_halves_are_disjoint_and_its_vits_fit_them(monkeypatch)
 
 @pytest.mark.parametrize(("family", "options"), [
     ("mobilenet", ["--kernel_size", 1]),
-    ("resnet-swin", ["--across_stages", "--adapter", "bottleneck", "--rescale", "bilinear", "--adapter_norm", "batch"]),
-    ("convnext", ["--shared", "mean", "--kernel_size", 1]),
+    pytest.param(
+        "resnet-swin", ["--across_stages", "--adapter", "bottleneck", "--rescale", "bilinear", "--adapter_norm", "batch"],
+        marks=pytest.mark.slow,
+    ),
+    pytest.param("convnext", ["--shared", "mean", "--kernel_size", 1], marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_sn_nets_procedure_from_checkpoints_to_an_evaluated_bundle(family, options, tmp_path):
     """Anchors adapted whole, each alone; then stitched, all weights training, taught by another model."""

@@ -423,7 +423,13 @@ def test_resnet_takes_its_image_size_from_the_others():
     assert len(space) > 2
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name in ("three", "deit") else [])  # their blocks are vit's
+        for name in FAMILIES
+    ],
+)
 def test_any_stitch_exports(family, folders):
     model = stitched(folders, family, PSTConfig(rank=2))
 

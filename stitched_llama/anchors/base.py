@@ -11,7 +11,7 @@ class Family(Protocol):
     `context` holds the inputs that all blocks of a forward share (mask, positions, cache); text and image families have their own.
 
     Attributes:
-        layout: of a feature: `"tokens"` [batch, positions, width] or `"channels"` [batch, width, height, width of map].
+        layout: of a feature: `"tokens"` [batch, positions, width] or `"channels"` [batch, channels, height, width].
         head_modules: names of the modules after the last block, as tensor names begin.
     """
 

@@ -1,8 +1,8 @@
-"""The file format of bundles: JSON and safetensors, written atomically; knows no model.
+"""The file format of bundles: JSON and safetensors, written atomically; independent of models.
 
-atomic       all of a set of files or none
-digests      tells when a file of a folder changed
-fingerprint  tells when an anchor is no longer the one trained on
+atomic       writes a set of files completely or not at all
+digests      detects a changed file of a folder
+fingerprint  detects an anchor with other weights than those trained on
 int8         stitching layers in half the bytes
 bundle       open, read, verify, write
 """

@@ -1,12 +1,12 @@
-"""Writes a set of files so that a reader sees all of the old ones or all of the new ones, whenever the writer dies.
+"""Writes a set of files so that a reader sees all old or all new ones, also if the writer is killed.
 
-New files are written and flushed into `.staged/`; a marker then says that the set is whole; only then are they renamed
-into place. Before the marker the old files stand untouched; after it `recover` finishes the renames.
+New files are written and flushed into `.staged/`; a marker then records that the set is complete; only then are they renamed
+to their final names. Before the marker the old files are unchanged; after it `recover` finishes the renames.
 
 A writer holds a lock on the folder from the first file to the last rename, a reader shares one while it reads: a reader
 gets the files of one save, and of two writers the second waits. The lock is the operating system's (`flock` of the folder
 itself), leaves no file and ends with its process. Where there is none (Windows, some network file systems) one writer at
-a time is up to the caller; the digests then tell a mixture.
+a time is up to the caller; the digests then detect a mixture.
 """
 
 import os
@@ -31,7 +31,7 @@ def staged_files(folder: str | Path) -> Iterator[Path]:
     """A folder to write new files into; on leaving without an error they replace those of the same name in `folder`.
 
     Raises:
-        ValueError: what lies in the stage's place is no folder.
+        ValueError: `.staged` is not a folder.
         OSError: another process holds the folder for five minutes.
     """
     folder = Path(folder)
@@ -58,10 +58,10 @@ def staged_files(folder: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def reading(folder: str | Path) -> Iterator[None]:
-    """While it lasts no writer changes the files; a save that was interrupted is finished first.
+    """A context in which no writer changes the files; an interrupted save is finished first.
 
     Raises:
-        ValueError: what lies in the stage's place is no folder.
+        ValueError: `.staged` is not a folder.
         OSError: another process saves into the folder for five minutes.
     """
     folder = Path(folder)
@@ -74,7 +74,7 @@ def reading(folder: str | Path) -> Iterator[None]:
 
 
 def recover(folder: str | Path) -> None:
-    """Finishes a save that was interrupted after its files were whole; does nothing else."""
+    """Finishes a save that was interrupted after its files were complete."""
     folder = Path(folder)
     if folder.is_dir() and _is_complete(folder):
         with _locked(folder):
@@ -91,7 +91,7 @@ def _is_complete(folder: Path) -> bool:
 
 
 def _finish(folder: Path) -> None:
-    """Renames a whole set into place."""
+    """Renames the files of a complete set."""
     if not _is_complete(folder):
         return
     stage = folder / _STAGE

@@ -1,4 +1,4 @@
-"""The files of a bundle: read, write and verify. Knows tensors and tables, no model; JSON and safetensors only."""
+"""Reads, writes and verifies the files of a bundle, JSON and safetensors only; independent of models."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -35,10 +35,10 @@ def dump_json(content: Any) -> str:
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle on disk, all of one save: its JSON read, its tensors still there.
+    """A bundle on disk, from one save: JSON files in memory, tensors read on request.
 
     Attributes:
-        folder: where it lies.
+        folder: of the bundle.
         config: the fields of `config.json`.
         table: the fields of `stitches.json`.
         generation: the fields of `generation_config.json`, or None.
@@ -54,7 +54,7 @@ class Bundle:
 
     @classmethod
     def open(cls, folder: str | Path, verify: bool = True, weights: bool = True) -> "Bundle":
-        """Reads the tables of a bundle and checks that its files are whole, and those that were saved.
+        """Reads the JSON files of a bundle and checks that all files are complete and unchanged.
 
         Args:
             verify: compare the files with `digests.json`; False is for a bundle that was edited on purpose, or is older than that.
@@ -120,7 +120,7 @@ def recorded_files(folder: Path) -> list[str]:
 
 
 def check_finite(tensors: Mapping[str, torch.Tensor], where: str) -> None:
-    """Refuses weights that are no numbers.
+    """Rejects tensors with NaN or infinite entries.
 
     Raises:
         ValueError: names the tensor and how many of its entries are NaN or infinite.

@@ -1,6 +1,6 @@
-"""SHA-256 of a folder's files in `digests.json`: tells when one of them is no longer what was saved.
+"""SHA-256 of a folder's files in `digests.json`, to detect files that changed since they were saved.
 
-They tell damage and edits apart from what was saved, not who saved it: whoever may write the folder may write new digests.
+They detect damage and edits, not who saved the files: whoever may write the folder may write new digests.
 """
 
 import hashlib

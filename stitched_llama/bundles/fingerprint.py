@@ -1,8 +1,8 @@
-"""Digests of an anchor's weights, part by part, that tell when an anchor is no longer the one trained on.
+"""Digests of an anchor's weights by part, to detect an anchor with other weights than those trained on.
 
-A quick one reads of each tensor its name, dtype, shape and sixteen evenly spaced pages, as reading 40 GB at every load
-would be slow: that catches a re-trained, converted or re-quantised checkpoint, not a single flipped bit. A whole one
-reads everything.
+A quick digest reads of each tensor its name, dtype, shape and sixteen evenly spaced pages, as reading 40 GB at every load
+would be slow: that catches a re-trained, converted or re-quantised checkpoint, not a single flipped bit. A
+complete digest reads all bytes.
 """
 
 import hashlib
@@ -54,7 +54,7 @@ def fingerprint_files(
 
 
 def fingerprint_tensors(tensors: Mapping[str, torch.Tensor], whole: bool = False) -> dict[str, str]:
-    """Part -> digest, of weights in memory; equal to the files' where dtype and names are."""
+    """Part -> digest of weights in memory; equal to that of files with the same dtype and names."""
     entries: list[Entry] = []
     for name, tensor in tensors.items():
         raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
@@ -93,10 +93,10 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
 
 
 def _span(dtype: str, shape: list[int], data_offsets: list[int]) -> tuple[int, int]:
-    """Where a tensor's bytes lie.
+    """Start and stop of a tensor's bytes.
 
     Raises:
-        TypeError, ValueError: the entry of the header cannot be.
+        TypeError, ValueError: an invalid entry of the header.
     """
     start, stop = data_offsets
     whole = [type(number) is int and number >= 0 for number in (start, stop, *shape)]

@@ -1,4 +1,4 @@
-"""Layouts of features and their conversion: `"tokens"` [batch, positions, width] and `"channels"` [batch, width, height, width of map].
+"""Layouts of features and their conversion: `"tokens"` [batch, positions, width] and `"channels"` [batch, channels, height, width].
 
 A stitching layer maps token features [batch, positions, width], `rows` below. Class and distillation tokens precede the positions
 of the feature map: those of both source and target are mapped like any position, those of the source alone are dropped, those of
@@ -41,7 +41,7 @@ def on_map(
     change: Callable[[Tensor], Tensor],
     change_token: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Token features [batch, special + positions, width] after `change` is applied to their map [batch, width, height, width of map].
+    """Token features [batch, special + positions, width] after `change` is applied to their map [batch, channels, height, width].
 
     Each special token is passed to `change_token` (default: `change`) as a map of one position: of a convolution only the centre
     applies to it.
