@@ -20,7 +20,7 @@ from stitched_llama.space import Stitch, StitchTable
 
 from .bundle_tensors import bundle_name
 from .card import exported_card
-from .merging import adapted_layers, merged_weight, quantised, settings_left, stitch_factors
+from .merging import adapted_layers, merged_weight, quantised, settings_left
 from .plain import plain_model, plain_obstacle
 from .processors import load_processor
 from .tokenizers import load_tokenizer
@@ -170,7 +170,7 @@ def _route_tensors(model: Any, stitch: Stitch) -> dict[str, Tensor]:
     for anchor in {segment.anchor for segment in stitch.segments}:
         for block, layer, _, name in adapted_layers(model, anchor):
             if (anchor, block) in stitch.blocks():
-                weight = merged_weight(layer, stitch_factors(lora, anchor, block, name))
+                weight = merged_weight(layer, lora and lora.factors(anchor, block, name))
                 merged[id(getattr(layer, "base_layer", layer).weight)] = weight
     found = anchor_tensors(model, [stitch])
     for name in stitch.layers:

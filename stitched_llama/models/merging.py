@@ -73,7 +73,7 @@ class MergingMixin:
             own_lora = None
         for index, anchor in enumerate(self.anchors):
             for block, layer, owner, name in adapted_layers(self, index):
-                weight = merged_weight(layer, stitch_factors(own_lora, index, block, name))
+                weight = merged_weight(layer, own_lora and own_lora.factors(index, block, name))
                 _put(owner, name, layer, weight)
             vars(anchor).pop("peft_config", None)
         for layer in self.stitching_layers.values():
@@ -109,12 +109,6 @@ def adapted_layers(model: Any, anchor: int) -> Iterator[tuple[int, nn.Module, nn
             owner = family.adapted(block)
             for name, *_ in part.adapted:
                 yield index, owner.get_submodule(name), owner, name
-
-
-def stitch_factors(lora: StitchLora | None, anchor: int, block: int, name: str) -> tuple[Tensor, Tensor] | None:
-    """Down [rank, d_in] and up [d_out, rank] of the stitches' own LoRA on one layer, where it has any."""
-    key = f"{anchor}_{block}_{name}"
-    return (lora.down[key], lora.up[key]) if lora is not None and key in lora.layers.get((anchor, block), ()) else None
 
 
 def merged_weight(layer: nn.Module, factors: tuple[Tensor, Tensor] | None = None) -> Tensor:

@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from stitched_llama.anchors import LlamaFamily
 from stitched_llama.space import Stitch
 
-from .merging import merged_weight, stitch_factors
+from .merging import merged_weight
 
 _SAME = (
     "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act", "rms_norm_eps",
@@ -118,7 +118,7 @@ def _tensors(model: Any, stitch: Stitch) -> dict[str, Tensor]:
                 found[f"model.layers.{slot}.{name}"] = tensor
         for number, name in enumerate(names):
             layer = model.families[anchor].adapted(block).get_submodule(name)
-            weight = merged_weight(layer, stitch_factors(lora, anchor, index, name))
+            weight = merged_weight(layer, lora and lora.factors(anchor, index, name))
             bias = getattr(layer, "base_layer", layer).bias
             if biases is not None:
                 more = biases[slot][number].to(weight.device)

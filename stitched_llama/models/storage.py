@@ -272,8 +272,8 @@ class BundleMixin(BundleTensors):
         write_bundle(save_directory, tensors, table.to_dict(space, keys), texts)
         if push_to_hub:
             repo_id = upload.pop("repo_id", Path(save_directory).name)
-            how = {"stitches": stitches, "stitching_dtype": stitching_dtype, "for_inference": for_inference}
-            self.push_to_hub(repo_id, **how, **upload)
+            upload |= {"for_inference": True} if for_inference else {}
+            self.push_to_hub(repo_id, stitches=stitches, stitching_dtype=stitching_dtype, **upload)
 
     def _check_options(self, options: Mapping[str, Any]) -> None:
         """Refuses options of Transformers' `save_pretrained` that would change what is written there, and do not here."""

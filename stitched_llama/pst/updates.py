@@ -62,6 +62,11 @@ class StitchLora(nn.Module):
         """For each block of the route (down, up) of each of its adapted layers."""
         return [[(self.down[name], self.up[name]) for name in self.layers[block]] for block in stitch.blocks()]
 
+    def factors(self, anchor: int, block: int, layer: str) -> tuple[Tensor, Tensor] | None:
+        """(down, up) of one adapted layer; None where it lies on no stitch."""
+        name = f"{anchor}_{block}_{layer}"
+        return (self.down[name], self.up[name]) if name in self.down else None
+
 
 def updates_of(stitch: Stitch, bias: StitchBias | None, lora: StitchLora | None) -> list[tuple[Update, ...]] | None:
     """For each block of a route the updates of its adapted layers; None where the stitch has none."""
