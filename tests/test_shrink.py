@@ -283,10 +283,16 @@ def test_routes_given_whole_pass_any_number_of_junctions(family):
         (["0[0:1]>0[1:3]"], "joins an anchor with itself"),
         (["0[0:2]>1[3:4]>0[1:3]"], "runs a block twice"),
         (keys[:1] * 2, "given twice"),
+        ([keys[0], f"0{keys[0]}"], "given twice"),
         ([], "empty list"),
     ):
         with pytest.raises(ValueError, match=message):
             StitchSpace.from_configs(family, routes=routes)
+    tied = [
+        large(depth=depth).config for depth in (3, 5)
+    ]  # the route has the embedding of one and the head of the other
+    with pytest.raises(ValueError, match="more than the largest anchor, which has .*: leave it out"):
+        StitchSpace.from_configs(tied, routes=["0[0:2]>1[2:5]"])
 
 
 def test_text_is_read_packed_and_refused(tmp_path, tokenizer):

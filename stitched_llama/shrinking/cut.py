@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stitched_llama.anchors import FAMILIES, LlamaFamily
-from stitched_llama.space import LLAMA_LIKE, block_groups
+from stitched_llama.space import LLAMA_LIKE, block_groups, lineage_of
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def check_lineage(small: PreTrainedModel, cut: Cut, large: PreTrainedModel) -> N
     Raises:
         ValueError: its `shrunk_from` is missing or differs, or its shape does.
     """
-    lineage = getattr(small.config, "shrunk_from", None) or {}
+    lineage = lineage_of(small.config.to_dict()) or {}
     wanted = {"depth": large.config.num_hidden_layers, "target_blocks": cut.target_blocks}
     for name, value in wanted.items():
         if lineage.get(name) != value:

@@ -28,7 +28,7 @@ from .decoders import LLAMA_LIKE
 from .families import ANY_SIZE, anchor_spec, anchor_specs
 from .frontier import best_of_intervals, intervals, pareto_front
 from .given import parse_junctions
-from .lineage import aligned_junctions, block_groups, replaced_blocks, resolve_junctions
+from .lineage import aligned_junctions, block_groups, lineage_of, replaced_blocks, resolve_junctions
 from .palette import palette_gain, palette_gains, staircase_gain
 from .space import DIRECTIONS, MOST_STITCHES, PAIRS, SPACE_OPTIONS, StitchSpace
 from .spec import AnchorSpec, Feature, Part
@@ -71,6 +71,7 @@ __all__ = [
     "format_count",
     "higher_is_better",
     "intervals",
+    "lineage_of",
     "named",
     "palette_gain",
     "palette_gains",

@@ -12,7 +12,7 @@ from .adapters import StitchingLayerSpec, check_adapter, strides_reach
 from .configs import fields_of
 from .cost import Precision, route_cost
 from .families import anchor_specs
-from .given import check_junctions, check_routes
+from .given import MOST_STITCHES, check_junctions, check_routes
 from .lineage import resolve_junctions
 from .rules import Pairing, pairings
 from .spec import AnchorSpec
@@ -24,7 +24,6 @@ SPACE_OPTIONS = (
     "kernel_size", "stride", "direction", "pairs", "adapter", "rescale", "adapter_norm", "across_stages", "junctions",
     "routes",
 )  # fmt: skip
-MOST_STITCHES = 10_000
 _PADDING = 0.01  # of a vocabulary: Qwen2.5 has 151,936 rows in small models and 152,064 in large ones
 _REMEDIES = {
     "vocab_size": "stitches need one tokenizer",
@@ -51,8 +50,8 @@ class StitchSpace:
         precision: the form of weights and cache in which bytes are counted.
 
     Raises:
-        ValueError: fewer than two anchors, anchors not in ascending order, vocabularies that differ, a bad option, or a
-            junction that is impossible.
+        ValueError: fewer than two anchors, anchors not in ascending order, vocabularies that differ, a bad option, a junction that is
+            impossible, or a route given by its key that is larger than the largest anchor, of text.
 
     Source: SN-Net section 3.3, ESTA sections 5.1 and 5.2, Traft and Cheney section 2.
     """
@@ -223,6 +222,11 @@ class StitchSpace:
             layers = [self.stitching_layers.get(junction.layer or "") for junction in junctions]
             cost = route_cost(self.anchors, segments, layers, self.precision)
             if len(segments) > 1 and drops and cost.params > largest:
+                if "routes" in self.options:
+                    raise ValueError(
+                        f"route {route_key(segments)} has {cost.params:,} parameters, more than the largest anchor, which has "
+                        f"{largest:,}: leave it out"
+                    )
                 continue  # the largest anchor is smaller
             stitches.append(
                 Stitch(-1, route_key(segments), segments, junctions, **asdict(cost), unit=self.anchors[0].unit)

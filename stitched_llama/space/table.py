@@ -144,12 +144,15 @@ class StitchTable:
 
     def to_dict(self, space: StitchSpace, keys: Iterable[str] | None = None) -> dict[str, Any]:
         """The content of `stitches.json`, for the stitches at hand (all of the space by default); a deciding metric that none of
-        them has is left out. `palette_gain` is there for those who read the file, and worked out anew from it."""
+        them has is left out. `palette_gain` is there for those who read the file, and worked out anew from it, of these stitches."""
         from .palette import palette_gains  # which reads tables
 
         wanted = None if keys is None else set(keys)
         rows = self.to_rows(s for s in space if wanted is None or s.key in wanted)
-        gains = palette_gains(space, self)
+        held = {
+            name: {row["key"]: row["metrics"][name] for row in rows if name in row["metrics"]} for name in self.metrics
+        }
+        gains = palette_gains(space, replace(self, metrics={name: values for name, values in held.items() if values}))
         return {
             "palette_gain": {name: {by: _finite(gain) for by, gain in found.items()} for name, found in gains.items()},
             "alone": {key: dict(values) for key, values in self.alone.items()},
