@@ -34,7 +34,7 @@ from stitched_llama.training import (
     SpaceArguments,
     batches,
     check_arguments,
-    check_no_adapter,
+    check_source,
     collate_images,
     dump_record,
     evaluate_stitches,
@@ -138,8 +138,10 @@ def main() -> None:
     # The fine-tune, every stitch after
     teacher = None
     if args.teacher is not None:
-        check_no_adapter(args.teacher)
-        teacher = AutoModelForImageClassification.from_pretrained(args.teacher, trust_remote_code=False)
+        check_source(args.teacher)
+        teacher = AutoModelForImageClassification.from_pretrained(
+            args.teacher, use_safetensors=True, trust_remote_code=False
+        )
     trainer = sl.StitchImageTrainer(
         model=model, args=training, train_dataset=train_set, eval_dataset=eval_set, data_collator=collate_images,
         teacher=teacher, data_settings=settings,

@@ -1,5 +1,6 @@
 """Unlabelled text and chat data as blocks of tokens of one length."""
 
+import hashlib
 import random
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -9,7 +10,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from stitched_llama.training import Row, read_rows, template
+from stitched_llama.models.tokenizers import check_token_ids
+from stitched_llama.training import Row, read_rows, render_chat, template
 
 
 def read_documents(source: str, render: Callable[[Row], str]) -> list[str]:
@@ -46,7 +48,7 @@ def row_renderer(tokenizer: PreTrainedTokenizerBase) -> Callable[[Row], str]:
             return template("alpaca").render(row.instruction, row.input) + row.output
         question = row.instruction + (f"\n{row.input}" if row.input else "")
         turns = [{"role": "user", "content": question}, {"role": "assistant", "content": row.output}]
-        return tokenizer.apply_chat_template(turns, tokenize=False)
+        return render_chat(tokenizer, turns, add_generation_prompt=False)
 
     return render
 
@@ -58,9 +60,10 @@ class TokenBlocks(Dataset):
         documents: texts; each is followed by the tokenizer's end token.
         max_blocks: stop after so many; None takes all.
         seed: of the order.
+        vocab_size: of the model that reads them; None does not look.
 
     Raises:
-        ValueError: the text is shorter than one block.
+        ValueError: the text is shorter than one block, or a token is outside the vocabulary.
     """
 
     def __init__(
@@ -70,6 +73,7 @@ class TokenBlocks(Dataset):
         block_size: int,
         max_blocks: int | None = None,
         seed: int = 0,
+        vocab_size: int | None = None,
     ):
         order = random.Random(seed).sample(range(len(documents)), len(documents))
         wanted = None if max_blocks is None else max_blocks * block_size
@@ -80,6 +84,13 @@ class TokenBlocks(Dataset):
                 f"the text is too short to align on: {len(tokens)} tokens do not fill one block of {block_size}; give more text"
             )
         self.blocks = torch.tensor(tokens[: count * block_size]).view(count, block_size)
+        if vocab_size is not None:
+            check_token_ids(self.blocks, vocab_size)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the blocks."""
+        return hashlib.sha256(self.blocks.numpy().tobytes()).hexdigest()
 
     def __len__(self) -> int:
         return len(self.blocks)

@@ -27,7 +27,7 @@ smoke       pico anchors for --smoke and tests
 """
 
 from stitched_llama.models.processors import load_processor
-from stitched_llama.models.references import check_no_adapter
+from stitched_llama.models.references import check_source
 from stitched_llama.models.tokenizers import load_tokenizer
 
 from .arguments import (
@@ -41,7 +41,7 @@ from .arguments import (
     recipe_parser,
 )
 from .checkpoints import find_checkpoint, is_published
-from .checks import check_arguments
+from .checks import check_arguments, check_launch
 from .data import Collator, InstructionDataset, batches, pad_token_id
 from .evaluation import evaluate_plain, evaluate_stitches, image_scores, response_scores, spearman
 from .finite import FiniteGradients
@@ -81,8 +81,9 @@ __all__ = [
     "batches",
     "byte_tokenizer",
     "check_arguments",
-    "check_no_adapter",
+    "check_launch",
     "check_settings",
+    "check_source",
     "collate_images",
     "dump_record",
     "evaluate_plain",
