@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import ids_like, python, spread
 
-from stitched_llama import StitchedLlamaForCausalLM, StitchSpace
+from stitched_llama import PSTConfig, StitchedLlamaForCausalLM, StitchSpace
 from stitched_llama.models import propose_junctions
 from stitched_llama.shrinking import (
     ShrinkArguments,
@@ -231,6 +231,24 @@ def test_a_bundle_of_aligned_anchors_loads_equal_whole_and_in_part(adapter, fami
         assert torch.equal(loaded(ids, stitch_id=1).logits, model(ids, stitch_id=1).logits)
     held = {id(p): p.numel() for p in part.parameters()}
     assert sum(held.values()) == part.space[1].params
+
+
+def test_every_size_loads_alone_where_anchors_that_share_an_embedding_train_whole(family, tmp_path):
+    keys = ["1[0:1]>0[1:2]>1[3:5]", "0[0:2]>1[3:5]"]
+    model = StitchedLlamaForCausalLM.from_anchors(family, routes=keys, adapter="identity")
+    model.attach_pst(PSTConfig(full=True))
+    spread(model, std=0.1)
+    ids = ids_like(2, 9)
+    wanted = {key: model(ids, stitch_id=key).logits for key in model.keys}
+    model.save_pretrained(tmp_path / "bundle")
+    for key in model.keys:
+        part = StitchedLlamaForCausalLM.from_pretrained(tmp_path / "bundle", stitch_id=key)
+        assert torch.equal(part(ids, stitch_id=key).logits, wanted[key])
+        part.save_pretrained(tmp_path / "part")
+        again = StitchedLlamaForCausalLM.from_pretrained(tmp_path / "part")
+        assert torch.equal(again(ids, stitch_id=key).logits, wanted[key])
+    held = model._own_tensors(["1[0:5]"])
+    assert any(t is model.anchors[1].model.embed_tokens.weight for t in held.values())  # under the other anchor's name
 
 
 def test_another_model_of_the_same_shape_is_refused(family, tmp_path, tokenizer):
