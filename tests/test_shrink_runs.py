@@ -181,6 +181,20 @@ def test_a_student_that_is_not_of_this_teacher_is_refused():
     assert ShrinkDistillation(cut.model, teacher, cut.target_blocks, freeze_embeddings=False)
 
 
+def test_a_document_of_megabytes_is_read_in_pieces_to_the_same_ids(tokenizer, monkeypatch):
+    texts = ["word " * 100_000, "x" * 70_000, "the end"]
+    wanted = [token for text in texts for token in [*tokenizer(text, add_special_tokens=False).input_ids, 2]]
+    assert TokenBlocks(texts[:1], tokenizer, 100).blocks.flatten().tolist() == wanted[:500_000]
+    read, original = [], type(tokenizer).__call__
+    monkeypatch.setattr(
+        type(tokenizer), "__call__", lambda self, text, **how: read.append(len(text)) or original(self, text, **how)
+    )
+    blocks = TokenBlocks(texts[:1], tokenizer, 100, max_blocks=300).blocks
+    assert blocks.flatten().tolist() == wanted[:30_000]
+    assert sum(read) < 60_000
+    assert len(TokenBlocks(texts[1:2], tokenizer, 100).blocks) == 700
+
+
 def test_tokens_and_templates_that_cannot_be_are_named(tokenizer):
     with pytest.raises(ValueError, match="is outside the 90 of the vocabulary"):
         TokenBlocks(TEXT, tokenizer, 16, vocab_size=90)

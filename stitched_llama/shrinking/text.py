@@ -2,7 +2,7 @@
 
 import hashlib
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -13,6 +13,8 @@ from transformers import PreTrainedTokenizerBase
 from stitched_llama.models.tokenizers import check_token_ids
 from stitched_llama.training import Row, read_rows, render_chat, template
 
+_PIECE = 20_000  # characters
+
 
 def read_documents(source: str, render: Callable[[Row], str]) -> list[str]:
     """The documents of a source: paragraphs of about 4,000 characters of a `.txt` file, else the rendered rows of what `read_rows` reads.
@@ -20,7 +22,7 @@ def read_documents(source: str, render: Callable[[Row], str]) -> list[str]:
     Raises:
         ValueError: the source cannot be read, or holds no text.
     """
-    if Path(source).suffix != ".txt":
+    if Path(source).suffix.lower() != ".txt":
         return [render(row) for row in read_rows(source, on_bad_row="skip")]
     if not Path(source).is_file():
         raise ValueError(f"there is no file {source}")
@@ -78,7 +80,7 @@ class TokenBlocks(Dataset):
         order = random.Random(seed).sample(range(len(documents)), len(documents))
         wanted = None if max_blocks is None else max_blocks * block_size
         tokens = _token_stream((documents[index] for index in order), tokenizer, wanted)
-        count = len(tokens) // block_size
+        count = min(len(tokens) // block_size, max_blocks or len(tokens))
         if not count:
             raise ValueError(
                 f"the text is too short to align on: {len(tokens)} tokens do not fill one block of {block_size}; give more text"
@@ -103,9 +105,21 @@ class TokenBlocks(Dataset):
 def _token_stream(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, wanted: int | None) -> list[int]:
     tokens: list[int] = []
     for document in documents:
-        tokens += tokenizer(document, add_special_tokens=False).input_ids
+        for piece in _pieces(document):
+            tokens += tokenizer(piece, add_special_tokens=False).input_ids
+            if wanted is not None and len(tokens) >= wanted:
+                return tokens
         if tokenizer.eos_token_id is not None and tokens[-1:] != [tokenizer.eos_token_id]:
             tokens.append(tokenizer.eos_token_id)
-        if wanted is not None and len(tokens) >= wanted:
-            break
     return tokens
+
+
+def _pieces(document: str) -> Iterator[str]:
+    """A document in pieces of at most `_PIECE` characters, cut before a space: megabytes in one take a tokenizer minutes."""
+    start = 0
+    while len(document) - start > _PIECE:
+        stop = document.rfind(" ", start + _PIECE // 2, start + _PIECE)
+        stop = start + _PIECE if stop < 0 else stop
+        yield document[start:stop]
+        start = stop
+    yield document[start:]
