@@ -348,6 +348,23 @@ def test_junctions_by_what_fits_are_the_aligned_ones(family, tokenizer):
     assert {s.key for s in space if not s.is_anchor} == {key for key in found.proposed if ">" in key}
 
 
+def test_an_anchor_that_is_not_finite_is_neither_measured_nor_cut():
+    teacher = large()
+    student = cut_model(teacher, 3).model
+    student.model.layers[0].mlp.up_proj.weight.data[0, 0] = float("nan")
+    for adapter, named in (("identity", "stitch .* has the loss nan: weights of an anchor"), ("linear", "hold NaN")):
+        with pytest.raises(ValueError, match=named):
+            propose_junctions(
+                StitchedLlamaForCausalLM,
+                [student, teacher],
+                [{"input_ids": ids_like(8, 9)}] * 3,
+                adapter=adapter,
+                progress=False,
+            )
+    with pytest.raises(ValueError, match="activations of the model that is cut are not finite"):
+        cut_model(student, 2, 16, [{"input_ids": ids_like(2, 9)}])
+
+
 def test_a_delta_brings_the_small_model_back_within_its_bits(tmp_path):
     teacher = large()
     cut = cut_model(teacher, 3)

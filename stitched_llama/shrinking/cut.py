@@ -145,6 +145,10 @@ def _channel_energy(model: PreTrainedModel, batches: Iterable[dict[str, Tensor]]
             total += (share / share.sum(-1, keepdim=True).clamp_min(1e-12)).mean((0, 1)).cpu()
     if not seen:
         raise ValueError("no data to measure the residual channels on: cutting the width needs batches")
+    if not total.isfinite().all():
+        raise ValueError(
+            "activations of the model that is cut are not finite: its weights are damaged, or load it in float32"
+        )
     return total
 
 

@@ -113,9 +113,9 @@ def is_published(checkpoint: str | None, output: Path, anchors: Sequence[str]) -
         return False
     try:
         row = json.loads(result.read_text(encoding="utf-8"))
-    except ValueError:  # cut short
+    except (ValueError, RecursionError):  # cut short
         return False
-    if row["anchors"] != list(anchors) or row.get("samples", ()) is None:
+    if not isinstance(row, dict) or row.get("anchors") != list(anchors) or row.get("samples", ()) is None:
         return False
     _tell(f"{checkpoint} is the end of its run, {bundle.parent} and {result} are of it: nothing to do")
     return True
