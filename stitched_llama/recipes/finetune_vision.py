@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForImageClassification, set_seed
+from transformers import AutoModelForImageClassification, set_seed
 
 import stitched_llama as sl
 from stitched_llama.models import image_class
+from stitched_llama.models.references import anchor_config
 from stitched_llama.space import palette_gains
 from stitched_llama.training import (
     ImageDataArguments,
@@ -108,7 +109,7 @@ def main() -> None:
     classes = dict(enumerate(images.names))
 
     # What can be known to be wrong before hours are spent
-    configs = [AutoConfig.from_pretrained(name, id2label=classes, trust_remote_code=False) for name in args.anchors]
+    configs = [anchor_config(name, id2label=classes) for name in args.anchors]
     model_class = image_class(config.model_type for config in configs)
     shape = model_class.config_class.from_anchor_configs(configs, **space.options()).stitch_space()
     pst.settings().trainable_params(shape)
