@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from stitched_llama import StitchedLlamaForCausalLM
+from stitched_llama.models.loading import load_plain
 from stitched_llama.space import anchor_specs, replaced_blocks
 from stitched_llama.training import (
     Collator,
@@ -90,7 +90,7 @@ def main() -> None:
         list(batches(InstructionDataset(part, tokenizer, prompt, options.max_length), collator, options.batch))
         for part in (lambda parts: (parts[0][:32], parts[1]))(read_parts(options, options.seed))
     )
-    anchors = [AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval() for name in options.anchors]
+    anchors = [load_plain(name, dtype=torch.float32) for name in options.anchors]
     configs = [anchor.config.to_dict() for anchor in anchors]
     groups = replaced_blocks(configs, anchor_specs(configs))
     patterns = {"boomerang, small first": [], "boomerang, large first": []}

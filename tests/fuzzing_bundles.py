@@ -5,6 +5,7 @@ import functools
 import io
 import shutil
 import warnings
+from dataclasses import replace
 
 import torch
 from fuzzing import Different, Fault, edit_bytes, edit_json
@@ -16,12 +17,19 @@ from transformers import AutoModelForCausalLM, AutoModelForImageClassification
 from stitched_llama import PSTConfig, StitchedLlamaForCausalLM, StitchedViTForImageClassification
 from stitched_llama.bundles import CONFIG, DIGESTS, GENERATION, TABLE, WEIGHTS, recorded_files, write_digests
 from stitched_llama.cli import main
+from stitched_llama.shrinking import cut_model
 
-CLASSES = {"llama": StitchedLlamaForCausalLM, "vit": StitchedViTForImageClassification}
-AUTO = {"llama": AutoModelForCausalLM, "vit": AutoModelForImageClassification}
+# `routes`: an anchor and one cut out of it, routes given one by one, a LoRA of the stitches, anchors tuned alone
+CLASSES = {
+    "llama": StitchedLlamaForCausalLM,
+    "vit": StitchedViTForImageClassification,
+    "routes": StitchedLlamaForCausalLM,
+}
+AUTO = {"llama": AutoModelForCausalLM, "vit": AutoModelForImageClassification, "routes": AutoModelForCausalLM}
 INPUTS = {"llama": torch.arange(4, 15)[None], "vit": torch.linspace(-1, 1, 3 * 16 * 16).view(1, 3, 16, 16)}
+INPUTS["routes"] = INPUTS["llama"]
 FULL = 2000
-SPACES = ("swin", "convnext", "resnet", "dinov2", "mobilenet", "deit", "llama")
+SPACES = ("swin", "convnext", "resnet", "dinov2", "mobilenet", "deit", "llama", "routes")
 CODE = "import os, pathlib\npathlib.Path(os.environ['FUZZ_FOLDER'], 'CODE_WAS_RUN').touch()\nclass Evil: pass\n"
 EXTRA = (
     ("auto_map", {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil", "AutoTokenizer": ["evil.Evil", None]}),
@@ -32,6 +40,13 @@ EXTRA = (
     ("image_size", 10**9), ("id2label", {"0": "\x1b]0;x\x07"}), ("kernel_size", 10**9), ("pst", None), ("stride", 0),
     ("default_stitch_id", "\x1b[2J"), ("name_or_path", "\x1b[2J"), ("rope_theta", 3.0), ("rms_norm_eps", 0.5),
     ("hidden_act", "relu"), ("hidden_act", "\x1b[2J"), ("layer_types", ["x"]), ("dtype", "load"), ("pairs", "chain"),
+    ("shrunk_from", 3), ("shrunk_from", {"depth": 5, "target_blocks": [0, 2, 4], "shared": 3}), ("shared", 3), ("depth", 10**9),
+    ("shrunk_from", {"depth": 10**9, "target_blocks": list(range(10**5))}), ("target_blocks", [0, 1, 4]), ("target_blocks", [0.0]),
+    ("junctions", [[a % 5, a % 7] for a in range(10**5)]), ("junctions", [["x" * 10**5]]), ("junctions", "aligned"),
+    ("routes", ["0[0:2]>1[3:5]"] * 2), ("routes", ["00[0:2]>1[3:5]", "0[0:2]>1[3:5]"]), ("routes", ["x" * 10**6]), ("routes", [3]),
+    ("routes", [f"0[0:{a}]>1[{a}:5]" for a in range(20_000)]), ("stitch_rank", 10**9), ("stitch_rank", "x"), ("stitch_rank", 0),
+    ("stitch_bias", "x"), ("dropout", float("nan")), ("full", 1), ("alone", 3), ("alone", {"\x1b[2J": {"loss": 1}}),
+    ("alone", {"0[0:3]": {"loss": 1e308, "loss_test": -1e308}}), ("palette_gain", "\x1b[2J"), ("adapter", "identity"),
 )  # fmt: skip
 
 
@@ -54,37 +69,65 @@ def prepare(folder):
 
     for kind in CLASSES:
         home, shapes = folder / kind, ((32, 3, 4, 2), (48, 5, 6, 3))
-        models = (
-            [spread(pico_anchor(*s, vocab_size=260), i) for i, s in enumerate(shapes)]
-            if kind == "llama"
-            else build("vit")
-        )
+        if kind == "llama":
+            models = [spread(pico_anchor(*s, vocab_size=260), i) for i, s in enumerate(shapes)]
+        else:
+            models = build("vit") if kind == "vit" else shrunk_pair()
         for number, anchor in enumerate(models):
             anchor.save_pretrained(home / "anchors" / str(number))
-            if kind == "llama":
+            if kind != "vit":
                 byte_tokenizer().save_pretrained(home / "anchors" / str(number))
         torch.manual_seed(0)
         paths = [str(home / "anchors" / str(number)) for number in range(2)]
-        stitched = CLASSES[kind].from_anchors(paths)
-        stitched.attach_pst(PSTConfig(rank=2, stitching_rank=2))
+        given = {"routes": ROUTES, "adapter": "identity"} if kind == "routes" else {}
+        stitched = CLASSES[kind].from_anchors(paths, **given)
+        stitched.attach_pst(PSTConfig(rank=2, stitching_rank=2, stitch_rank=2 if kind == "routes" else 0))
         randomise(stitched)
         loss = {stitch.key: float(10 - stitch.stitch_id) for stitch in stitched.space}
         stitched.table = stitched.table.with_metrics("loss", loss, decides=True)
+        if kind == "routes":
+            ends = [stitched.space.anchor_stitch(index).key for index in (0, -1)]
+            alone = {key: {"loss": loss[key] - 0.5, "loss_test": loss[key] - 0.4} for key in ends}
+            stitched.table = replace(stitched.table.with_metrics("loss_test", loss), alone=alone)
         for number, reference in enumerate(stitched.config.anchors):
             reference["name_or_path"] = f"../anchors/{number}"
         stitched.save_pretrained(home / "bundle")
         _expected(home, kind)
     for family in SPACES:
-        if family != "llama":
+        if family not in ("llama", "routes"):
             for number, anchor in enumerate(build(family)):
                 anchor.config.save_pretrained(folder / "spaces" / family / str(number))
-    shutil.copytree(folder / "llama" / "anchors", folder / "spaces" / "llama", ignore=lambda *_: ["model.safetensors"])
+    for kind in ("llama", "routes"):
+        shutil.copytree(folder / kind / "anchors", folder / "spaces" / kind, ignore=lambda *_: ["model.safetensors"])
+
+
+ROUTES = ["0[0:2]>1[3:5]", "1[0:1]>0[1:2]>1[3:5]"]
+
+
+def shrunk_pair():
+    """An anchor of 3 blocks cut out of one of 5, and that one."""
+    from conftest import spread
+
+    from stitched_llama.training import pico_anchor
+
+    large = spread(pico_anchor(48, 5, 6, 3, vocab_size=260, tie_word_embeddings=True), 1)
+    cut = cut_model(large, 3)
+    shared = ["embedding", "head"]
+    cut.model.config.shrunk_from = {
+        "name_or_path": "large",
+        "revision": None,
+        "depth": 5,
+        "target_blocks": cut.target_blocks,
+        "shared": shared,
+    }
+    spread(cut.model.model.layers, 2)
+    return [cut.model, large]
 
 
 # ---- what is done to a bundle
 
 
-def _tensors(path, rng):
+def change_tensors(path, rng):
     with safe_open(path, "pt") as file:
         found = {name: file.get_tensor(name) for name in file.keys()}
     name = rng.choice(sorted(found))
@@ -100,7 +143,7 @@ def _tensors(path, rng):
         found[name] = tensor.to(
             rng.choice([torch.float16, torch.bfloat16, torch.float64, torch.int8, torch.int64, torch.bool])
         )
-    elif how in ("nan", "inf"):
+    elif how in ("nan", "inf") and tensor.is_floating_point():
         found[name] = tensor.clone()
         found[name].view(-1)[rng.randrange(tensor.numel())] = float(how)
     elif how == "zeros":
@@ -151,7 +194,7 @@ def _change(case, rng):
         name = rng.choice([CONFIG, *texts])
         return f"{name}: {edit_json(bundle / name, rng, EXTRA)}"
     if how < 0.5:
-        return f"weights: {_tensors(bundle / WEIGHTS, rng)}"
+        return f"weights: {change_tensors(bundle / WEIGHTS, rng)}"
     if how < 0.7:
         name = rng.choice([*texts, WEIGHTS, WEIGHTS, WEIGHTS])
         return f"{name}: {edit_bytes(bundle / name, rng)}"
@@ -166,7 +209,7 @@ def _change(case, rng):
     if how < 0.87:
         return f"anchor weights: {edit_bytes(anchor / WEIGHTS, rng)}"
     if how < 0.92:
-        return f"anchor weights: {_tensors(anchor / WEIGHTS, rng)}"
+        return f"anchor weights: {change_tensors(anchor / WEIGHTS, rng)}"
     return f"anchor config: {edit_json(anchor / CONFIG, rng, EXTRA)}"
 
 
@@ -210,7 +253,7 @@ def _load(case, original, kind, rng, honest):
 def cases(rng):
     """Endless cases; of half of them the digests are written anew, as whoever edits on purpose, or means harm, would."""
     while True:
-        kind = rng.choice(["llama", "llama", "vit", "spaces"])
+        kind = rng.choice(["llama", "llama", "routes", "vit", "spaces"])
         signed, seed = rng.random() < 0.5, rng.random()
         if kind == "spaces":
             yield _space_case(rng, seed)
@@ -273,6 +316,11 @@ def _space_case(rng, seed):
         edit_json(case / "spaces" / family / own.choice("01") / CONFIG, own, EXTRA)
 
     def check(case):
-        _command(["space", *(case / "spaces" / family / number for number in "01")], may_change=True)
+        given = (
+            rng.choice([["--junctions", "aligned"], ["--routes", *ROUTES, "--adapter", "identity"], []])
+            if family == "routes"
+            else []
+        )
+        _command(["space", *(case / "spaces" / family / number for number in "01"), *given], may_change=True)
 
     return f"space {family} {seed}", mutate, check

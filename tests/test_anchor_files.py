@@ -1,5 +1,6 @@
 """What lies beside an anchor's weights: tokenizers, adapters, image processors, and sizes that its config does not tell."""
 
+import json
 import logging
 import runpy
 import shutil
@@ -300,6 +301,15 @@ def test_the_recipe_runs_on_grey_anchors_and_at_another_size(kind, tmp_path, mon
         with pytest.raises(ValueError, match=r"these anchors take \[3, 16, 16\]: .* from_anchors\(..., image_size=8\)"):
             recipe(*command)
         command += ["--image_size", 8]
+    hostile = shutil.copytree(folders[0], tmp_path / "hostile")
+    config = json.loads((hostile / "config.json").read_text())
+    for change, named in (
+        ({"num_labels": 10**8, "id2label": None}, "num_labels"),
+        ({"attn_implementation": "x/y"}, "attn_"),
+    ):
+        (hostile / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(ValueError, match=f"{named}.* of the config.json of anchor"):
+            recipe(*command[:3], hostile, *command[4:])
     recipe(*command)
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "out" / "bundle")
     pixels = AutoImageProcessor.from_pretrained(tmp_path / "out" / "bundle", use_fast=False)(

@@ -143,10 +143,10 @@ def test_attention_of_an_anchor_names_no_kernel_but_where_the_caller_chose(ancho
 
 
 def test_every_auto_class_is_told_whether_to_trust():
-    """In the package, the recipes and the benchmarks: a call without the argument may ask a person, and run code."""
+    """In the package, the recipes, the benchmarks and the demo: a call without the argument may ask a person, and run code."""
     found = 0
     for path in [
-        p for room in ("stitched_llama", "recipes", "benchmarks", "data") for p in (ROOT / room).rglob("*.py")
+        p for room in ("stitched_llama", "recipes", "benchmarks", "data", "demo") for p in (ROOT / room).rglob("*.py")
     ]:
         for node in ast.walk(ast.parse(path.read_text())):
             if not (

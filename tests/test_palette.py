@@ -82,6 +82,17 @@ def test_esta_table_2_reaches_61_percent():
     assert palette_gain(space, made, metric="accuracy") == pytest.approx(0.61, abs=0.01)
 
 
+def test_anchors_of_equal_cost_have_no_gain():
+    """One with a head of its own, one without: as many MACs, and a table that is saved all the same."""
+    config = {"model_type": "llama", "hidden_size": 16, "num_hidden_layers": 3, "intermediate_size": 8, "num_attention_heads": 2,
+              "num_key_value_heads": 2, "vocab_size": 32}  # fmt: skip
+    space = StitchSpace.from_configs([config | {"tie_word_embeddings": True}, config | {"tie_word_embeddings": False}])
+    loss = {stitch.key: 3.0 - stitch.stitch_id for stitch in space}
+    table = StitchTable().with_metrics("loss", loss).with_metrics("loss_test", loss)
+    assert math.isnan(palette_gain(space, table, by="macs"))
+    assert table.to_dict(space)["palette_gain"]["loss"]["macs"] is None
+
+
 def test_no_gap_is_no_number(space):
     assert math.isnan(palette_gain(space, table({stitch.key: 1.0 for stitch in space})))
 

@@ -9,7 +9,7 @@ from fuzzing_kills import kill_and_compare
 from tiny_runs import ROWS, dataset, stitched_model, trained, trainer
 
 from stitched_llama.bundles import DIGESTS, write_digests
-from stitched_llama.training import find_checkpoint, run_settings
+from stitched_llama.training import find_checkpoint, is_published, run_settings
 from stitched_llama.training.settings import MAY_CHANGE
 
 SAVES = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
@@ -127,6 +127,35 @@ def test_rows_and_further_settings_are_compared_too(folder, anchors):
     again = trainer(stitched_model(anchors["unequal"]), folder, **SAVES, train_sampling_strategy="group_by_length")
     with pytest.raises(ValueError, match="train_sampling_strategy"):
         again.train(resume_from_checkpoint=checkpoint)
+
+
+def test_a_result_that_is_none_is_of_no_finished_run(folder, tmp_path):
+    (tmp_path / "bundle").mkdir()
+    shutil.copy(folder / "checkpoint-4" / "model.safetensors", tmp_path / "bundle")
+    for text, done in (
+        ('{"anchors": ["a", "b"]}', True),
+        ('{"anchors": ["a"]}', False),
+        ("[]", False),
+        ("{}", False),
+        ("{", False),
+    ):
+        (tmp_path / "result.json").write_text(text)
+        assert is_published(str(folder / "checkpoint-4"), tmp_path, ["a", "b"]) == done
+
+
+def test_how_rows_are_read_is_compared_too(anchors, tmp_path):
+    """What the recipes hand over: options of the data, the space and PST."""
+    began = {"max_length": 48, "template": "short", "routes": None, "stitch_rank": 0}
+    trainer(stitched_model(anchors["unequal"]), tmp_path, data_settings=began, **SAVES | {"max_steps": 2}).train()
+    for name, value in {"max_length": 40, "template": "alpaca", "routes": ["greedy"], "stitch_rank": 2}.items():
+        again = trainer(
+            stitched_model(anchors["unequal"]),
+            tmp_path,
+            data_settings=began | {name: value},
+            **SAVES | {"max_steps": 2},
+        )
+        with pytest.raises(ValueError, match=f"began with other settings: --{name} {began[name]} there"):
+            again.train(resume_from_checkpoint=True)
 
 
 def test_what_is_logged_evaluated_or_saved_may_differ(run, folder, anchors):

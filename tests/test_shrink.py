@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import ids_like, python, spread
 
-from stitched_llama import StitchedLlamaForCausalLM, StitchSpace
+from stitched_llama import PSTConfig, StitchedLlamaForCausalLM, StitchSpace
 from stitched_llama.models import propose_junctions
 from stitched_llama.shrinking import (
     ShrinkArguments,
@@ -233,6 +233,24 @@ def test_a_bundle_of_aligned_anchors_loads_equal_whole_and_in_part(adapter, fami
     assert sum(held.values()) == part.space[1].params
 
 
+def test_every_size_loads_alone_where_anchors_that_share_an_embedding_train_whole(family, tmp_path):
+    keys = ["1[0:1]>0[1:2]>1[3:5]", "0[0:2]>1[3:5]"]
+    model = StitchedLlamaForCausalLM.from_anchors(family, routes=keys, adapter="identity")
+    model.attach_pst(PSTConfig(full=True))
+    spread(model, std=0.1)
+    ids = ids_like(2, 9)
+    wanted = {key: model(ids, stitch_id=key).logits for key in model.keys}
+    model.save_pretrained(tmp_path / "bundle")
+    for key in model.keys:
+        part = StitchedLlamaForCausalLM.from_pretrained(tmp_path / "bundle", stitch_id=key)
+        assert torch.equal(part(ids, stitch_id=key).logits, wanted[key])
+        part.save_pretrained(tmp_path / "part")
+        again = StitchedLlamaForCausalLM.from_pretrained(tmp_path / "part")
+        assert torch.equal(again(ids, stitch_id=key).logits, wanted[key])
+    held = model._own_tensors(["1[0:5]"])
+    assert any(t is model.anchors[1].model.embed_tokens.weight for t in held.values())  # under the other anchor's name
+
+
 def test_another_model_of_the_same_shape_is_refused(family, tmp_path, tokenizer):
     spread(large(), seed=9).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
@@ -283,10 +301,16 @@ def test_routes_given_whole_pass_any_number_of_junctions(family):
         (["0[0:1]>0[1:3]"], "joins an anchor with itself"),
         (["0[0:2]>1[3:4]>0[1:3]"], "runs a block twice"),
         (keys[:1] * 2, "given twice"),
+        ([keys[0], f"0{keys[0]}"], "given twice"),
         ([], "empty list"),
     ):
         with pytest.raises(ValueError, match=message):
             StitchSpace.from_configs(family, routes=routes)
+    tied = [
+        large(depth=depth).config for depth in (3, 5)
+    ]  # the route has the embedding of one and the head of the other
+    with pytest.raises(ValueError, match="more than the largest anchor, which has .*: leave it out"):
+        StitchSpace.from_configs(tied, routes=["0[0:2]>1[2:5]"])
 
 
 def test_text_is_read_packed_and_refused(tmp_path, tokenizer):
@@ -322,6 +346,23 @@ def test_junctions_by_what_fits_are_the_aligned_ones(family, tokenizer):
     assert "yes" in str(found)
     space = StitchSpace.from_configs([student.config, teacher.config], junctions=found.junctions, adapter="identity")
     assert {s.key for s in space if not s.is_anchor} == {key for key in found.proposed if ">" in key}
+
+
+def test_an_anchor_that_is_not_finite_is_neither_measured_nor_cut():
+    teacher = large()
+    student = cut_model(teacher, 3).model
+    student.model.layers[0].mlp.up_proj.weight.data[0, 0] = float("nan")
+    for adapter, named in (("identity", "stitch .* has the loss nan: weights of an anchor"), ("linear", "hold NaN")):
+        with pytest.raises(ValueError, match=named):
+            propose_junctions(
+                StitchedLlamaForCausalLM,
+                [student, teacher],
+                [{"input_ids": ids_like(8, 9)}] * 3,
+                adapter=adapter,
+                progress=False,
+            )
+    with pytest.raises(ValueError, match="activations of the model that is cut are not finite"):
+        cut_model(student, 2, 16, [{"input_ids": ids_like(2, 9)}])
 
 
 def test_a_delta_brings_the_small_model_back_within_its_bits(tmp_path):

@@ -168,6 +168,19 @@ def test_verify_finds_a_table_that_does_not_follow(bundle, capsys):
         load(bundle, verify=False)
 
 
+def test_a_part_of_a_bundle_that_is_saved_again_follows_from_itself(bundle, tmp_path):
+    """Metrics of test rows give a palette gain, of the stitches that are held."""
+    model = load(bundle)
+    values = {stitch.key: 3.0 - 0.1 * stitch.stitch_id for stitch in model.space}
+    model.table = model.table.with_metrics("loss", values).with_metrics("loss_test", values)
+    model.save_pretrained(tmp_path / "whole")
+    load(tmp_path / "whole", stitch_id=KEY).save_pretrained(tmp_path / "part")
+    for name, gain in (("whole", True), ("part", False)):
+        assert main(["bundle", "verify", str(tmp_path / name)]) == 0
+        found = json.loads((tmp_path / name / TABLE).read_text())["palette_gain"]["loss"]["params"]
+        assert (found is not None) == gain
+
+
 def test_every_byte_of_an_anchor_is_read(bundle, anchors, tmp_path, monkeypatch, capsys):
     """Of a tensor of many pages too; a large anchor is sampled on loading and read whole by `bundle verify`."""
     own = [str(shutil.copytree(folder, tmp_path / str(n))) for n, folder in enumerate(anchors["unequal"])]

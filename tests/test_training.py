@@ -268,6 +268,13 @@ def test_baselines_of_other_anchors_are_refused(stitched, tmp_path):
         read_baselines(path, space)
     path.write_text(json.dumps({"0[0:3]": {"loss": 1.0}}))
     assert read_baselines(path, space) == {"0[0:3]": {"loss": 1.0}}
+    for row in ([], {"loss": "low"}, {"loss": None}):
+        path.write_text(json.dumps({"0[0:3]": row}))
+        with pytest.raises(ValueError, match=r"alone\.json: the row of 0\[0:3\] is .*, an object of numbers is needed"):
+            read_baselines(path, space)
+    path.write_text("{")
+    with pytest.raises(ValueError, match=r"alone\.json is not JSON"):
+        read_baselines(path, space)
     path.write_text(json.dumps({"0[0:7]": {"loss": 1.0}}))
     with pytest.raises(ValueError, match=r"alone\.json has a row of 0\[0:7\], the anchors here are 0\[0:3\], 1\[0:5\]"):
         read_baselines(path, space)

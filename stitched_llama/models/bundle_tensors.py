@@ -16,6 +16,8 @@ from .measured import MeasuredTable
 from .merging import merged_weight
 from .whole import anchor_tensors
 
+_SHARED = ("model.embed_tokens.weight", "lm_head.weight")  # what `share_embedding` makes one tensor of two anchors
+
 
 class BundleTensors(MeasuredTable):
     """`load_bundle` of stitched models, and what `save_pretrained` writes."""
@@ -49,6 +51,7 @@ class BundleTensors(MeasuredTable):
             own = {
                 name: tensor for name, tensor in own.items() if not name.startswith(heads)
             }  # they are the anchors' own
+        own = {self._saved_name(name, bundle): tensor for name, tensor in own.items()}
         names = list(own)
         int8 = [n for n in names if _is_stitching_weight(n)] if bundle.config.get("stitching_dtype") == "int8" else []
         scales = {f"{name}_scale": own[name].shape[:1] for name in int8}
@@ -72,6 +75,15 @@ class BundleTensors(MeasuredTable):
                     f"{bundle.config.get('stitching_dtype')!r}: the bundle was changed, save or download it again"
                 )
         _fill(own, tensors)
+
+    def _saved_name(self, name: str, bundle: Bundle) -> str:
+        """A tensor's name in a bundle that was saved of more anchors: what a shrunk one shares lies there under its name."""
+        part, _, rest = name.partition(".")
+        index, _, rest = rest.partition(".")
+        if name in bundle.shapes or part != "anchors" or rest not in _SHARED:
+            return name
+        others = (f"anchors.{i}.{rest}" for i, spec in enumerate(self.space.anchors) if str(spec.shared_with) == index)
+        return next((other for other in others if other in bundle.shapes), name)
 
     def _check_all_used(self, bundle: Bundle, used: set[str]) -> None:
         """Refuses tensors that no stitch of the bundle has; a model of one size leaves those of others."""
@@ -169,7 +181,8 @@ class BundleTensors(MeasuredTable):
         anchor = int(name.split(".")[1])
         if name.startswith(tuple(self.block_prefix(anchor, i) for i in range(self.space.anchors[anchor].depth))):
             return name.startswith(blocks)
-        return any(segment.anchor == anchor for stitch in routes for segment in stitch.segments)
+        homes = {anchor, self.space.anchors[anchor].shared_with if name.split(".", 2)[2] in _SHARED else None}
+        return any(segment.anchor in homes for stitch in routes for segment in stitch.segments)
 
     @torch.no_grad()
     def _bundle_tensors(

@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 from stitched_llama.anchors import FAMILIES, Family, LlamaFamily
 from stitched_llama.bundles import part_of
 from stitched_llama.pst import refuse_to_save
-from stitched_llama.space import AnchorSpec, Stitch
+from stitched_llama.space import AnchorSpec, Stitch, anchor_spec, named
 
-from .references import HUB_OPTIONS, check_placed, digests_of_files, weight_files
+from .references import HUB_OPTIONS, anchor_config, check_placed, digests_of_files, weight_files
 
 LOAD_OPTIONS = ("dtype", "quantization_config", "device_map", "max_memory", "offload_folder", "attn_implementation")
 
@@ -70,6 +70,22 @@ class Needed:
         names = [name for number, name in enumerate(self.family.block_names(model)) if number not in self.blocks]
         names += () if self.embedding else self.family.embedding_modules
         return names + list(() if self.head else self.family.head_modules)
+
+
+def load_plain(name_or_path: str, **options: Any) -> PreTrainedModel:
+    """A decoder or image classifier from its own files, frozen, for what is measured or cut before anything is stitched.
+
+    Args:
+        options: of `from_pretrained` and the Hub; none of its code is run.
+
+    Raises:
+        ValueError: as `anchor_config` and `load_anchor` say.
+        OSError: it is neither a folder nor in reach on the Hub.
+    """
+    hub = {name: options[name] for name in HUB_OPTIONS if name in options}
+    config = anchor_config(name_or_path, attention="attn_implementation" in options, **hub)
+    with named(repr(name_or_path)):
+        return load_anchor(name_or_path, config, anchor_spec(config.to_dict()), 0, None, whole=False, **options)[0]
 
 
 def load_anchor(

@@ -37,6 +37,23 @@ def anchor_config(
         OSError: there is none.
         ValueError: a field cannot be, the family is not supported, or it names code.
     """
+    fields = check_source(name_or_path, attention, **options)
+    with named(f"the config.json of anchor {name_or_path!r}"):
+        if not trust_remote_code:
+            anchor_spec(fields)  # of a family that needs no code but ours
+        return AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code, **options)
+
+
+def check_source(name_or_path: str, attention: bool = False, **options: Any) -> dict[str, Any]:
+    """The fields of a model's `config.json`, of whatever family, once Transformers may load it: nothing there brings code or an adapter.
+
+    Args:
+        attention, options: as `anchor_config` has them.
+
+    Raises:
+        ValueError: the files of an adapter lie beside it, a field cannot be or names code.
+        OSError: there is none.
+    """
     check_no_adapter(name_or_path, **options)
     hub = {name: options[name] for name in HUB_OPTIONS if name in options}
     try:
@@ -50,9 +67,7 @@ def anchor_config(
         ) from error
     with named(f"the config.json of anchor {name_or_path!r}"):
         check_anchor_fields(fields, f"the config.json of anchor {name_or_path!r}", attention)
-        if not trust_remote_code:
-            anchor_spec(fields)  # of a family that needs no code but ours
-        return AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code, **options)
+    return fields
 
 
 def check_no_adapter(name_or_path: str, **hub: Any) -> None:

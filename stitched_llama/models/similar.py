@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from math import nan
+from math import isfinite, nan
 from typing import Any
 
 from torch import Tensor
@@ -67,7 +67,7 @@ def propose_junctions(
         adapter: `"linear"`, or `"identity"` for equal widths; the latter by default where they are equal.
 
     Raises:
-        ValueError: other than two anchors, or no batches.
+        ValueError: other than two anchors, no batches, or a loss that is not finite.
 
     Source: KLAS (arXiv 2605.29259) chooses stitching points by similarity; the measure here is the loss of the stitch itself.
     """
@@ -88,6 +88,10 @@ def propose_junctions(
     for start in range(0, len(pairs), at_once):
         model = model_class.from_anchors(anchors, junctions=pairs[start : start + at_once], adapter=adapter)
         report = model.calibrate(batches, progress=progress, **calibration)
+        if wrong := [key for key, value in report.loss.items() if not isfinite(value)]:
+            raise ValueError(
+                f"stitch {wrong[0]} has the loss {report.loss[wrong[0]]}: weights of an anchor are damaged, or the dtype is too narrow"
+            )
         loss |= report.loss
         stitches |= {stitch.key: stitch for stitch in model.space}
         for stitch in model.space:

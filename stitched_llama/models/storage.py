@@ -337,9 +337,13 @@ def check_table(content: Mapping[str, Any], space: StitchSpace, keys: Sequence[s
     """The table of a bundle, whose rows are the stitches it holds.
 
     Raises:
-        ValueError: it is damaged, or has a row too many, too few, or of another stitch.
+        ValueError: it is damaged, or has a row too many, too few, or of another stitch, or an anchor alone that is none.
     """
     table = StitchTable.from_dict(content)
+    if strange := [
+        key for key in table.alone if key not in {space.anchor_stitch(i).key for i in range(len(space.anchors))}
+    ]:
+        raise ValueError(f"stitches.json has an anchor alone as {strange[0][:200]!r}, which is no anchor of its space")
     held = list(space) if keys is None else sorted((space[key] for key in keys), key=lambda stitch: stitch.stitch_id)
     wanted = [(stitch.stitch_id, stitch.key) for stitch in held]
     if (found := [(row.get("stitch_id"), row.get("key")) for row in content["stitches"]]) != wanted:

@@ -27,7 +27,8 @@ class PSTConfig:
             them all.
 
     Raises:
-        ValueError: `full` beside another setting, or a `stitching_rank` that is no rank.
+        ValueError: `full` beside another setting, a `stitching_rank` that is no rank, a dropout outside 0..1, or a switch that is neither
+            true nor false.
     """
 
     rank: int | tuple[int, ...] = 16
@@ -38,6 +39,11 @@ class PSTConfig:
     full: bool = False
 
     def __post_init__(self):
+        for name in ("stitch_bias", "full"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is {getattr(self, name)!r}: true or false is needed")
+        if type(self.dropout) not in (int, float) or not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout!r}: a share of 0 or more, below 1, is needed")
         if self.full:
             given = [f.name for f in fields(self) if f.name != "full" and getattr(self, f.name) != f.default]
             if given:

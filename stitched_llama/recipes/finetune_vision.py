@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForImageClassification, set_seed
+from transformers import AutoModelForImageClassification, set_seed
 
 import stitched_llama as sl
 from stitched_llama.models import image_class
+from stitched_llama.models.references import anchor_config
 from stitched_llama.space import palette_gains
 from stitched_llama.training import (
     ImageDataArguments,
@@ -34,7 +35,7 @@ from stitched_llama.training import (
     SpaceArguments,
     batches,
     check_arguments,
-    check_no_adapter,
+    check_source,
     collate_images,
     dump_record,
     evaluate_stitches,
@@ -108,7 +109,7 @@ def main() -> None:
     classes = dict(enumerate(images.names))
 
     # Checks before hours are spent
-    configs = [AutoConfig.from_pretrained(name, id2label=classes, trust_remote_code=False) for name in args.anchors]
+    configs = [anchor_config(name, id2label=classes) for name in args.anchors]
     model_class = image_class(config.model_type for config in configs)
     shape = model_class.config_class.from_anchor_configs(configs, **space.options()).stitch_space()
     pst.settings().trainable_params(shape)
@@ -138,8 +139,10 @@ def main() -> None:
     # The fine-tune, every stitch after
     teacher = None
     if args.teacher is not None:
-        check_no_adapter(args.teacher)
-        teacher = AutoModelForImageClassification.from_pretrained(args.teacher, trust_remote_code=False)
+        check_source(args.teacher)
+        teacher = AutoModelForImageClassification.from_pretrained(
+            args.teacher, use_safetensors=True, trust_remote_code=False
+        )
     trainer = sl.StitchImageTrainer(
         model=model, args=training, train_dataset=train_set, eval_dataset=eval_set, data_collator=collate_images,
         teacher=teacher, data_settings=settings,

@@ -25,7 +25,7 @@ from stitched_llama.training import (
     TextDataArguments,
     batches,
     check_arguments,
-    check_no_adapter,
+    check_source,
     end_ids,
     evaluate_plain,
     load_tokenizer,
@@ -52,7 +52,7 @@ def main() -> None:
     if not args.anchors:
         raise SystemExit("--anchors NAME ... is needed: folders or Hub ids, each is tuned alone")
     for name in args.anchors:
-        check_no_adapter(name)
+        check_source(name)
     vocab_size = min(AutoConfig.from_pretrained(name, trust_remote_code=False).vocab_size for name in args.anchors)
     tokenizer, found = load_tokenizer(args.anchors[0]), {}
     prompt = template(args.template, tokenizer)
@@ -64,7 +64,9 @@ def main() -> None:
     held_out_batches = batches(eval_set, collator, training.per_device_eval_batch_size)
     for index, name in enumerate(args.anchors):
         set_seed(training.seed)
-        anchor = AutoModelForCausalLM.from_pretrained(name, dtype=args.dtype, trust_remote_code=False)
+        anchor = AutoModelForCausalLM.from_pretrained(
+            name, dtype=args.dtype, use_safetensors=True, trust_remote_code=False
+        )
         anchor = anchor.to(training.device)
         before = evaluate_plain(anchor, held_out_batches, split=True)
         lora = LoraConfig(r=args.rank, lora_alpha=args.rank, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])

@@ -12,25 +12,35 @@ whose config.json records what it was cut from, which `--junctions aligned` of t
 
 import time
 import warnings
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import set_seed
 
+from stitched_llama.models.loading import load_plain
+from stitched_llama.models.references import anchor_config
 from stitched_llama.shrinking import (
     ShrinkArguments,
     ShrinkDistillation,
     ShrinkTrainer,
     TokenBlocks,
+    check_folder,
     check_lineage,
     cut_model,
     read_documents,
     row_renderer,
     save_shrunk,
 )
-from stitched_llama.training import dump_record, provenance, recipe_parser
+from stitched_llama.training import (
+    check_launch,
+    dump_record,
+    find_checkpoint,
+    load_tokenizer,
+    provenance,
+    recipe_parser,
+    run_settings,
+)
 
 
 @dataclass
@@ -62,44 +72,51 @@ def main() -> None:
     args, training = parser.parse_args_into_dataclasses()
     set_seed(training.seed)
     output = Path(training.output_dir)
-    checkpoint = args.resume
-    if checkpoint == "auto":
-        checkpoint = get_last_checkpoint(training.output_dir) if output.is_dir() else None
+
+    # What can be known to be wrong before hours are spent
+    check_launch(training)
+    check_folder(output, args.large)
+    if args.dtype not in ("float32", "bfloat16", "float16"):
+        raise SystemExit(f"--dtype {args.dtype} is unknown; one of float32, bfloat16, float16 is needed")
+    chosen = {
+        name: value for name, value in asdict(args).items() if name not in ("large", "width")
+    }  # whose weights are compared
+    checkpoint = find_checkpoint(args.resume, training.output_dir, run_settings(training, chosen), bundles=False)
 
     # Text: documents of all sources in random order, packed into blocks; some are held out
-    tokenizer = AutoTokenizer.from_pretrained(args.large, trust_remote_code=False)
+    tokenizer = load_tokenizer(args.large)
     render = row_renderer(tokenizer)
     documents = [document for source in args.data for document in read_documents(source, render)]
     rows = training.per_device_train_batch_size * training.gradient_accumulation_steps * max(1, training.world_size)
     wanted = args.eval_blocks + rows * training.max_steps if training.max_steps > 0 else None
-    blocks = TokenBlocks(documents, tokenizer, args.block_size, wanted, training.seed)
+    vocab_size = anchor_config(args.large).vocab_size
+    blocks = TokenBlocks(documents, tokenizer, args.block_size, wanted, training.seed, vocab_size)
     if len(blocks) <= args.eval_blocks:
         raise SystemExit(f"{len(blocks)} blocks of text, {args.eval_blocks} to be held out: give more text")
     held_out = torch.utils.data.Subset(blocks, range(args.eval_blocks))
     train_set = torch.utils.data.Subset(blocks, range(args.eval_blocks, len(blocks)))
 
     # Teacher, and the student cut out of it
-    teacher = AutoModelForCausalLM.from_pretrained(
-        args.large, dtype=getattr(torch, args.dtype), use_safetensors=True, trust_remote_code=False
-    )
+    teacher = load_plain(args.large, dtype=getattr(torch, args.dtype))
     batches = [{"input_ids": blocks.blocks[i : i + 8]} for i in range(0, min(64, args.eval_blocks), 8)]
     cut = cut_model(teacher, args.depth, args.width, batches)
     if args.start_from:
-        small = AutoModelForCausalLM.from_pretrained(args.start_from, dtype=torch.float32, trust_remote_code=False)
+        small = load_plain(args.start_from, dtype=torch.float32).requires_grad_(True)
         check_lineage(small, cut, teacher)
         cut = replace(cut, model=small)
     model = ShrinkDistillation(cut.model.float(), teacher, cut.target_blocks, cut.channels, **training.loss_options())
     trainer = ShrinkTrainer(
-        model=model, args=training, train_dataset=train_set, eval_dataset=held_out, processing_class=tokenizer
-    )
+        model=model, args=training, train_dataset=train_set, eval_dataset=held_out, processing_class=tokenizer,
+        data_settings=chosen | {"text_digest": blocks.digest},
+    )  # fmt: skip
     before = trainer.evaluate()
     trained = trainer.train(resume_from_checkpoint=checkpoint)
     after = trainer.evaluate()
     if training.process_index:
         return
     tokens = trained.global_step * rows * args.block_size
-    save_shrunk(model, output, args.large, tokens=tokens)
     tokenizer.save_pretrained(output)
+    save_shrunk(model, output, args.large, tokens=tokens)
     row = provenance() | {
         "large": args.large, "data": args.data, "depth": args.depth, "width": args.width, "steps": trained.global_step,
         "tokens": tokens, "seconds": round(time.time() - start, 1), "parameters": cut.model.num_parameters(),

@@ -28,7 +28,7 @@ from stitched_llama.training import (
     ImageTrainingArguments,
     batches,
     check_arguments,
-    check_no_adapter,
+    check_source,
     collate_images,
     evaluate_plain,
     few_shot,
@@ -58,7 +58,7 @@ def main() -> None:
     if len(ranks) != len(args.anchors):
         raise SystemExit(f"{len(ranks)} ranks for {len(args.anchors)} anchors: give one --rank, or one for each anchor")
     for name in args.anchors:
-        check_no_adapter(name)
+        check_source(name)
     processors = [load_processor(name) for name in args.anchors]  # each anchor gets images from its own processor
     images = read_images(args.data, args.train_split)
     held_out = some_of(read_images(args.data, args.eval_split, images.names), args.eval_size, training.seed)
@@ -68,7 +68,7 @@ def main() -> None:
     for index, (name, rank) in enumerate(zip(args.anchors, ranks)):
         set_seed(training.seed)
         labels = {"id2label": dict(enumerate(images.names)), "label2id": {n: i for i, n in enumerate(images.names)}}
-        how = {"ignore_mismatched_sizes": True, "trust_remote_code": False, **labels}
+        how = {"ignore_mismatched_sizes": True, "use_safetensors": True, "trust_remote_code": False, **labels}
         model = AutoModelForImageClassification.from_pretrained(name, **how)
         spec = anchor_spec(model.config.to_dict())
         channels, processor = spec.contract["num_channels"], processors[index]

@@ -11,7 +11,7 @@ text          unlabelled text and chat data in blocks of tokens
 from .cut import Cut, check_lineage, cut_model, heads_for_width
 from .delta import load_delta, save_delta
 from .distillation import ShrinkDistillation
-from .save import save_shrunk
+from .save import check_folder, save_shrunk
 from .text import TokenBlocks, read_documents, row_renderer
 from .trainer import ShrinkArguments, ShrinkTrainer
 
@@ -21,6 +21,7 @@ __all__ = [
     "ShrinkDistillation",
     "ShrinkTrainer",
     "TokenBlocks",
+    "check_folder",
     "check_lineage",
     "cut_model",
     "heads_for_width",

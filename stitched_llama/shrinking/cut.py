@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stitched_llama.anchors import FAMILIES, LlamaFamily
-from stitched_llama.space import LLAMA_LIKE, block_groups
+from stitched_llama.space import LLAMA_LIKE, block_groups, lineage_of
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def check_lineage(small: PreTrainedModel, cut: Cut, large: PreTrainedModel) -> N
     Raises:
         ValueError: its `shrunk_from` is missing or differs, or its shape does.
     """
-    lineage = getattr(small.config, "shrunk_from", None) or {}
+    lineage = lineage_of(small.config.to_dict()) or {}
     wanted = {"depth": large.config.num_hidden_layers, "target_blocks": cut.target_blocks}
     for name, value in wanted.items():
         if lineage.get(name) != value:
@@ -145,6 +145,10 @@ def _channel_energy(model: PreTrainedModel, batches: Iterable[dict[str, Tensor]]
             total += (share / share.sum(-1, keepdim=True).clamp_min(1e-12)).mean((0, 1)).cpu()
     if not seen:
         raise ValueError("no data to measure the residual channels on: cutting the width needs batches")
+    if not total.isfinite().all():
+        raise ValueError(
+            "activations of the model that is cut are not finite: its weights are damaged, or load it in float32"
+        )
     return total
 
 

@@ -31,6 +31,9 @@ class ShrinkDistillation(nn.Module):
 
     `state_dict` holds the trained parameters only, and none of the teacher.
 
+    Raises:
+        ValueError: an embedding that is to be shared is not the teacher's.
+
     Source: boomerang distillation (arXiv 2510.05064) for the alignment; the mixed routes are our own.
     """
 
@@ -61,8 +64,14 @@ class ShrinkDistillation(nn.Module):
                 _selecting(channels, teacher.config.hidden_size) for _ in self.target_blocks[:-1]
             )
         elif freeze_embeddings and self.is_text:
-            student.get_input_embeddings().requires_grad_(False)
-            student.get_output_embeddings().requires_grad_(False)
+            for get in ("get_input_embeddings", "get_output_embeddings"):
+                own, other = (getattr(model, get)().weight for model in (student, teacher))
+                if not torch.equal(own.float().to(other.device), other.float()):
+                    raise ValueError(
+                        f"embedding or head of the student ({list(own.shape)}) is not the teacher's, which it is to share: give the model "
+                        "that it was cut from, or freeze_embeddings=False"
+                    )
+                getattr(student, get)().requires_grad_(False)
 
     @property
     def teacher(self) -> PreTrainedModel:

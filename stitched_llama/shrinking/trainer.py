@@ -1,11 +1,25 @@
 """`transformers.Trainer` for the distillation of a cut model, and its arguments."""
 
+import hashlib
+import json
+import math
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
+
+from stitched_llama.bundles import WEIGHTS, check_finite, fingerprint_tensors
+from stitched_llama.training import FiniteGradients, check_launch, run_settings
+from stitched_llama.training.checkpoints import CheckpointMixin
+from stitched_llama.training.finite import check_weights
+from stitched_llama.training.interruption import Interruption
 
 from .distillation import ShrinkDistillation
 
@@ -51,6 +65,10 @@ class ShrinkArguments(TrainingArguments):
                 raise ValueError(f"{name} is {getattr(self, name)}; a weight cannot be negative")
         super().__post_init__()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What `training_args.bin` beside a checkpoint holds: no tokens."""
+        return {name: None if name.endswith("_token") else value for name, value in vars(self).items()}
+
     def loss_options(self) -> dict[str, float]:
         """The options of `ShrinkDistillation` that these arguments hold."""
         return {
@@ -58,16 +76,103 @@ class ShrinkArguments(TrainingArguments):
         }
 
 
-class ShrinkTrainer(Trainer):
-    """Trains a `ShrinkDistillation`; also logs divergence and alignment. Checkpoints hold the trained parameters only."""
+class ShrinkTrainer(CheckpointMixin, Trainer):
+    """Trains a `ShrinkDistillation`; logs divergence and alignment beside the loss. Checkpoints hold what trains, what their run was
+    started with, and digests.
+
+    Args:
+        data_settings: what decides which blocks train and which are held out, by the names of options; a checkpoint of others is not
+            resumed.
+        args, kwargs: as `transformers.Trainer` has them.
+
+    Raises:
+        ValueError: a way of training that is not supported.
+    """
 
     model: ShrinkDistillation
+    saves_bundles = False
 
-    def __init__(self, *args: Any, **kwargs: Any):
+    def __init__(self, *args: Any, data_settings: Mapping[str, Any] | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        check_launch(self.args)
+        self.data_settings = data_settings
+        self.interruption = Interruption()
+        self.add_callback(self.interruption)
+        self.add_callback(FiniteGradients())
         self.model._keys_to_ignore_on_save = None  # read by Trainer when it resumes
         self.model_accepts_loss_kwargs = False  # the loss is a mean over the batch: Trainer divides by the accumulation
         self._logged: dict[str, list[Tensor]] = defaultdict(list)
+
+    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
+        """What Trainer calls for push_to_hub.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("push_to_hub would upload checkpoints that nothing loads: leave it off, upload what comes out")
+
+    def settings(self) -> dict[str, Any]:
+        """What decides blocks and steps, as each checkpoint holds it."""
+        own = {
+            "training_rows": len(self.train_dataset),
+            "large_digest": self._large_digest,
+            "target_blocks": self.model.target_blocks,
+            "width": self.model.config.hidden_size,
+            "trained_parts": hashlib.sha256(json.dumps(sorted(self.model.state_dict())).encode()).hexdigest(),
+        }
+        return run_settings(self.args, self.data_settings or {}, own)
+
+    @cached_property
+    def _large_digest(self) -> str:
+        parts = fingerprint_tensors({name: p.data for name, p in self.model.teacher.named_parameters()})
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As `StitchTrainer.train`: from a whole checkpoint of the same run or the beginning; the end of a finished run is resumed by
+        training nothing; SIGTERM ends it with a checkpoint.
+
+        Raises:
+            ValueError: a gradient or weight that is not finite, a checkpoint that is not whole or of a run of other settings.
+        """
+        checkpoint = self._checkpoint_of(resume_from_checkpoint)
+        if (finished := self._finished(checkpoint)) is not None:
+            return finished
+        with self.interruption.awaited():
+            done = super().train(checkpoint, *args, **kwargs)
+        check_weights(self.model, self.state.global_step)
+        self.interruption.leave(self.args, self.state.global_step)
+        return done
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if self.accelerator.sync_gradients:
+            came = torch.tensor(float(self.interruption.received), device=self.args.device)
+            self.interruption.agreed = float(self.accelerator.reduce(came)) > 0
+        return loss
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As Transformers has it.
+
+        Raises:
+            ValueError: a weight is not finite.
+        """
+        check_weights(self.model, self.state.global_step)
+        Trainer.save_model(self, output_dir, _internal_call)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """What trains comes back whole or not at all."""
+        path = Path(resume_from_checkpoint) / WEIGHTS
+        found, own = load_file(path), self.model.state_dict()
+        if differ := sorted(
+            n for n in found.keys() | own if n not in found or n not in own or found[n].shape != own[n].shape
+        ):
+            raise ValueError(f"{path} and this model differ in {differ[0]}: resume with the options it began with")
+        check_finite(found, str(path))
+        for name, tensor in own.items():
+            tensor.copy_(found[name])
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
@@ -78,11 +183,21 @@ class ShrinkTrainer(Trainer):
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
-        """Loss, divergence and alignment of the student alone on held-out data."""
+        """Loss, divergence and alignment of the student alone on held-out data.
+
+        Raises:
+            ValueError: one is not finite.
+        """
         logged, self._logged = self._logged, defaultdict(list)
         metrics = super().evaluate(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         metrics |= {f"{metric_key_prefix}_{name}": value for name, value in self._means().items()}
         self._logged = logged
+        for name in ("loss", "divergence", "alignment"):
+            if not math.isfinite(value := metrics.get(f"{metric_key_prefix}_{name}", 0.0)):
+                raise ValueError(
+                    f"{name} on held-out data is {value} after step {self.state.global_step}: weights of the large or the small model are "
+                    "damaged, or the dtype is too narrow"
+                )
         return metrics
 
     def _means(self) -> dict[str, float]:

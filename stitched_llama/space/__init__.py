@@ -28,11 +28,11 @@ from .cost import BYTES_PER_NUMBER, Precision
 from .decoders import LLAMA_LIKE
 from .families import ANY_SIZE, anchor_spec, anchor_specs
 from .frontier import best_of_intervals, intervals, pareto_front
-from .given import parse_junctions, resolve_junctions
-from .lineage import aligned_junctions, block_groups, replaced_blocks
+from .given import MOST_STITCHES, parse_junctions, resolve_junctions
+from .lineage import aligned_junctions, block_groups, lineage_of, replaced_blocks
 from .metrics import higher_is_better
 from .palette import palette_gain, palette_gains, staircase_gain
-from .space import DIRECTIONS, MOST_STITCHES, PAIRS, SPACE_OPTIONS, StitchSpace
+from .space import DIRECTIONS, PAIRS, SPACE_OPTIONS, StitchSpace
 from .spec import AnchorSpec, Feature, Part
 from .stitch import KEYS, Junction, Segment, Stitch, route_key
 from .table import StitchTable
@@ -73,6 +73,7 @@ __all__ = [
     "format_count",
     "higher_is_better",
     "intervals",
+    "lineage_of",
     "named",
     "palette_gain",
     "palette_gains",

@@ -7,7 +7,9 @@ from typing import Any
 from .families import anchor_specs
 from .lineage import aligned_junctions
 from .spec import AnchorSpec
-from .stitch import Segment
+from .stitch import Segment, route_key
+
+MOST_STITCHES = 10_000
 
 
 def check_junctions(junctions: Sequence[Sequence[int]], anchors: Sequence[AnchorSpec]) -> list[list[int]]:
@@ -15,15 +17,16 @@ def check_junctions(junctions: Sequence[Sequence[int]], anchors: Sequence[Anchor
 
     Raises:
         ValueError: one is not a pair or quadruple of whole numbers, lies outside the anchors, joins an anchor with itself, or is given twice;
-            names it.
+            names it. There are more than 10,000.
     """
-    found: list[list[int]] = []
+    _check_count("junctions", junctions)
+    found: dict[tuple[int, ...], list[int]] = {}
     for given in junctions:
         numbers: list[Any] = list(given) if isinstance(given, (list, tuple)) else [given]
         full = [0, numbers[0], 1, numbers[1]] if len(numbers) == 2 else numbers
         if len(full) != 4 or not all(isinstance(number, int) and not isinstance(number, bool) for number in full):
             raise ValueError(
-                f"junction {given!r} cannot be read: (source block, target block), or (source anchor, source block, target anchor, "
+                f"junction {repr(given)[:200]} cannot be read: (source block, target block), or (source anchor, source block, target anchor, "
                 "target block), is needed"
             )
         source, left, target, entered = full
@@ -33,12 +36,12 @@ def check_junctions(junctions: Sequence[Sequence[int]], anchors: Sequence[Anchor
                 raise ValueError(f"junction {given!r} names block {block} of anchor {index}: {depths}, numbered from 0")
         if source == target:
             raise ValueError(f"junction {given!r} joins anchor {source} with itself: name two anchors")
-        if full in found:
+        if tuple(full) in found:
             raise ValueError(f"junction {given!r} is given twice")
-        found.append(full)
+        found[tuple(full)] = full
     if not found:
         raise ValueError("junctions is an empty list: give one or more, or leave it out for a rule")
-    return sorted(found)
+    return sorted(found.values())
 
 
 def parse_junctions(values: str | Sequence[str] | None) -> list[list[int]] | str | None:
@@ -83,14 +86,18 @@ def check_routes(routes: Sequence[str], anchors: Sequence[AnchorSpec]) -> list[t
 
     Raises:
         ValueError: a key cannot be read, names blocks outside the anchors, does not begin with the first block of an anchor and end
-            with the last one of an anchor, runs a block twice, or is given twice; names it.
+            with the last one of an anchor, runs a block twice, or is given twice; names it. There are more than 10,000.
     """
+    _check_count("routes", routes)
     found = {}
     for key in routes:
         matches = [_SEGMENT.fullmatch(part) for part in key.split(">")] if isinstance(key, str) else [None]
         segments = tuple(Segment(*map(int, match.groups())) for match in matches if match)
         if None in matches or len(matches) < 2:
-            raise ValueError(f"route {key!r} cannot be read: two or more segments such as 0[0:8]>1[15:30] are needed")
+            raise ValueError(
+                f"route {repr(key)[:200]} cannot be read: two or more segments such as 0[0:8]>1[15:30] are needed"
+            )
+        key = route_key(segments)  # numbers may have been written with leading zeros
         for segment in segments:
             if segment.anchor >= len(anchors) or not segment.start < segment.stop <= anchors[segment.anchor].depth:
                 depths = ", ".join(f"anchor {i} has {anchor.depth} blocks" for i, anchor in enumerate(anchors))
@@ -110,3 +117,13 @@ def check_routes(routes: Sequence[str], anchors: Sequence[AnchorSpec]) -> list[t
     if not found:
         raise ValueError("routes is an empty list: give one or more, or leave it out for a rule")
     return [found[key] for key in sorted(found)]
+
+
+def _check_count(name: str, given: Sequence[object]) -> None:
+    """Refuses more of them than a space may have stitches.
+
+    Raises:
+        ValueError: names the count.
+    """
+    if len(given) > MOST_STITCHES:
+        raise ValueError(f"{name} has {len(given):,} entries: a space has at most {MOST_STITCHES:,} stitches")

@@ -5,6 +5,8 @@ from typing import Any
 
 from .spec import AnchorSpec
 
+SHARED = ["embedding", "head"]  # what a shrunk anchor may have in common with the model it was cut from
+
 
 def block_groups(depth: int, small_depth: int) -> list[range]:
     """`depth` blocks split into `small_depth` groups of neighbours, the shorter groups at both ends.
@@ -25,12 +27,12 @@ def block_groups(depth: int, small_depth: int) -> list[range]:
 
 def shares_embedding(config: Mapping[str, Any]) -> bool:
     """Whether a shrunk anchor shares embedding and head with the model it was cut from."""
-    return "embedding" in (_lineage(config) or {}).get("shared", ())
+    return "embedding" in (lineage_of(config) or {}).get("shared", ())
 
 
 def parent_of(config: Mapping[str, Any], specs: Sequence[AnchorSpec]) -> int | None:
     """The anchor that a shrunk one was cut from, by depth and family; None if it is not among `specs`."""
-    lineage = _lineage(config)
+    lineage = lineage_of(config)
     if lineage is None:
         return None
     found = [
@@ -50,14 +52,14 @@ def aligned_junctions(configs: Sequence[Mapping[str, Any]], specs: Sequence[Anch
     """
     found = []
     for index, config in enumerate(configs):
-        lineage, parent = _lineage(config), parent_of(config, specs)
+        lineage, parent = lineage_of(config), parent_of(config, specs)
         if lineage is not None and parent is not None and parent != index:
             targets = lineage["target_blocks"]
             narrower = specs[index].width < specs[parent].width
             found += [[index, a, parent, b + 1] for a, b in enumerate(targets[:-1]) if narrower or a < b]
     if not found:
         names = [f"{config.get('model_type')} of {spec.depth} blocks" for config, spec in zip(configs, specs)]
-        cut = [f"anchor {i} from one of {origin['depth']}" for i, c in enumerate(configs) if (origin := _lineage(c))]
+        cut = [f"anchor {i} from one of {origin['depth']}" for i, c in enumerate(configs) if (origin := lineage_of(c))]
         raise ValueError(
             f"no anchor was cut from another: {', '.join(names)}" + (f" ({', '.join(cut)})" if cut else "")
             + "; make the small one with `stitched-llama shrink`, or leave junctions out"
@@ -71,7 +73,7 @@ def replaced_blocks(configs: Sequence[Mapping[str, Any]], specs: Sequence[Anchor
     Raises:
         ValueError: there are not two, or the first was not cut from the second at equal width.
     """
-    lineage = _lineage(configs[0]) if len(configs) == 2 else None
+    lineage = lineage_of(configs[0]) if len(configs) == 2 else None
     if lineage is None or parent_of(configs[0], specs) != 1 or specs[0].width != specs[1].width:
         shapes = ", ".join(f"{spec.depth} blocks of {spec.width}" for spec in specs)
         raise ValueError(
@@ -82,8 +84,8 @@ def replaced_blocks(configs: Sequence[Mapping[str, Any]], specs: Sequence[Anchor
     return [range(start, stop) for start, stop in zip([0, *stops], stops)]
 
 
-def _lineage(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """`shrunk_from`, checked.
+def lineage_of(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """`shrunk_from` of a `config.json`, checked; None where it has none.
 
     Raises:
         ValueError: it is not what `save_shrunk` writes.
@@ -97,10 +99,13 @@ def _lineage(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
     whole = isinstance(depth, int) and isinstance(targets, list) and all(isinstance(t, int) for t in targets)
     if not whole or sorted(set(targets)) != targets or not targets or targets[0] < 0 or targets[-1] != depth - 1:
         raise ValueError(
-            f"shrunk_from of the config is {lineage!r}: depth and ascending target_blocks up to depth - 1 are needed"
+            f"shrunk_from of the config is {repr(lineage)[:200]}: depth and ascending target_blocks up to depth - 1 are needed"
         )
     if len(targets) != config.get("num_hidden_layers"):
         raise ValueError(
             f"shrunk_from of the config names {len(targets)} target_blocks, the model has {config.get('num_hidden_layers')} blocks"
         )
+    shared = lineage.get("shared", [])
+    if not isinstance(shared, list) or not all(part in SHARED for part in shared):
+        raise ValueError(f"shared in shrunk_from of the config is {repr(shared)[:200]}: a list of {SHARED} is needed")
     return fields

@@ -41,7 +41,7 @@ def palette_gain(
         by: the cost that budgets limit, `"params"` or `"macs"`.
 
     Returns:
-        NaN if the metric is missing for an anchor, or the large anchor is not better than the small one.
+        NaN if the metric is missing for an anchor, or the large anchor is not better than the small one or costs no more.
 
     Raises:
         ValueError: another `by`, or a metric that is unknown or was not measured on test rows.
@@ -65,6 +65,8 @@ def palette_gain(
             pairs[stitch.key] = sign * best[metric], sign * best[metric + TEST]
     small, large = space.anchor_stitch(0), space.anchor_stitch(-1)
     if small.key not in pairs or large.key not in pairs or not pairs[large.key][1] > pairs[small.key][1]:
+        return math.nan
+    if not getattr(large, by) > getattr(small, by):
         return math.nan
     between = [stitch for stitch in space if getattr(small, by) < getattr(stitch, by) < getattr(large, by)]
     between = sorted((s for s in between if s.key in pairs), key=lambda stitch: (getattr(stitch, by), stitch.key))

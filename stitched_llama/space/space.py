@@ -12,7 +12,7 @@ from .adapters import StitchingLayerSpec, check_adapter, strides_reach
 from .configs import fields_of
 from .cost import Precision, route_cost
 from .families import anchor_specs
-from .given import check_junctions, check_routes, resolve_junctions
+from .given import MOST_STITCHES, check_junctions, check_routes, resolve_junctions
 from .rules import Pairing, pairings
 from .spec import AnchorSpec
 from .stitch import Junction, Segment, Stitch, route_key
@@ -23,7 +23,6 @@ SPACE_OPTIONS = (
     "kernel_size", "stride", "direction", "pairs", "adapter", "rescale", "adapter_norm", "across_stages", "junctions",
     "routes",
 )  # fmt: skip
-MOST_STITCHES = 10_000
 _Route = tuple[tuple[Segment, ...], tuple[Junction, ...]]
 _PADDING = (
     0.01  # tolerated share of a vocabulary's size: Qwen2.5 has 151,936 rows in small models and 152,064 in large ones
@@ -53,8 +52,8 @@ class StitchSpace:
         precision: dtype and quantisation in which bytes are counted.
 
     Raises:
-        ValueError: fewer than two anchors, anchors not in ascending order, vocabularies that differ, a bad option, or a
-            junction that is impossible.
+        ValueError: fewer than two anchors, anchors not in ascending order, vocabularies that differ, a bad option, a junction that is
+            impossible, or a route given by its key that is larger than the largest anchor, of text.
 
     Source: SN-Net section 3.3, ESTA sections 5.1 and 5.2, Traft and Cheney section 2.
     """
@@ -228,6 +227,11 @@ class StitchSpace:
             layers = [self.stitching_layers.get(junction.layer or "") for junction in junctions]
             cost = route_cost(self.anchors, segments, layers, self.precision)
             if len(segments) > 1 and limited and cost.params > largest:
+                if "routes" in self.options:
+                    raise ValueError(
+                        f"route {route_key(segments)} has {cost.params:,} parameters, more than the largest anchor, which has "
+                        f"{largest:,}: leave it out"
+                    )
                 continue  # the largest anchor is smaller
             stitches.append(
                 Stitch(-1, route_key(segments), segments, junctions, **asdict(cost), unit=self.anchors[0].unit)

@@ -28,7 +28,7 @@ hooks       private members of Transformers that the package depends on
 """
 
 from stitched_llama.models.processors import load_processor
-from stitched_llama.models.references import check_no_adapter
+from stitched_llama.models.references import check_source
 from stitched_llama.models.tokenizers import load_tokenizer
 
 from .arguments import (
@@ -42,7 +42,7 @@ from .arguments import (
     recipe_parser,
 )
 from .checkpoints import find_checkpoint, is_published
-from .checks import check_arguments
+from .checks import check_arguments, check_launch
 from .data import Collator, InstructionDataset, batches, pad_token_id
 from .evaluation import evaluate_plain, evaluate_stitches, image_scores, response_scores, spearman
 from .finite import FiniteGradients
@@ -82,8 +82,9 @@ __all__ = [
     "batches",
     "byte_tokenizer",
     "check_arguments",
-    "check_no_adapter",
+    "check_launch",
     "check_settings",
+    "check_source",
     "collate_images",
     "dump_record",
     "evaluate_plain",

@@ -27,13 +27,16 @@ _WITHOUT = "it was saved without"
 _NEEDED = (SETTINGS, _STATE, "optimizer.pt", "scheduler.pt")
 
 
-def find_checkpoint(resume: str | None, output_dir: str, settings: Mapping[str, Any] | None = None) -> str | None:
+def find_checkpoint(
+    resume: str | None, output_dir: str, settings: Mapping[str, Any] | None = None, bundles: bool = True
+) -> str | None:
     """The checkpoint to resume from: `auto` is the newest complete one in `output_dir`, if any; else a path.
 
     Logs which one is used and why newer ones are not.
 
     Args:
         settings: of this run, from `run_settings`; the checkpoint's must be the same.
+        bundles: whether each checkpoint is a bundle; False for other trainers' checkpoints.
 
     Raises:
         ValueError: the path holds no complete checkpoint or one with other settings, or `output_dir` holds only checkpoints without
@@ -41,18 +44,18 @@ def find_checkpoint(resume: str | None, output_dir: str, settings: Mapping[str, 
     """
     if resume in (None, "", "no"):
         return None
-    checkpoint = _newest(output_dir) if resume == "auto" else resume
-    if resume != "auto" and (reason := why_not_whole(Path(resume))) is not None:
+    checkpoint = _newest(output_dir, bundles) if resume == "auto" else resume
+    if resume != "auto" and (reason := why_not_whole(Path(resume), bundles)) is not None:
         raise ValueError(f"{resume} holds no whole checkpoint: {reason}; name another, or 'auto'")
     check_settings(checkpoint, settings or {})
     return checkpoint
 
 
-def _newest(output_dir: str) -> str | None:
+def _newest(output_dir: str, bundles: bool) -> str | None:
     folders = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.split("-")[-1].isdecimal()]
     skipped = []
     for path in sorted(folders, key=lambda path: int(path.name.split("-")[-1]), reverse=True):
-        if (reason := why_not_whole(path)) is None:
+        if (reason := why_not_whole(path, bundles)) is None:
             _log(f"resume: {path} is taken" + "".join(f"; {other} is passed over: {why}" for other, why in skipped))
             return str(path)
         skipped.append((path, reason))
@@ -68,7 +71,7 @@ def _newest(output_dir: str) -> str | None:
     return None
 
 
-def why_not_whole(path: Path) -> str | None:
+def why_not_whole(path: Path, bundles: bool = True) -> str | None:
     """Why a run cannot resume from there; None if it can. Reads all files once."""
     if not path.is_dir():
         return "it is no folder"
@@ -77,12 +80,13 @@ def why_not_whole(path: Path) -> str | None:
     try:
         verify_digests(path)
         recorded = read_digests(path)
-        missing = [name for name in _NEEDED if name not in recorded]
+        missing = [name for name in (*_NEEDED, WEIGHTS) if name not in recorded]
         missing += [] if any(name.startswith("rng_state") for name in recorded) else ["rng_state.pth"]
         if missing:
             return f"{_WITHOUT} {', '.join(missing)} (save_only_model)"
         int(json.loads((path / _STATE).read_text(encoding="utf-8"))["global_step"])
-        Bundle.open(path)
+        if bundles:
+            Bundle.open(path)
     except (ValueError, OSError, KeyError, TypeError) as error:
         return str(error).split(";")[0]
     return None
@@ -112,9 +116,9 @@ def is_published(checkpoint: str | None, output: Path, anchors: Sequence[str]) -
         return False
     try:
         row = json.loads(result.read_text(encoding="utf-8"))
-    except ValueError:  # an interrupted write
+    except (ValueError, RecursionError):  # an interrupted write
         return False
-    if row["anchors"] != list(anchors) or row.get("samples", ()) is None:
+    if not isinstance(row, dict) or row.get("anchors") != list(anchors) or row.get("samples", ()) is None:
         return False
     _log(f"{checkpoint} is the end of its run, {bundle.parent} and {result} are of it: nothing to do")
     return True
@@ -143,6 +147,8 @@ def begin_checkpoint(folder: Path, settings: Mapping[str, Any]) -> None:
 
 class CheckpointMixin:
     """Saving and resuming of `StitchTrainer`: a checkpoint is a bundle."""
+
+    saves_bundles = True
 
     def settings(self) -> dict[str, Any]:
         """The settings that decide rows and steps, as stored in each checkpoint."""
@@ -205,7 +211,7 @@ class CheckpointMixin:
         if not resume:
             return None
         resume = "auto" if resume is True else os.fspath(resume)
-        checkpoint = find_checkpoint(resume, self.args.output_dir, self.settings())
+        checkpoint = find_checkpoint(resume, self.args.output_dir, self.settings(), self.saves_bundles)
         if checkpoint is None:
             raise ValueError(f"there is no checkpoint to resume from in {self.args.output_dir}: begin without")
         if (

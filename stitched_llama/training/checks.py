@@ -33,19 +33,10 @@ def check_arguments(args: Any) -> None:
     Raises:
         ValueError: names the setting, its value and the fix.
     """
-    if args.n_gpu > 1:
-        raise ValueError(f"{args.n_gpu} GPUs in one process: start with `accelerate launch`, one process each")
+    check_launch(args)
     if args.world_size > 1 and not args.average_tokens_across_devices:
         raise ValueError(
             "average_tokens_across_devices is off: ranks would weigh their tokens differently, switch it on"
-        )
-    asked = [name for name in ("fsdp", "fsdp_config", "deepspeed", "parallelism_config") if getattr(args, name)]
-    asked += [f"{name} by `accelerate launch`" for flag, name in _SPLITTING_FLAGS.items() if parse_flag_from_env(flag)]
-    if asked:
-        raise ValueError(f"{asked[0]} is asked for: {_PLAIN_DDP}")
-    if args.enable_jit_checkpoint:
-        raise ValueError(
-            "enable_jit_checkpoint is not needed, SIGTERM ends a run with a checkpoint anyway: leave it off"
         )
     if args.train_teacher and not args.inplace_teacher:
         raise ValueError(
@@ -62,6 +53,24 @@ def check_arguments(args: Any) -> None:
         raise ValueError(
             "push_to_hub is not supported, a checkpoint would be uploaded without its stitches.json: leave it off and call "
             "trainer.save_importance() and model.push_to_hub(repo_id) after the run"
+        )
+
+
+def check_launch(args: Any) -> None:
+    """Refuses a way of spreading or interrupting a run that is not supported, whatever trains.
+
+    Raises:
+        ValueError: names the setting and the fix.
+    """
+    if args.n_gpu > 1:
+        raise ValueError(f"{args.n_gpu} GPUs in one process: start with `accelerate launch`, one process each")
+    asked = [name for name in ("fsdp", "fsdp_config", "deepspeed", "parallelism_config") if getattr(args, name)]
+    asked += [f"{name} by `accelerate launch`" for flag, name in _SPLITTING_FLAGS.items() if parse_flag_from_env(flag)]
+    if asked:
+        raise ValueError(f"{asked[0]} is asked for: {_PLAIN_DDP}")
+    if args.enable_jit_checkpoint:
+        raise ValueError(
+            "enable_jit_checkpoint is not needed, SIGTERM ends a run with a checkpoint anyway: leave it off"
         )
 
 

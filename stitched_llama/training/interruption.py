@@ -1,6 +1,7 @@
 """SIGTERM, which schedulers send before SIGKILL: the running step is finished, a checkpoint saved and the run ended."""
 
 import contextlib
+import logging
 import os
 import signal
 import threading
@@ -44,6 +45,18 @@ class Interruption(TrainerCallback):
             yield
         finally:
             signal.signal(signal.SIGTERM, before)
+
+    def leave(self, args: Any, step: int) -> None:
+        """Ends the process with 143 where the signal came.
+
+        Raises:
+            SystemExit: it did.
+        """
+        if self.agreed and args.process_index == 0:
+            told = "SIGTERM: checkpoint-%d is saved in %s; go on with --resume auto"
+            logging.getLogger(__name__).warning(told, step, args.output_dir)
+        if self.agreed or self.received:
+            raise SystemExit(EXIT_CODE)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.agreed:

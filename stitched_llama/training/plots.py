@@ -1,11 +1,10 @@
 """Plot and table of a run: quality against parameters."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from stitched_llama.bundles import write_atomically
-from stitched_llama.space import StitchSpace, StitchTable, format_count, higher_is_better
+from stitched_llama.space import StitchSpace, StitchTable, format_count, higher_is_better, read_object
 
 _LABELS = {
     "loss": "held-out loss (nats)",
@@ -18,7 +17,7 @@ def read_baselines(path: str | Path | None, space: StitchSpace) -> dict[str, dic
     """The result of a baseline recipe: anchor key -> metric -> value; empty for None.
 
     Raises:
-        ValueError: there is no such file, or it names a stitch that is not an anchor of the space.
+        ValueError: there is no such file, it is not JSON of numbers, or it names a stitch that is not an anchor of the space.
     """
     if path is None:
         return {}
@@ -26,12 +25,15 @@ def read_baselines(path: str | Path | None, space: StitchSpace) -> dict[str, dic
         raise ValueError(
             f"there is no file {path} of baselines: run the baseline recipe with --rows {path}, or leave it out"
         )
-    found = json.loads(Path(path).read_text(encoding="utf-8"))
+    found = read_object(Path(path))
     known = [stitch.key for stitch in space if stitch.is_anchor]
     if unknown := sorted(set(found) - set(known)):
         raise ValueError(
             f"{path} has a row of {unknown[0]}, the anchors here are {', '.join(known)}: it is of other anchors"
         )
+    for key, values in found.items():
+        if not isinstance(values, dict) or any(type(value) not in (int, float) for value in values.values()):
+            raise ValueError(f"{path}: the row of {key} is {repr(values)[:200]}, an object of numbers is needed")
     return found
 
 

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM
 
 from stitched_llama.models import StitchedLlamaForCausalLM, propose_junctions
+from stitched_llama.models.loading import load_plain
 from stitched_llama.space import Segment, anchor_specs, replaced_blocks, route_key
 
 from .arguments import SpaceArguments
@@ -105,13 +105,15 @@ def measured_options(
 ) -> dict[str, Any]:
     """Options of `StitchSpace` for `--junctions similar` or `--routes greedy` between two decoders; empty for neither.
 
-    The anchors are loaded in float32 for the measurement and then freed; the result is printed if `progress`.
+    The anchors are loaded in float32 for the measurement and then freed; the result is printed if `progress`. All ranks use the result of the first.
+
+    Raises:
+        ValueError: an anchor cannot be loaded, or a loss is not finite.
     """
     similar, greedy = options.junctions == ["similar"], options.routes == ["greedy"]
     if not similar and not greedy:
         return {}
-    how = {"dtype": torch.float32, "use_safetensors": True, "trust_remote_code": False}
-    anchors = [AutoModelForCausalLM.from_pretrained(name, **how).eval() for name in names]
+    anchors = [load_plain(name, dtype=torch.float32) for name in names]
     if greedy:
         proposal = propose_routes(StitchedLlamaForCausalLM, anchors, batches, autocast, progress)
         found = {"routes": proposal.routes, "junctions": None, "adapter": "identity"}
@@ -120,4 +122,8 @@ def measured_options(
         found = {"junctions": proposal.junctions, "adapter": proposal.adapter}
     if progress:
         print(proposal)
+    if torch.distributed.is_initialized():  # last digits may differ between ranks, and the space must not
+        shared = [found]
+        torch.distributed.broadcast_object_list(shared)
+        found = shared[0]
     return found

@@ -1,7 +1,6 @@
 """`transformers.Trainer` that trains one stitch a step and distils it from the largest anchor."""
 
 import contextlib
-import logging
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,12 +19,11 @@ from .checks import check_arguments, check_batch, check_run, check_sets
 from .data import IGNORED
 from .distillation import cast_inputs, distillation_loss, frozen_eval, teacher_targets
 from .finite import check_step, check_weights, describe_rows, note_fault
-from .interruption import EXIT_CODE, Interruption
+from .interruption import Interruption
 from .param_groups import scale_anchor_learning_rate
 from .phases import phase_scheduler, split_phases
 from .reports import ReportMixin
 
-logger = logging.getLogger(__name__)
 Gradients = dict[nn.Parameter, Tensor]
 
 
@@ -155,11 +153,7 @@ class StitchTrainer(CheckpointMixin, ReportMixin, Trainer):
             self.model.train_only(None)
             self._phase = None
         check_weights(self.model, self.state.global_step)
-        if self.interruption.agreed and self.args.process_index == 0:
-            step, folder = self.state.global_step, self.args.output_dir
-            logger.warning("SIGTERM: checkpoint-%d is saved in %s; go on with --resume auto", step, folder)
-        if self.interruption.agreed or self.interruption.received:
-            raise SystemExit(EXIT_CODE)
+        self.interruption.leave(self.args, self.state.global_step)
         return done
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
