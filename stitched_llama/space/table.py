@@ -149,10 +149,11 @@ class StitchTable:
 
         wanted = None if keys is None else set(keys)
         rows = self.to_rows(s for s in space if wanted is None or s.key in wanted)
-        held = {
-            name: {row["key"]: row["metrics"][name] for row in rows if name in row["metrics"]} for name in self.metrics
-        }
-        gains = palette_gains(space, replace(self, metrics={name: values for name, values in held.items() if values}))
+        kept = {row["key"] for row in rows}
+        metrics = {name: {key: v for key, v in values.items() if key in kept} for name, values in self.metrics.items()}
+        gains = palette_gains(
+            space, replace(self, metrics={name: values for name, values in metrics.items() if values})
+        )
         return {
             "palette_gain": {name: {by: _finite(gain) for by, gain in found.items()} for name, found in gains.items()},
             "alone": {key: dict(values) for key, values in self.alone.items()},
