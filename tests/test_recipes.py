@@ -115,7 +115,7 @@ def test_a_command_says_its_version_and_what_it_does(capsys):
     for arguments in (
         ["--version"],
         ["--help"],
-        *([name, "--help"] for name in ("space", "bundle", "chat", *COMMANDS)),
+        *([name, "--help"] for name in ("space", "bundle", "chat", "export", *COMMANDS)),
     ):
         with pytest.raises(SystemExit) as ended:
             main(arguments)
