@@ -193,6 +193,7 @@ def interrupt():
 
 def test_an_interrupt_ends_the_answer_and_its_thread_and_the_conversation_goes_on(chat, monkeypatch, capsys):
     chat.settings["max_new_tokens"] = 100
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
     put, seen, threads = TextIteratorStreamer.put, [], threading.active_count()
 
     def interrupted(self, value):
@@ -206,7 +207,10 @@ def test_an_interrupt_ends_the_answer_and_its_thread_and_the_conversation_goes_o
     monkeypatch.setattr(TextIteratorStreamer, "put", interrupted)
     lines = iter(["hello", "more", "/quit"])
     monkeypatch.setattr("builtins.input", lambda prompt="": next(lines))
-    converse(chat)
+    try:
+        converse(chat)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert threading.active_count() == threads
     assert " [interrupted]" in capsys.readouterr().out
     assert [message["content"] for message in chat.messages[::2]] == ["hello", "more"]
@@ -328,6 +332,9 @@ def test_a_session_of_its_own_survives_bytes_and_interrupts(anchors, chatty, tmp
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     command = [sys.executable, "-m", "stitched_llama", "chat", tmp_path, "--max-new-tokens", "400", "--stitch-id", "2"]
     how = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    how["preexec_fn"] = lambda: signal.signal(
+        signal.SIGINT, signal.SIG_DFL
+    )  # ignored where the tests run in the background
     with subprocess.Popen(command, cwd=ROOT, env=environment, **how) as run:
         assert b"stitch 2" in run.stdout.readline()
         run.stdin.write(b"\xff\xfe\nhello\n")
