@@ -128,7 +128,7 @@ def test_checkpoints_of_another_run_are_refused(folder, tokenizer, tmp_path):
 def test_sigterm_saves_a_checkpoint_from_which_the_run_goes_on(whole, tokenizer, tmp_path):
     class Signal(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
-            made.interruption.came = state.global_step == 1
+            made.interruption.received = state.global_step == 1
 
     made = trainer(tmp_path, tokenizer, [Signal()], save_strategy="no")
     with pytest.raises(SystemExit) as ended:
