@@ -147,8 +147,10 @@ def places(content, path=()):
 def edited(content, rng, extra=()):
     """A copy of a tree of JSON with one value replaced, removed, doubled or swapped, or one of `extra` set; and what was done."""
     content = copy.deepcopy(content)
-    path = rng.choice(list(places(content)))
-    home = content
+    paths = list(places(content))
+    if not paths:  # all of it was removed before
+        return content, "nothing is left to edit"
+    path, home = rng.choice(paths), content
     for key in path[:-1]:
         home = home[key]
     key, name, how = path[-1], ".".join(map(str, path)), rng.random()
