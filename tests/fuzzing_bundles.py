@@ -4,8 +4,10 @@ import contextlib
 import functools
 import io
 import shutil
+import traceback
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from fuzzing import Different, Fault, edit_bytes, edit_json
@@ -240,7 +242,10 @@ def _load(case, original, kind, rng, honest):
         if how == "auto":
             try:
                 model = AUTO[kind].from_pretrained(case / "bundle")
-            except (RecursionError, TypeError) as error:  # of Transformers' own reading of a config.json, before it knows our class
+            except (
+                RecursionError,
+                TypeError,
+            ) as error:  # of Transformers' own reading of a config.json, before it knows our class
                 *_, last = traceback.extract_tb(error.__traceback__)
                 if isinstance(error, TypeError) and Path(last.filename).name != "configuration_auto.py":
                     raise
@@ -266,7 +271,6 @@ def cases(rng):
 
 def _bundle_case(kind, signed, rng, seed):
     import random
-import traceback
 
     ask = rng.choice(["load", "load", "load", "verify", "verify", "show", "json"])
     done = {}
