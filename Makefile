@@ -38,11 +38,11 @@ define family
 	$(BIN)/python demo/documentation.py --output $(1)/data
 endef
 
-# Ten sizes, 40 steps of 8 rows.
+# Ten sizes, 100 steps of 8 rows, 60 of them for the two anchors.
 demo: setup
 	$(call family,$(OUT))
 	$(LAUNCH) recipes/finetune_alpaca.py $(call FAMILY,$(OUT)) --adapter identity --routes $(ROUTES) --interval_count 8 \
-	  --eval_size 48 --max_steps 40 --anchors_first 0.5 --no_evaluate_before --output_dir $(OUT)
+	  --eval_size 64 --max_steps 100 --no_evaluate_before --output_dir $(OUT)
 
 # All fifteen sizes: routes searched, evaluated before and after 200 steps.
 demo-real: setup
