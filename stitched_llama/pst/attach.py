@@ -138,5 +138,5 @@ def is_low_rank(name: str) -> bool:
 def _lora(rank: int, names: list[str], config: PSTConfig):
     from peft import LoraConfig
 
-    # alpha = rank: scale 1 (DESIGN section 7)
+    # alpha = rank: scale 1
     return LoraConfig(r=rank, lora_alpha=rank, target_modules=names, lora_dropout=config.dropout)
