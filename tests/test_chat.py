@@ -142,7 +142,8 @@ def test_prompts_are_tokenised_as_in_training(pieces, chat, monkeypatch):
     assert [ids[0].tolist() for ids in seen] == [wanted]
 
 
-def test_a_tokenizer_without_chat_template_is_refused(stitched, tokenizer):
+def test_a_tokenizer_without_chat_template_is_refused(stitched, tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", None)  # tests share it
     with pytest.raises(ValueError, match="no chat template"):
         Chat(stitched("unequal"), tokenizer)
 
