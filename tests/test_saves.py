@@ -48,6 +48,7 @@ def test_a_reader_beside_a_writer_gets_one_save(tmp_path):
             bundle = Bundle.open(tmp_path)
             weights = bundle.load_tensors(["w"])["w"]
             found.append((bundle.config["number"], bundle.table["number"], float(weights[0]), float(weights[-1])))
+            time.sleep(0.002)  # else the lock is hardly ever free
     finally:
         done.set()
         writer.join()
