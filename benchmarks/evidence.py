@@ -36,7 +36,7 @@ from stitched_llama.training import dump_record, provenance
 
 
 def row_path(output: Path, run: Run) -> Path:
-    """Where a run's row lies; the name changes with anything that decides what the run does, and says nothing of options left
+    """Where a run's row lies; the name changes with anything that decides what the run does, and does not depend on options left
     alone: a new one leaves the rows there are."""
     own = set(StitchTrainingArguments.__annotations__) - {"anchors_first"}  # for a second LoRA, which no run has
     ours = {f.name: f.default for f in fields(StitchTrainingArguments) if f.name in own and f.default is not MISSING}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 def attach_peer(model: Any, peer: str, ranks: Sequence[int]) -> None:
-    """Adds the trainable parts of a peer, born neutral, to a model that has its PST.
+    """Adds the trainable parts of a peer, zero-initialised, to a model that has its PST.
 
     Args:
         peer: `"stitch lora"`, of rank 1; `"adapter"` or `"adaptformer"` (for ViTs), which take the place of LoRA.

@@ -117,8 +117,8 @@ class BundleTensors(MeasuredTable):
         return part == "anchors" and known and not name.startswith(own_blocks)
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
-        """As torch has it; what a checkpoint holds, the tensors of a bundle by their names there, goes where it belongs, as any
-        `Trainer` loads it.
+        """Same as `nn.Module.load_state_dict`; the tensors of a checkpoint, which have the names of a bundle, are loaded as well, as any
+        `Trainer` does.
 
         Raises:
             RuntimeError: `strict` and a name is missing, or a name is unknown.

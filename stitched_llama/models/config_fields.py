@@ -15,7 +15,7 @@ _ATTENTION = (None, "eager", "sdpa", "flex_attention")  # what Transformers and 
 
 
 def check_anchor_fields(fields: Any, where: str, attention: bool = False) -> None:
-    """Refuses an anchor's configuration that would take memory for classes nobody named, or that names code.
+    """Refuses an anchor's configuration that would take memory for classes without names, or that names code.
 
     Args:
         attention: the caller chose the attention, whatever is written here.

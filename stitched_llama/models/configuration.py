@@ -80,7 +80,7 @@ class StitchedConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
-        """As Transformers has it, for what the Auto classes pass: `anchors`, `attn_implementation` and `verify` go on to the
+        """Same as in Transformers, for what the Auto classes pass: `anchors`, `attn_implementation` and `verify` go on to the
         model, and the `config.json` of a bundle is that of a whole save.
 
         Raises:

@@ -188,7 +188,7 @@ class StitchedForImageClassification(StitchedPreTrainedModel):
         raise ValueError(f"pixel_values have [channels, height, width] {found}, these anchors take {wanted}: {fix}")
 
     def train(self, mode: bool = True):
-        """As Transformers has it; batch norms of the anchors, and of stitching layers that do not train, keep their running
+        """Same as `nn.Module.train`, but batch norms of the anchors, and of stitching layers that do not train, keep their running
         statistics."""
         super().train(mode)
         frozen = [

@@ -101,7 +101,7 @@ def load_anchor(
 ) -> tuple[PreTrainedModel, dict[str, dict[str, str]]]:
     """An anchor, frozen, with the digests of its parts (`whole` as `digests_of_files` has it); only the blocks, embedding and head that `stitches` need. One that is
     stored in 8 or 4 bits is read whole: only Transformers knows how its tensors belong together. With `new_head` a
-    classifier that the checkpoint lacks is born anew.
+    classifier that the checkpoint lacks is re-initialised.
 
     Raises:
         ValueError: there are no safetensors weights, a tensor is missing, or a part was put where it cannot be trained.
@@ -162,7 +162,7 @@ def _load_image_anchor(
 ) -> tuple[PreTrainedModel, dict[str, dict[str, str]]]:
     """An image anchor, read whole (older checkpoints name their tensors otherwise); blocks off every route are let go.
 
-    Its head is born anew where `config` has another number of classes than the checkpoint, and with `new_head` where that has none.
+    Its head is re-initialised where `config` has another number of classes than the checkpoint, and with `new_head` where that has none.
     """
     if any(name.endswith("WithTeacher") for name in getattr(config, "architectures", None) or ()):  # a distilled DeiT
         if not new_head:

@@ -42,7 +42,7 @@ class AnchorsMixin:
 
         Args:
             anchors: folders, Hub ids or loaded models. A loaded model becomes part of this one: it is frozen, and PST
-                goes into it, as PEFT has it.
+                goes into it, as in PEFT.
             how: `kernel_size`, `stride`, `direction`, `pairs`, `adapter`, `rescale`, `adapter_norm`, `across_stages` shape the space; `image_size` is the size at which image anchors run that take any; `dtype`, `quantization_config`,
                 `device_map`, `attn_implementation` and the Hub's options reach each anchor's `from_pretrained`;
                 so does `trust_remote_code`, without which no code of an anchor's is run.

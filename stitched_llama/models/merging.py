@@ -67,7 +67,7 @@ class MergingMixin:
         return tuple(name for name in ("stitch_bias", "stitch_lora") if getattr(self, name) is not None)
 
     def _merge(self) -> None:
-        self.anchors.pst_merged = True  # first: what an interrupt leaves is saved by nobody
+        self.anchors.pst_merged = True  # first: a model that an interrupt leaves half merged cannot be saved
         own_lora = self.stitch_lora
         if own_lora is not None and any(self.space[key].is_anchor for key in self.keys):
             own_lora = None

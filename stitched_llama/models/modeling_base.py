@@ -85,7 +85,7 @@ class StitchedPreTrainedModel(AnchorsMixin, BundleMixin, MergingMixin, ExportMix
             self.attach_pst(pst)
 
     def get_expanded_tied_weights_keys(self, *args: Any, **kwargs: Any) -> dict[str, str]:
-        """As Transformers has it, of the pairs that are here: one size may hold an anchor's embedding or its head alone."""
+        """Same as in Transformers, of the pairs that are loaded: one size may hold an anchor's embedding or its head alone."""
         here = {name for name, _ in self.named_parameters(remove_duplicate=False)}
         pairs = super().get_expanded_tied_weights_keys(*args, **kwargs)
         return {name: source for name, source in pairs.items() if {name, source} <= here}
@@ -194,7 +194,7 @@ class StitchedPreTrainedModel(AnchorsMixin, BundleMixin, MergingMixin, ExportMix
         return view
 
     def add_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """As Transformers has it, before PST is attached.
+        """Same as in Transformers, before PST is attached.
 
         Raises:
             ValueError: PST is attached; another adapter would undo it.
@@ -204,7 +204,7 @@ class StitchedPreTrainedModel(AnchorsMixin, BundleMixin, MergingMixin, ExportMix
         super().add_adapter(*args, **kwargs)
 
     def load_adapter(self, *args: Any, **kwargs: Any) -> Any:
-        """As Transformers has it, before PST is attached.
+        """Same as in Transformers, before PST is attached.
 
         Raises:
             ValueError: PST is attached; another adapter would undo it.
@@ -229,7 +229,7 @@ class StitchedPreTrainedModel(AnchorsMixin, BundleMixin, MergingMixin, ExportMix
         return self.stitch(stitch_id if self.pinned_key is None else self.pinned_key)
 
     def _apply(self, *args: Any, **kwargs: Any):
-        """Of `to`, `half`, `bfloat16`, `float`, ..., as torch has it; the space then counts bytes in the new dtype."""
+        """Called by `to`, `half`, `bfloat16`, `float`, ...; the space then counts bytes in the new dtype."""
         moved = super()._apply(*args, **kwargs)
         moved._count_bytes_as_loaded()
         return moved
@@ -274,7 +274,7 @@ class StitchedPreTrainedModel(AnchorsMixin, BundleMixin, MergingMixin, ExportMix
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict | None = None, **kwargs: Any
     ) -> None:
-        """As Transformers has it, but for reentrant checkpointing, which loses gradients behind a frozen embedding.
+        """Same as in Transformers, but for reentrant checkpointing, which loses gradients behind a frozen embedding.
 
         Raises:
             ValueError: `use_reentrant` is asked for.

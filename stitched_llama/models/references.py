@@ -90,7 +90,7 @@ def check_no_adapter(name_or_path: str, **hub: Any) -> None:
 
 def weight_files(name_or_path: str, needed: Callable[[str], bool] | None = None, **hub: Any) -> dict[str, Path]:
     """Tensor name -> safetensors file that holds it, of a folder or Hub repository; fetches only files that are needed. One
-    file goes before shards, as Transformers has it.
+    file goes before shards, as in Transformers.
 
     Raises:
         ValueError: there are no safetensors weights.

@@ -104,7 +104,7 @@ def refuse_another(*args: Any, **kwargs: Any) -> None:
 
 
 def refuse_to_save(model: Any, reason: str) -> None:
-    """Lets `save_pretrained` of one anchor say why it would write what nobody can load as that model.
+    """Makes `save_pretrained` of one anchor raise, as what it would write could not be loaded as that model.
 
     It raises a ValueError, always.
     """

@@ -151,7 +151,7 @@ class ShrinkTrainer(CheckpointMixin, Trainer):
         return loss
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As Transformers has it.
+        """Same as `Trainer.save_model`.
 
         Raises:
             ValueError: a weight is not finite.

@@ -52,7 +52,7 @@ class StitchedGenerationMixin(GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **how: Any
     ) -> None:
-        """As Transformers has it, with as many layers as the route has blocks: offloaded caches fetch the layer after the last."""
+        """A cache with as many layers as the route has blocks: offloaded caches fetch the layer after the last."""
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **how)
         cache = model_kwargs.get("past_key_values")
         if cache is not None and not getattr(cache, "_is_user_defined", False):
@@ -62,7 +62,7 @@ class StitchedGenerationMixin(GenerationMixin):
         """Nothing to allocate ahead: the layers of a route differ in heads, and each is made when it is first filled."""
 
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> Any:
-        """As Transformers has it; one that runs the model itself (`guidance_scale`) runs the stitch of the call."""
+        """Same as in `GenerationMixin`, but a processor that runs the model itself (`guidance_scale`) runs the stitch of the call."""
         processors = super()._get_logits_processor(*args, **kwargs)
         stitch_id = (kwargs.get("model_kwargs") or {}).get("stitch_id")
         for processor in processors:
@@ -71,7 +71,7 @@ class StitchedGenerationMixin(GenerationMixin):
         return processors
 
     def _get_candidate_generator(self, *args: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
-        """As Transformers has it; an assistant, of this model or not, runs its own stitch."""
+        """Same as in `GenerationMixin`, but an assistant, of this model or not, runs its own stitch."""
         own = {name: value for name, value in model_kwargs.items() if name != "stitch_id"}
         return super()._get_candidate_generator(*args, model_kwargs=own, **kwargs)
 

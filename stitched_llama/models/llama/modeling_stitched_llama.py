@@ -160,7 +160,7 @@ class StitchedLlamaForCausalLM(StitchedPreTrainedModel, StitchedGenerationMixin)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_kwargs)
         output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
         if kwargs.get("output_hidden_states", getattr(self.config, "output_hidden_states", False)):
-            # takes the place of the last one recorded, as Transformers has it
+            # replaces the last one recorded, as in Transformers
             output.last_hidden_state = self.anchors[last].model.norm(hidden)
         return output
 
