@@ -14,6 +14,7 @@ from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME
 
 from stitched_llama.anchors import LlamaFamily
 from stitched_llama.bundles import check_finite
+from stitched_llama.pst import biases_of
 from stitched_llama.space import read_object
 
 from .export import new_folder
@@ -46,8 +47,7 @@ class AdapterMixin:
         layers = list(self._lora_layers(anchor))
         if stitch.key not in self.keys:
             raise ValueError(f"anchor {anchor} was not loaded whole: load the bundle without stitch_id and budget")
-        biased = self.stitch_bias is not None and stitch.key in self.stitch_bias.vectors
-        biases = self.stitch_bias(stitch.key) if biased else None
+        biases = biases_of(stitch, self.stitch_bias)
         tensors: dict[str, Tensor] = {}
         for name, layer, slot, number in layers:
             for factor in ("lora_A", "lora_B"):
@@ -63,7 +63,7 @@ class AdapterMixin:
             r=rank,
             lora_alpha=rank,
             lora_dropout=self.config.pst_config.dropout,
-            lora_bias=biased,
+            lora_bias=biases is not None,
             target_modules=sorted({name.split(".")[-1] for name, *_ in layers}),
             inference_mode=True,
         )

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from stitched_llama.bundles import CARD, CONFIG, GENERATION, write_bundle
-from stitched_llama.pst import is_low_rank
+from stitched_llama.pst import biases_of, is_low_rank
 from stitched_llama.space import Stitch, StitchTable
 
 from .bundle_tensors import bundle_name
 from .card import exported_card
-from .merging import adapted_layers, merged_weight, quantised, settings_left
+from .merging import adapted_layers, merged_weight, settings_left
 from .plain import plain_model, plain_obstacle
 from .processors import load_processor
 from .tokenizers import load_tokenizer
@@ -81,11 +81,8 @@ class ExportMixin:
                 asks for what cannot be.
         """
         stitch = self._to_export(stitch_id, budget, context_tokens)
-        if self.merge_obstacle() is not None:
-            flags = [
-                name for name in ("8bit", "4bit") for a in self.anchors if getattr(a, f"is_loaded_in_{name}", False)
-            ]
-            raise ValueError(quantised(flags[0] if flags else None))
+        if obstacle := self.merge_obstacle():
+            raise ValueError(obstacle)
         reason = plain_obstacle(self, stitch) if plain is not False else "it was asked for as a stitched model"
         if plain and reason is not None:
             raise ValueError(
@@ -138,8 +135,8 @@ class ExportMixin:
 
     def _write_stitched(self, folder: Path, stitch: Stitch, table: StitchTable) -> None:
         """One size as a stitched model that holds all weights of its route."""
-        biased = self.stitch_bias is not None and stitch.key in self.stitch_bias.vectors
-        left, config = settings_left(biased), copy.deepcopy(self.config)
+        left = settings_left(biases_of(stitch, self.stitch_bias) is not None)
+        config = copy.deepcopy(self.config)
         config.architectures = [type(self).__name__]
         config.anchors = config.default_stitch_id = config.stitching_dtype = None
         config.keys, config.pst = [stitch.key], None if left is None else left.to_dict()
@@ -179,7 +176,7 @@ def _route_tensors(model: Any, stitch: Stitch) -> dict[str, Tensor]:
         tensors = [*layer.named_parameters(), *layer.named_buffers()]
         found |= {f"stitching_layers.{name}.{n}": t for n, t in tensors if t.is_floating_point() and not is_low_rank(n)}
     found = {bundle_name(name): merged.get(id(tensor), tensor) for name, tensor in found.items()}
-    if model.stitch_bias is not None and stitch.key in model.stitch_bias.vectors:
+    if biases_of(stitch, model.stitch_bias) is not None:
         found[f"stitch_bias.{stitch.key}"] = model.stitch_bias.vectors[stitch.key]
     return found
 

@@ -1,6 +1,6 @@
 """PST merged into the weights, once for all sizes: what is left to add in a forward is the bias of each stitch."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,6 @@ from stitched_llama.pst import PSTConfig, StitchLora
 from stitched_llama.space import StitchSpace
 
 _ADAPTER = "default"  # PEFT's name for the one there is
-_FLAGS = {"8bit": "is_loaded_in_8bit", "4bit": "is_loaded_in_4bit"}
 
 
 class MergingMixin:
@@ -33,11 +32,10 @@ class MergingMixin:
 
     def merge_obstacle(self) -> str | None:
         """Why PST cannot be merged, with the way out; None where it can be."""
-        for anchor in self.anchors:
-            found = next((bits for bits, flag in _FLAGS.items() if getattr(anchor, flag, False)), None)
-            if found is not None or getattr(anchor.config, "quantization_config", None) is not None:
-                return quantised(found)
-        return None
+        found = loaded_bits(self.anchors)
+        if found is None and all(getattr(a.config, "quantization_config", None) is None for a in self.anchors):
+            return None
+        return quantised(found)
 
     @torch.no_grad()
     def merge_pst(self) -> tuple[str, ...]:
@@ -84,6 +82,14 @@ class MergingMixin:
         if self.stitch_bias is not None and not self.stitch_bias.vectors:  # of an anchor alone, beside stitch_rank
             self.stitch_bias = None
         self.requires_grad_(False)
+
+
+def loaded_bits(anchors: Iterable[nn.Module]) -> str | None:
+    """`"8bit"` or `"4bit"` where bitsandbytes loaded an anchor so, else None."""
+    anchors = list(anchors)
+    return next(
+        (bits for bits in ("8bit", "4bit") if any(getattr(a, f"is_loaded_in_{bits}", False) for a in anchors)), None
+    )
 
 
 def quantised(bits: str | None) -> str:

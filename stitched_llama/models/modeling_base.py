@@ -18,7 +18,7 @@ from .calibration import Calibration, calibrate
 from .configuration import StitchedConfig
 from .export import ExportMixin
 from .making import AnchorsMixin
-from .merging import MergingMixin
+from .merging import MergingMixin, loaded_bits
 from .route import first_norm
 from .shared import share_embedding
 from .storage import BundleMixin
@@ -114,12 +114,10 @@ class StitchedPreTrainedModel(AnchorsMixin, BundleMixin, MergingMixin, ExportMix
 
     def _count_bytes_as_loaded(self) -> None:
         """Counts bytes in the dtype and quantisation that the anchors were loaded in."""
-        flags = {"8bit": "is_loaded_in_8bit", "4bit": "is_loaded_in_4bit"}
-        loaded = [name for name, flag in flags.items() if any(getattr(a, flag, False) for a in self.anchors)]
         dtype = str(next((layer.out_dtype for layer in self.stitching_layers.values()), self.dtype))
         name = dtype.removeprefix("torch.")
         if name in BYTES_PER_NUMBER:  # float64 has no place in a budget
-            self.space = self.space.with_precision(Precision(name, loaded[0] if loaded else None))
+            self.space = self.space.with_precision(Precision(name, loaded_bits(self.anchors)))
 
     def blocks(self, anchor: int) -> list[nn.Module]:
         """The blocks of an anchor, in order."""

@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from stitched_llama.anchors import LlamaFamily
+from stitched_llama.pst import biases_of
 from stitched_llama.space import Stitch
 
 from .merging import merged_weight
@@ -75,7 +76,7 @@ def _fields(model: Any, anchor: int) -> dict[str, Any]:
 
 
 def _config(model: Any, stitch: Stitch, tied: bool) -> Any:
-    biased = _is_biased(model, stitch)
+    biased = biases_of(stitch, model.stitch_bias) is not None
     anchors = [segment.anchor for segment in stitch.segments]
     configs = [model.anchors[a].config for a in anchors]
     kinds = {model.space.anchors[a].family for a in anchors}
@@ -109,7 +110,7 @@ def _tensors(model: Any, stitch: Stitch) -> dict[str, Tensor]:
         "lm_head.weight": last.get_output_embeddings().weight,
     }
     lora = None if stitch.is_anchor else model.stitch_lora
-    biases = model.stitch_bias(stitch.key) if _is_biased(model, stitch) else None
+    biases = biases_of(stitch, model.stitch_bias)
     for slot, (anchor, index) in enumerate(stitch.blocks()):
         block = model.blocks(anchor)[index]
         names = [name for name, *_ in model.space.anchors[anchor].blocks[index].adapted]
@@ -127,7 +128,3 @@ def _tensors(model: Any, stitch: Stitch) -> dict[str, Tensor]:
             if bias is not None:
                 found[f"model.layers.{slot}.self_attn.{name}.bias"] = bias
     return {name: tensor.detach() for name, tensor in found.items()}
-
-
-def _is_biased(model: Any, stitch: Stitch) -> bool:
-    return model.stitch_bias is not None and stitch.key in model.stitch_bias.vectors

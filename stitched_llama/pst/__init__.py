@@ -16,7 +16,7 @@ from .attach import (
 )
 from .bias import StitchBias
 from .config import PSTConfig
-from .updates import StitchLora, Update, updates_of
+from .updates import StitchLora, Update, biases_of, updates_of
 
 __all__ = [
     "PSTConfig",
@@ -24,6 +24,7 @@ __all__ = [
     "StitchLora",
     "Update",
     "attach_pst",
+    "biases_of",
     "carries_adapters",
     "is_low_rank",
     "refuse_another",

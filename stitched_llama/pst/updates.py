@@ -68,9 +68,14 @@ class StitchLora(nn.Module):
         return (self.down[name], self.up[name]) if name in self.down else None
 
 
+def biases_of(stitch: Stitch, bias: StitchBias | None) -> list[tuple[Tensor, ...]] | None:
+    """For each block of a route the biases of its adapted layers; None where the stitch has none."""
+    return None if bias is None or stitch.key not in bias.vectors else bias(stitch.key)
+
+
 def updates_of(stitch: Stitch, bias: StitchBias | None, lora: StitchLora | None) -> list[tuple[Update, ...]] | None:
     """For each block of a route the updates of its adapted layers; None where the stitch has none."""
-    biases = None if bias is None or stitch.key not in bias.vectors else bias(stitch.key)
+    biases = biases_of(stitch, bias)
     factors = None if lora is None or stitch.is_anchor else lora(stitch)
     if biases is None and factors is None:
         return None
