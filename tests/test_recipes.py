@@ -345,6 +345,13 @@ def test_the_recipe_says_what_it_cannot_train(options, named, tmp_path):
         main(["finetune", "--smoke", *options, "--use_cpu", "--output_dir", str(tmp_path)])
 
 
+def test_the_vision_recipe_measures_no_junctions(tmp_path, capsys):
+    for words in (["--junctions", "similar"], ["--routes", "greedy"]):
+        with pytest.raises(SystemExit):
+            main(["finetune-vision", "--anchors", "a", "b", "--data", "c.npz", *words, "--output_dir", str(tmp_path)])
+        assert "measure text anchors: give junctions or routes one by one" in capsys.readouterr().err
+
+
 def test_a_checkouts_recipe_says_that_it_needs_two_anchors(tmp_path):
     done = python("recipes/finetune_alpaca.py", "--anchors", "one", "--output_dir", tmp_path, check=False)
     assert done.returncode != 0

@@ -7,6 +7,7 @@ import torch
 from conftest import ids_like, python, spread
 
 from stitched_llama import PSTConfig, StitchedLlamaForCausalLM, StitchSpace
+from stitched_llama.cli import main
 from stitched_llama.models import propose_junctions
 from stitched_llama.shrinking import (
     ShrinkArguments,
@@ -426,3 +427,14 @@ def test_options_that_are_measured_first(family, capsys):
     )
     assert options["adapter"] == "identity"
     assert measured_options(SpaceArguments(), family, [batch]) == {}
+
+
+def test_the_command_counts_the_space_that_the_fine_tune_makes(family, capsys):
+    assert main(["space", *family, "--junctions", "aligned", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    space = StitchSpace.from_configs(family, **SpaceArguments(junctions=["aligned"]).options())
+    assert [(row["key"], row["params"]) for row in told] == [(stitch.key, stitch.params) for stitch in space]
+    assert not space.stitching_layers
+    for words in (["--junctions", "similar"], ["--routes", "greedy"]):
+        assert main(["space", *family, *words]) == 2
+        assert "are measured by finetune" in capsys.readouterr().err

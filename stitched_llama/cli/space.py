@@ -2,21 +2,10 @@
 
 import argparse
 import json
+from dataclasses import MISSING, fields
+from typing import Any
 
-from stitched_llama.space import (
-    ADAPTER_NORMS,
-    ADAPTERS,
-    DIRECTIONS,
-    KEYS,
-    PAIRS,
-    RESCALES,
-    SPACE_OPTIONS,
-    Precision,
-    StitchSpace,
-    format_bytes,
-    format_count,
-    parse_junctions,
-)
+from stitched_llama.space import KEYS, Precision, SpaceArguments, StitchSpace, format_bytes, format_count
 from stitched_llama.space.cost import BYTES_PER_NUMBER
 
 
@@ -29,28 +18,16 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         epilog=KEYS,
     )
     parser.add_argument("anchors", nargs="+", metavar="ANCHOR", help="folders or Hub ids, small to large; two or more")
-    parser.add_argument("--kernel-size", type=int, default=1, help="blocks of the sliding window (default 1)")
-    parser.add_argument("--stride", type=int, default=1, help="stride of the sliding window (default 1)")
-    parser.add_argument("--direction", choices=DIRECTIONS, default="fast-to-slow", help="direction of the routes")
-    parser.add_argument("--pairs", choices=PAIRS, default="nearest", help="which anchors are joined")
-    parser.add_argument("--adapter", choices=ADAPTERS, default="linear", help="kind of stitching layer, for images")
-    parser.add_argument(
-        "--rescale", choices=RESCALES, default="none", help="how stitching layers change the resolution"
-    )
-    parser.add_argument(
-        "--adapter-norm", choices=ADAPTER_NORMS, default="none", help="norms before and after stitching layers"
-    )
-    parser.add_argument("--across-stages", action="store_true", help="also join stages of different resolution")
-    parser.add_argument(
-        "--junctions",
-        nargs="+",
-        metavar="SOURCE:TARGET",
-        help="explicit junctions: 'aligned' for a small anchor made by shrink, or pairs of blocks such as 3:8 (from the output of block "
-        "3 of the small anchor to the input of block 8 of the large one)",
-    )
-    parser.add_argument(
-        "--routes", nargs="+", metavar="KEY", help="explicit stitches by key, such as 1[0:5]>0[3:5]>1[9:30]"
-    )
+    for option in fields(SpaceArguments):
+        name, how = f"--{option.name.replace('_', '-')}", dict[str, Any](help=option.metadata["help"])
+        if option.default_factory is not MISSING:
+            parser.add_argument(name, nargs="+", default=option.default_factory(), **how)
+        elif option.default is False:
+            parser.add_argument(name, action="store_true", **how)
+        else:
+            kind = int if isinstance(option.default, int) else str
+            how["help"] += "" if option.default is None else f" (default: {option.default})"
+            parser.add_argument(name, type=kind, default=option.default, **how)
     parser.add_argument(
         "--image-size", type=int, help="side of the images, for anchors that take any (DINOv2, ConvNeXt, ...)"
     )
@@ -62,11 +39,15 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    arguments = SpaceArguments(**{option.name: getattr(options, option.name) for option in fields(SpaceArguments)})
+    if arguments.is_measured:
+        raise ValueError(
+            "junctions 'similar' and routes 'greedy' are measured by finetune, on weights; here none are read"
+        )
     space = StitchSpace.from_configs(
         options.anchors,
         options.image_size,
-        **{name: getattr(options, name) for name in SPACE_OPTIONS if name != "junctions"},
-        junctions=parse_junctions(options.junctions),
+        **arguments.options(),
         precision=Precision(options.dtype, options.quantization, options.context),
     )
     if options.json:

@@ -18,7 +18,6 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import AutoModelForImageClassification, set_seed
@@ -26,13 +25,12 @@ from transformers import AutoModelForImageClassification, set_seed
 import stitched_llama as sl
 from stitched_llama.models import image_class
 from stitched_llama.models.references import anchor_config
-from stitched_llama.space import palette_gains
+from stitched_llama.space import ImageSpaceArguments, palette_gains
 from stitched_llama.training import (
     ImageDataArguments,
     ImageSet,
     ImageTrainingArguments,
     PSTArguments,
-    SpaceArguments,
     batches,
     check_arguments,
     check_source,
@@ -72,23 +70,9 @@ class Arguments(ImageDataArguments):
     baselines: str | None = field(default=None, metadata={"help": "JSON file of the baseline recipe, for the plot."})
 
 
-@dataclass
-class VisionSpaceArguments(SpaceArguments):
-    """Options of the space, with the defaults of ESTA and SN-Net for plain ViTs."""
-
-    kernel_size: int = field(default=2, metadata={"help": "Blocks of the sliding window."})
-    image_size: int | None = field(
-        default=None, metadata={"help": "Side of the images, for anchors that take any (DINOv2, ConvNeXt, ...)."}
-    )
-
-    def options(self) -> dict[str, Any]:
-        """Options of `from_anchors`."""
-        return super().options() | {"image_size": self.image_size}
-
-
 def main() -> None:
     start = time.time()
-    parser = recipe_parser((Arguments, VisionSpaceArguments, PSTArguments, ImageTrainingArguments), __doc__)
+    parser = recipe_parser((Arguments, ImageSpaceArguments, PSTArguments, ImageTrainingArguments), __doc__)
     args, space, pst, training = parser.parse_args_into_dataclasses()
     output = Path(training.output_dir)
     if args.init not in ("least_squares", "kaiming", "identity"):

@@ -14,6 +14,7 @@ adapters  kinds of stitching layers and their cost
 stitch    segments, junctions, stitches
 cost      exact cost of a route
 space     all stitches of a set of anchors, in order
+options   options of a space on a command line
 budget    limits on parameters, memory or MACs
 frontier  Pareto front, cost intervals
 metrics   direction of a metric
@@ -31,6 +32,7 @@ from .frontier import best_of_intervals, intervals, pareto_front
 from .given import MOST_STITCHES, parse_junctions, resolve_junctions
 from .lineage import aligned_junctions, block_groups, lineage_of, replaced_blocks
 from .metrics import higher_is_better
+from .options import ImageSpaceArguments, SpaceArguments
 from .palette import palette_gain, palette_gains, staircase_gain
 from .space import DIRECTIONS, PAIRS, SPACE_OPTIONS, StitchSpace
 from .spec import AnchorSpec, Feature, Part
@@ -48,6 +50,7 @@ __all__ = [
     "Budget",
     "DIRECTIONS",
     "Feature",
+    "ImageSpaceArguments",
     "Junction",
     "KEYS",
     "LLAMA_LIKE",
@@ -58,6 +61,7 @@ __all__ = [
     "RESCALES",
     "SPACE_OPTIONS",
     "Segment",
+    "SpaceArguments",
     "Stitch",
     "StitchSpace",
     "StitchTable",

@@ -30,13 +30,13 @@ hooks       private members of Transformers that the package depends on
 from stitched_llama.models.processors import load_processor
 from stitched_llama.models.references import check_source
 from stitched_llama.models.tokenizers import load_tokenizer
+from stitched_llama.space import SpaceArguments
 
 from .arguments import (
     DISTILLATIONS,
     ImageDataArguments,
     ImageTrainingArguments,
     PSTArguments,
-    SpaceArguments,
     StitchTrainingArguments,
     TextDataArguments,
     recipe_parser,

@@ -11,16 +11,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from stitched_llama.pst import PSTConfig
 from stitched_llama.sampling import SCHEMES, SCORES, Importance
-from stitched_llama.space import (
-    ADAPTER_NORMS,
-    ADAPTERS,
-    DIRECTIONS,
-    KEYS,
-    PAIRS,
-    RESCALES,
-    SPACE_OPTIONS,
-    parse_junctions,
-)
+from stitched_llama.space import KEYS
 
 DISTILLATIONS = ("hard", "soft", "none")
 ANCHOR_SHARE = 0.67
@@ -53,56 +44,6 @@ def recipe_parser(
         epilog=epilog,
         formatter_class=_Help,
     )
-
-
-@dataclass
-class SpaceArguments:
-    """Options of `StitchSpace`."""
-
-    kernel_size: int = field(default=1, metadata={"help": "Blocks of the sliding window."})
-    stride: int = field(default=1, metadata={"help": "Stride of the sliding window."})
-    direction: str = field(
-        default="fast-to-slow", metadata={"help": f"Direction of the routes: {', '.join(DIRECTIONS)}."}
-    )
-    pairs: str = field(default="nearest", metadata={"help": f"Which anchors are joined: {', '.join(PAIRS)}."})
-    adapter: str | None = field(
-        default=None,
-        metadata={
-            "help": f"Kind of stitching layer (linear; identity for aligned junctions of equal width): {', '.join(ADAPTERS)}."
-        },
-    )
-    rescale: str = field(
-        default="none", metadata={"help": f"How stitching layers change the resolution: {', '.join(RESCALES)}."}
-    )
-    adapter_norm: str = field(
-        default="none", metadata={"help": f"Norms before and after stitching layers: {', '.join(ADAPTER_NORMS)}."}
-    )
-    across_stages: bool = field(default=False, metadata={"help": "Also join stages of different resolution."})
-    junctions: list[str] = field(
-        default_factory=lambda: ["nearest"],
-        metadata={
-            "help": "nearest (by depth), aligned (for a small anchor made by shrink), similar (measured, for two text anchors), or pairs of "
-            "blocks such as 3:8."
-        },
-    )
-    routes: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "Explicit stitches by key, such as 1[0:5]>0[3:5]>1[9:30], or greedy: for each size the route of lowest loss found by "
-            "a greedy search (for a small anchor made by shrink at equal width)."
-        },
-    )
-
-    def options(self) -> dict[str, Any]:
-        """Options of `StitchSpace`; `similar` junctions and `greedy` routes are not included, as they are measured first.
-
-        Raises:
-            ValueError: junctions that cannot be read.
-        """
-        found = {name: getattr(self, name) for name in SPACE_OPTIONS if name not in ("junctions", "routes")}
-        junctions = None if self.junctions == ["similar"] else parse_junctions(self.junctions)
-        routes = None if self.routes == ["greedy"] else self.routes or None
-        return found | {"junctions": junctions, "routes": routes}
 
 
 @dataclass

@@ -10,9 +10,8 @@ from tqdm.auto import tqdm
 
 from stitched_llama.models import StitchedLlamaForCausalLM, propose_junctions
 from stitched_llama.models.loading import load_plain
-from stitched_llama.space import Segment, anchor_specs, replaced_blocks, route_key
+from stitched_llama.space import Segment, SpaceArguments, anchor_specs, replaced_blocks, route_key
 
-from .arguments import SpaceArguments
 from .evaluation import evaluate_stitches
 
 
@@ -110,9 +109,9 @@ def measured_options(
     Raises:
         ValueError: an anchor cannot be loaded, or a loss is not finite.
     """
-    similar, greedy = options.junctions == ["similar"], options.routes == ["greedy"]
-    if not similar and not greedy:
+    if not options.is_measured:
         return {}
+    greedy = options.routes == ["greedy"]
     anchors = [load_plain(name, dtype=torch.float32) for name in names]
     if greedy:
         proposal = propose_routes(StitchedLlamaForCausalLM, anchors, batches, autocast, progress)
