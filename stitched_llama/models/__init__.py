@@ -20,7 +20,9 @@ merging         PST merged into the weights
 plain           one route as a plain model of Transformers
 adapters        an anchor's LoRA to and from PEFT's adapter folders
 export          one size as a model of its own
-storage         from_pretrained, save_pretrained, push_to_hub
+bundle_loading  from_pretrained
+bundle_saving   save_pretrained, push_to_hub
+trainable       which parts train
 card            the model card of a bundle, or of a size that was exported
 llama           decoders of LLaMA blocks
 images          what every stitched image classifier is
