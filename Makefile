@@ -47,7 +47,7 @@ demo: setup
 # All fifteen sizes: routes searched, evaluated before and after 200 steps.
 demo-real: setup
 	$(call family,$(REAL))
-	$(LAUNCH) recipes/finetune_alpaca.py $(call FAMILY,$(REAL)) --routes greedy --interval_count 13 --eval_size 64 \
+	$(LAUNCH) recipes/finetune_alpaca.py $(call FAMILY,$(REAL)) --routes greedy --calibration_size 24 --interval_count 13 --eval_size 64 \
 	  --max_steps 200 --output_dir $(REAL)
 
 # Three ViTs made here on seven of scikit-learn's digits, adapted to all ten with ten pictures a class.

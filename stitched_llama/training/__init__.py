@@ -16,7 +16,7 @@ reports     logging, and evaluation during a run
 evaluation  loss and exact match of every stitch
 distillation  targets from teacher logits and the student's loss on them
 phases      anchors first, then the stitches
-param_groups  learning rate of the anchors
+param_groups  the parameters of anchors and stitches apart
 checkpoints which checkpoint to resume from
 route_search  routes or junctions of low loss, by measurement
 settings    settings that a resumed run shares with its checkpoint, and those that may differ

@@ -8,15 +8,6 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
 
-def split_phases(model: Any, optimizer: torch.optim.Optimizer) -> None:
-    """Splits every parameter group into the anchors' and the stitches' parameters, marked by `group["phase"]`."""
-    anchors = {p for name, p in model.named_parameters() if name.startswith("anchors.")}
-    for group in list(optimizer.param_groups):
-        parameters = group["params"]
-        group["params"], group["phase"] = [p for p in parameters if p in anchors], "anchors"
-        optimizer.add_param_group({**group, "params": [p for p in parameters if p not in anchors], "phase": "stitches"})
-
-
 def phase_scheduler(args: Any, optimizer: torch.optim.Optimizer, first: int, steps: int) -> LambdaLR:
     """The configured schedule twice, each with its own warm-up: over `first` steps for the anchors, over the rest for the stitches.
 

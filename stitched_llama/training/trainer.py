@@ -20,8 +20,8 @@ from .data import IGNORED
 from .distillation import cast_inputs, distillation_loss, frozen_eval, teacher_targets
 from .finite import check_step, check_weights, describe_rows, note_fault
 from .interruption import Interruption
-from .param_groups import scale_anchor_learning_rate
-from .phases import phase_scheduler, split_phases
+from .param_groups import scale_anchor_learning_rate, split_phases
+from .phases import phase_scheduler
 from .reports import ReportMixin
 
 Gradients = dict[nn.Parameter, Tensor]
