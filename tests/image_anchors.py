@@ -1,6 +1,7 @@
 """Pico image anchors of every family, small to large, with the class that stitches them and the options of their space."""
 
 import torch
+from conftest import randomise
 from transformers import (
     ConvNextConfig,
     ConvNextForImageClassification,
@@ -106,3 +107,13 @@ def lively(model, seed):
 def build(family):
     torch.manual_seed(0)
     return [lively(anchor, seed) for seed, anchor in enumerate(FAMILIES[family][1]())]
+
+
+def tuned(family):
+    """A stitched model of a family with PST, each trained part drawn at random."""
+    stitched_class, _, options = FAMILIES[family]
+    torch.manual_seed(0)
+    model = stitched_class.from_anchors(build(family), **options)
+    model.attach_pst(sl.PSTConfig(rank=2))
+    randomise(model)
+    return model

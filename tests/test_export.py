@@ -6,9 +6,8 @@ import shutil
 
 import pytest
 import torch
-from conftest import fresh, ids_like, python, randomise, spread, with_table
-from image_anchors import FAMILIES as IMAGE_FAMILIES
-from image_anchors import build
+from conftest import fresh, ids_like, python, spread, with_table
+from image_anchors import tuned
 from safetensors.torch import load_file, save_file
 from shapes import config
 from test_bundle import contents, load
@@ -278,16 +277,12 @@ def test_half_precision_and_trained_whole(tmp_path, tokenizer):
 
 @pytest.mark.parametrize("family", ["vit", "resnet"])
 def test_images_become_stitched_models(family, tmp_path):
-    stitched_class, _, options = IMAGE_FAMILIES[family]
-    torch.manual_seed(0)
-    model = stitched_class.from_anchors(build(family), **options)
-    model.attach_pst(PSTConfig(rank=2))
-    randomise(model)
+    model = tuned(family)
     pixels = torch.randn(2, 3, *[model.config.image_size] * 2)
     for stitch in (model.space[0], model.space[len(model.space) // 2]):
         done = model.export(tmp_path / str(stitch.stitch_id), stitch_id=stitch.key)
         assert f"a {family} is exported as a stitched model alone" in done.not_plain
-        again = stitched_class.from_pretrained(done.folder)
+        again = type(model).from_pretrained(done.folder)
         with torch.no_grad():
             found, wanted = again(pixels).logits, model(pixels, stitch_id=stitch.key).logits
         torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import FAMILIES, fresh, randomise, spread, with_table
 from image_anchors import FAMILIES as IMAGE_FAMILIES
-from image_anchors import build
+from image_anchors import tuned
 from safetensors.torch import load_file, save_file
 from test_bundle import IDS, assert_equal, contents, load, logits
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
@@ -117,16 +117,12 @@ def test_weights_that_anchors_share_are_saved_once(tmp_path):
 
 @pytest.mark.parametrize("family", IMAGE_FAMILIES)
 def test_images_too(family, tmp_path):
-    stitched_class, _, options = IMAGE_FAMILIES[family]
-    torch.manual_seed(0)
-    model = stitched_class.from_anchors(build(family), **options)
-    model.attach_pst(PSTConfig(rank=2))
-    randomise(model)
+    model = tuned(family)
     model.config.anchors = None
     model.save_pretrained(tmp_path)
     pixels = torch.randn(2, 3, *[model.config.image_size] * 2)
     for part in ({}, {"stitch_id": len(model.space) // 2}):
-        again = stitched_class.from_pretrained(tmp_path, **part)
+        again = type(model).from_pretrained(tmp_path, **part)
         assert all(torch.equal(t, model.state_dict()[name]) for name, t in again.state_dict().items())
         with torch.no_grad():
             for key in again.keys:
